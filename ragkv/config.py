@@ -1,0 +1,131 @@
+"""Settings: flags > RAGKV_* environment > ragkv.toml > defaults. Unknown keys are errors."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import tomllib
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, ValidationError
+from pydantic_settings import (
+    BaseSettings,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    TomlConfigSettingsSource,
+)
+
+from ragkv.errors import ConfigError
+from ragkv.types import ContextPolicy, Method, RetrievalMode
+
+ENV_PREFIX = "RAGKV_"
+CONFIG_FILE_VARIABLE = "RAGKV_CONFIG"
+DEFAULT_SYSTEM_PROMPT = "Answer the question from the documents. Reply with the answer only."
+
+
+class Settings(BaseSettings):
+    """Every setting of ragkv. Build it with :func:`load_settings`."""
+
+    model_config = SettingsConfigDict(
+        env_prefix=ENV_PREFIX, extra="forbid", frozen=True, env_ignore_empty=True, protected_namespaces=()
+    )
+
+    model: str = Field("bundled", description="`bundled`, a folder with a Hugging Face checkpoint, or a hub id")
+    device: str = Field("auto", description="`auto`, `cpu`, `cuda` or `cuda:N`")
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
+        "auto", description="computing and KV type; `auto`: bfloat16 where the hardware multiplies it fast"
+    )
+    threads: int = Field(0, ge=0, description="CPU threads of the model; 0 leaves it to torch")
+    data_dir: Path = Field(Path("~/.ragkv"), description="holds the chunk store and the collections")
+
+    chunk_tokens: int = Field(128, ge=16, le=8192, description="token budget of a chunk when splitting")
+    context_policy: ContextPolicy = Field(
+        "document", description="encode a chunk behind its document's preceding chunks, or `alone`"
+    )
+    context_tokens: int = Field(1024, ge=0, description="most tokens of document context a chunk is encoded behind")
+    encode: Literal["eager", "lazy"] = Field("eager", description="compute KV at ingest, or at first use")
+    embedder: str = Field("svd", description="`svd` (fitted per collection), a local path, or a hub id")
+    max_document_bytes: int = Field(16 * 2**20, ge=1, description="larger documents are refused")
+
+    store_bytes: int = Field(20 * 2**30, ge=2**20, description="most bytes the chunk store takes on disk")
+    ram_bytes: int = Field(1 * 2**30, ge=0, description="most bytes of chunk KV kept in RAM")
+
+    retrieval: RetrievalMode = Field("fused", description="`bm25`, `dense`, or `fused` by reciprocal rank")
+    top_k: int = Field(10, ge=1, le=1000, description="chunks to retrieve")
+    method: Method = Field("default", description="how stored KV is repaired; `full` prefills everything")
+    ratio: float = Field(0.15, ge=0.0, le=1.0, description="share of context tokens a repair recomputes")
+    system_prompt: str = Field(DEFAULT_SYSTEM_PROMPT, description="system text in front of every prompt")
+    max_tokens: int = Field(64, ge=1, description="most tokens to generate when a request names no limit")
+
+    host: str = Field("127.0.0.1", description="address the server binds")
+    port: int = Field(8377, ge=0, le=65535, description="port the server binds; 0 picks a free one")
+    api_key: str | None = Field(None, min_length=8, description="bearer key clients must send")
+    max_running: int = Field(8, ge=1, description="requests generating at the same time")
+    max_queued: int = Field(64, ge=1, description="requests waiting before new ones are answered 429")
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        toml = TomlConfigSettingsSource(settings_cls, _config_file())
+        return init_settings, env_settings, toml
+
+    @property
+    def store_dir(self) -> Path:
+        return self.data_dir.expanduser() / "store"
+
+    @property
+    def collections_dir(self) -> Path:
+        return self.data_dir.expanduser() / "collections"
+
+
+def load_settings(**flags: Any) -> Settings:
+    """Settings from flags (``None`` means not given), environment, ``ragkv.toml`` and defaults.
+
+    Raises:
+        ConfigError: an unknown key or a value out of range, naming the key, the value and the choices.
+    """
+    _refuse_unknown_environment()
+    try:
+        return Settings(**{k: v for k, v in flags.items() if v is not None})
+    except ValidationError as error:
+        raise ConfigError("; ".join(_explain(e) for e in error.errors())) from error
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{_config_file()} is not valid TOML: {error}", path=str(_config_file())) from error
+    except OSError as error:
+        raise ConfigError(f"cannot read {_config_file()}: {error.strerror}", path=str(_config_file())) from error
+
+
+def _config_file() -> Path:
+    named = os.environ.get(CONFIG_FILE_VARIABLE)
+    path = Path(named or "ragkv.toml").expanduser()
+    if named and not path.is_file():
+        raise ConfigError(f"{CONFIG_FILE_VARIABLE} names {path}, which is not a file", path=str(path))
+    return path
+
+
+def _refuse_unknown_environment() -> None:
+    known = {ENV_PREFIX + name.upper() for name in Settings.model_fields} | {CONFIG_FILE_VARIABLE}
+    for variable in os.environ:
+        if variable.upper().startswith(ENV_PREFIX) and variable.upper() not in known:
+            raise ConfigError(
+                f"unknown environment variable {variable}{_suggest(variable.upper(), known)}", variable=variable
+            )
+
+
+def _explain(error: Any) -> str:
+    key = ".".join(str(part) for part in error["loc"]) or "settings"
+    if error["type"] == "extra_forbidden":
+        return f"unknown setting {key!r}{_suggest(key, set(Settings.model_fields))}"
+    return f"setting {key!r}: {error['msg']}, got {error['input']!r}"
+
+
+def _suggest(key: str, known: set[str]) -> str:
+    close = difflib.get_close_matches(key, known, n=1)
+    return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(sorted(known))}"

@@ -1,0 +1,273 @@
+"""What goes in and out of ragkv: requests, answers, reports, events. One definition for core, server and SDK.
+
+Pydantic models, so that the same class validates a REST body, is printed by ``--json`` and is what the SDK
+returns. Times are milliseconds, sizes bytes or tokens as the name says.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Method = Literal["default", "none", "hkvd", "epic", "question", "random", "full"]
+ContextPolicy = Literal["document", "alone"]
+RetrievalMode = Literal["fused", "bm25", "dense"]
+FinishReason = Literal["stop", "length", "cancelled"]
+KvSource = Literal["ram", "ssd", "computed", "dropped"]
+
+
+class Wire(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class DocumentIn(Wire):
+    """A document as a caller sends it. Without an id, the id is derived from the content."""
+
+    text: str
+    id: str | None = None
+    title: str | None = None
+    metadata: dict[str, Any] = Field(default_factory=dict)
+
+
+class Message(Wire):
+    """One earlier turn of a conversation."""
+
+    role: Literal["user", "assistant"]
+    content: str
+
+
+class QueryRequest(Wire):
+    """A question, where its context comes from, and how to answer it.
+
+    Context comes from ``collection`` (retrieved, ``filters`` applied first) or from ``documents`` (the
+    caller's own, best first), not both; with neither, the model answers from the conversation alone.
+    ``None`` means: as configured.
+    """
+
+    question: str = Field(min_length=1)
+    collection: str | None = None
+    documents: list[DocumentIn] | None = None
+    filters: dict[str, Any] | None = None
+    top_k: int | None = Field(default=None, ge=1, le=1000)
+    retrieval: RetrievalMode | None = None
+    history: list[Message] = Field(default_factory=list)
+    system: str | None = None
+    method: Method | None = None
+    ratio: float | None = Field(default=None, ge=0.0, le=1.0)
+    context_policy: ContextPolicy | None = None
+    max_tokens: int | None = Field(default=None, ge=1, le=65536)
+    temperature: float = Field(default=0.0, ge=0.0, le=10.0)
+    top_p: float = Field(default=1.0, gt=0.0, le=1.0)
+    top_k_tokens: int = Field(default=0, ge=0, description="sample among this many tokens; 0 means all")
+    seed: int | None = Field(default=None, ge=0, lt=2**63)
+    stop: list[Annotated[str, Field(min_length=1)]] = Field(default_factory=list, max_length=16)
+
+
+class ChunkReport(Wire):
+    """What happened to one chunk of the context, in prompt order (dropped chunks last)."""
+
+    chunk_id: str
+    document_id: str
+    title: str | None
+    text: str
+    rank: int
+    score: float
+    tokens: int
+    kv: KvSource = Field(description="where its KV came from; `computed`: prefilled here; `dropped`: left out")
+    why: str | None = Field(description="why it was computed or dropped, or was not repaired")
+    context_tokens: int = Field(description="tokens of its own document its stored KV was encoded behind")
+    position: int | None = Field(description="index of its first token in the prompt")
+    repaired_tokens: int = Field(description="tokens recomputed in at least one layer")
+    recomputed_token_layers: int
+
+
+class Timing(Wire):
+    """Where the time to first token went. The parts from ``queue`` to ``first_token`` add up to ``ttft_ms``.
+
+    Loading overlaps computing: ``load_ms`` is only what the computation had to wait for.
+    """
+
+    retrieve_ms: float
+    plan_ms: float
+    queue_ms: float
+    lookup_ms: float
+    load_ms: float
+    select_ms: float
+    recompute_ms: float
+    first_token_ms: float
+    ttft_ms: float
+    total_ms: float
+
+
+class Usage(Wire):
+    """Tokens of the request. ``cached_tokens``: context tokens no layer recomputed."""
+
+    prompt_tokens: int
+    context_tokens: int
+    cached_tokens: int
+    completion_tokens: int
+
+
+class Answer(Wire):
+    """A finished request.
+
+    ``recomputed_share`` = recomputed token-layers ÷ all context token-layers, the sum over ``chunks``.
+    """
+
+    id: str
+    text: str
+    finish_reason: FinishReason
+    model: str
+    method: Method
+    ratio: float | None
+    context_policy: ContextPolicy
+    recomputed_share: float
+    chunks: list[ChunkReport]
+    warnings: list[str]
+    timing: Timing
+    usage: Usage
+
+    @property
+    def sources(self) -> list[ChunkReport]:
+        """The chunks the model saw."""
+        return [c for c in self.chunks if c.kv != "dropped"]
+
+
+class Source(Wire):
+    """A chunk the answer rests on, as announced before the first token."""
+
+    chunk_id: str
+    document_id: str
+    title: str | None
+    text: str
+    rank: int
+    score: float
+
+
+class SourcesEvent(Wire):
+    """Sent once, first: what was retrieved and will be in the prompt."""
+
+    type: Literal["sources"] = "sources"
+    id: str
+    sources: list[Source]
+
+
+class TokenEvent(Wire):
+    """A piece of the answer; the pieces joined are ``Answer.text``."""
+
+    type: Literal["token"] = "token"
+    text: str
+
+
+class DoneEvent(Wire):
+    """Sent once, last."""
+
+    type: Literal["done"] = "done"
+    answer: Answer
+
+
+Event = SourcesEvent | TokenEvent | DoneEvent
+
+
+class IngestEstimate(Wire):
+    """What the KV of a corpus will take, said before any of it is computed.
+
+    ``kv_bytes`` is the payload of all its chunks, ``new_kv_bytes`` of those not stored yet;
+    ``encode_tokens`` is how many tokens the model must prefill for them, document context included.
+    """
+
+    documents: int
+    chunks: int
+    tokens: int
+    kv_bytes: int
+    new_kv_bytes: int
+    encode_tokens: int
+    capacity_bytes: int
+
+
+class RejectedDocument(Wire):
+    document_id: str
+    error: str
+    message: str
+
+
+class IngestReport(Wire):
+    """What an ingest did. ``encoded`` chunks were computed now, ``reused`` were stored already,
+    ``deferred`` will be encoded at first use (lazy ingest)."""
+
+    collection: str
+    added: int
+    replaced: int
+    unchanged: int
+    rejected: list[RejectedDocument]
+    chunks: int
+    encoded: int
+    reused: int
+    deferred: int
+    kv_bytes_written: int
+    seconds: float
+    warnings: list[str]
+
+
+class DocumentInfo(Wire):
+    id: str
+    title: str | None
+    metadata: dict[str, Any]
+    chunks: int
+    characters: int
+
+
+class DocumentOut(DocumentInfo):
+    text: str
+
+
+class CollectionInfo(Wire):
+    name: str
+    documents: int
+    chunks: int
+
+
+class StoreInfo(Wire):
+    """The chunk store's state, as ``ragkv cache stats`` prints it."""
+
+    path: str
+    entries: int
+    bytes: int
+    capacity_bytes: int
+    ram_entries: int
+    ram_bytes: int
+    ram_capacity_bytes: int
+    hits_ram: int
+    hits_ssd: int
+    misses: int
+    corrupt: int
+    evictions: int
+    entries_by_model: dict[str, int]
+
+
+class StoreCheck(Wire):
+    """What ``ragkv cache check`` found (and repaired, with ``--fix``)."""
+
+    entries: int
+    orphan_files: int
+    missing_files: int
+    corrupt_entries: int
+    bytes_indexed: int
+    bytes_on_disk: int
+    fixed: bool
+    ok: bool
+
+
+class Health(Wire):
+    """``status`` is `ok`, `degraded` (blending is off: see ``blending``) or `failed` (the engine is dead)."""
+
+    status: Literal["ok", "degraded", "failed"]
+    version: str
+    model: str
+    device: str
+    dtype: str
+    blending: str = Field(description="`on`, or the reason why every prompt is prefilled in full")
+    running: int
+    queued: int
+    encoding: int = Field(description="chunks waiting to be encoded in the background")
