@@ -1,0 +1,108 @@
+"""Blending: start answering from stored chunk KV, repaired by recomputing a few tokens (CacheBlend, EuroSys'25).
+
+One pass over the layers. Rows that must be computed (prefix, chunks without stored KV, question) and rows a
+strategy selected for repair go through every layer together; before layer *i* runs, the stored KV of layer *i*
+is placed, and the store already reads the layers after it.
+
+The loop is a generator that yields between layers, so that whoever drives it can serve others in between.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+
+import torch
+
+from ragkv.attention import AttentionStep
+from ragkv.clock import Stopwatch
+from ragkv.kv import RequestKV
+from ragkv.loading import LayerLoader
+from ragkv.plan import PromptPlan, Span
+from ragkv.runner import ModelRunner, Rows
+from ragkv.selection import STRATEGIES
+
+
+class Blend:
+    """One blended prefill.
+
+    Args:
+        reused: spans whose stored KV the loader brings; the other spans are computed.
+        ratio: share of the context tokens a strategy may select.
+        seed: of the ``random`` strategy.
+    """
+
+    def __init__(
+        self,
+        runner: ModelRunner,
+        plan: PromptPlan,
+        kv: RequestKV,
+        loader: LayerLoader,
+        reused: list[Span],
+        *,
+        strategy: str,
+        ratio: float,
+        watch: Stopwatch,
+        seed: int = 0,
+    ) -> None:
+        self.runner, self.plan, self.kv, self.loader = runner, plan, kv, loader
+        self.reused, self.ratio, self.seed, self.watch = reused, ratio, seed, watch
+        self._strategy = STRATEGIES[strategy]
+        self.ids = runner.tensor(plan.ids)
+        self.length = len(plan.ids)
+        self.required = torch.ones(self.length, dtype=torch.bool)
+        self.repairable = torch.zeros(self.length, dtype=torch.bool)
+        for span in reused:
+            self.required[span.start : span.end] = False
+            # Recomputing tokens whose document context is not in this prompt would forget what it knew.
+            self.repairable[span.start : span.end] = span.context_present
+        self.computed = self.required
+        self.dense_layers = 0
+
+    @property
+    def budget(self) -> int:
+        """How many tokens the strategy may select."""
+        return min(round(self.ratio * self.plan.context_tokens), int(self.repairable.sum()))
+
+    def run(self) -> Generator[None, None, Rows]:
+        """Yields between layers; returns the rows after the last one, the prompt's last token last.
+
+        Raises:
+            ChunkLostError: a stored chunk turned out unreadable; start again without it.
+        """
+        start = yield from self._strategy(self)
+        self.computed = torch.zeros(self.length, dtype=torch.bool)
+        self.computed[start.rows.step.positions.cpu()] = True
+        self.dense_layers = start.dense_layers
+        yield from self.advance(start.rows, start.layer, self.runner.shape.layers, "recompute")
+        return start.rows
+
+    def rows(self, computed: torch.Tensor, *, score_question: bool = False) -> Rows:
+        """Rows at layer 0 for the positions where ``computed`` (length,) holds."""
+        positions = computed.nonzero()[:, 0].to(self.runner.device)
+        contiguous = len(positions) == self.length
+        step = AttentionStep(
+            self.kv,
+            positions,
+            self.length,
+            contiguous=contiguous,
+            score_rows=self.length - self.plan.question_start if score_question else 0,
+        )
+        return self.runner.rows(self.ids[positions], step)
+
+    def advance(self, rows: Rows, first: int, end: int, part: str) -> Generator[None, None, None]:
+        """Run layers ``first … end - 1``, each as soon as its stored KV is placed."""
+        for layer in range(first, end):
+            self.watch.lap(part)
+            self.loader.ensure(layer)
+            self.watch.lap("load")
+            self.runner.run_layer(layer, rows)
+            self.watch.lap(part)
+            yield
+            self.watch.lap("queue")
+
+    def take(self, scores: torch.Tensor) -> torch.Tensor:
+        """``required`` plus the ``budget`` repairable positions with the highest ``scores`` (length,)."""
+        ranked = scores.float().cpu().masked_fill(~self.repairable, float("-inf"))
+        chosen = self.required.clone()
+        chosen[ranked.topk(self.budget).indices] = True
+        return chosen

@@ -1,0 +1,167 @@
+"""Loading a Hugging Face checkpoint: which ones are supported, in what dtype, and what identifies it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from blake3 import blake3
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from ragkv import attention
+from ragkv.errors import ConfigError, NotAModelError, UnsupportedArchitectureError
+from ragkv.runner import ModelRunner
+from ragkv.tokenizer import Tokenizer
+
+# Each of these has parity tests against the library's own forward (tests/test_families.py).
+SUPPORTED = ("llama", "mistral", "olmo2", "phi3", "qwen2", "qwen3", "smollm3")
+BUNDLED = "bundled"
+BUNDLED_DIR = Path(__file__).parent / "demo" / "model"
+HUB_FILES = ("*.json", "*.safetensors", "*.model", "*.jinja", "*.txt")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A loaded model and what stored KV must match to be its own.
+
+    ``model_fingerprint`` covers the configuration and the weights' content, ``tokenizer.fingerprint`` the
+    vocabulary, so that a retrained or edited checkpoint never reads another one's entries.
+    """
+
+    name: str
+    runner: ModelRunner
+    tokenizer: Tokenizer
+    model_fingerprint: str
+
+
+def load_checkpoint(name: str, *, device: str = "auto", dtype: str = "auto", cache_dir: Path) -> Checkpoint:
+    """Load ``name``: ``bundled``, a folder, or a hub id.
+
+    Weights are read from safetensors only, and no code of the checkpoint is run.
+
+    Raises:
+        NotAModelError: nothing loadable there.
+        UnsupportedArchitectureError: a model type without parity tests.
+        ConfigError: a device that is not there.
+    """
+    folder = _resolve(name)
+    config = _read_config(name, folder)
+    where = _device(device)
+    kind = _dtype(dtype, where)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, config=config, dtype=kind, use_safetensors=True, attn_implementation=attention.NAME
+        )
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise NotAModelError(f"the checkpoint {name!r} could not be loaded: {error}", model=name) from error
+    tokenizer = Tokenizer.load(folder)
+    runner = ModelRunner(model.to(where))
+    fingerprint = _fingerprint(folder, config, cache_dir / "fingerprints.json")
+    return Checkpoint(name, runner, tokenizer, fingerprint)
+
+
+def _resolve(name: str) -> Path:
+    if name == BUNDLED:
+        return BUNDLED_DIR
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return folder
+    looks_local = name.startswith((".", "/", "~")) or name.count("/") != 1
+    if looks_local or folder.exists():
+        raise NotAModelError(
+            f"{name!r} is not a model: give a folder with config.json and *.safetensors, a hub id "
+            f"(owner/name), or {BUNDLED!r}",
+            model=name,
+        )
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=list(HUB_FILES)))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise NotAModelError(
+            f"{name!r} is neither a folder here nor a model the hub gave us: {error}", model=name
+        ) from error
+
+
+def _read_config(name: str, folder: Path) -> Any:
+    if not (folder / "config.json").is_file():
+        raise NotAModelError(f"{folder} holds no config.json, so it is not a Hugging Face checkpoint", model=name)
+    try:
+        declared = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        kind = declared["model_type"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise NotAModelError(f"{folder / 'config.json'} names no model_type: {error}", model=name) from error
+    if kind not in SUPPORTED:
+        raise UnsupportedArchitectureError(
+            f"{name!r} is a {kind!r} model; ragkv runs {', '.join(SUPPORTED)}", model=name, architecture=kind
+        )
+    if not list(folder.glob("*.safetensors")):
+        raise NotAModelError(
+            f"{folder} holds no *.safetensors; convert the weights (pickled checkpoints are not loaded)", model=name
+        )
+    try:
+        return AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise NotAModelError(f"{folder / 'config.json'} cannot be used: {error}", model=name) from error
+
+
+def _device(wanted: str) -> torch.device:
+    if wanted == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(wanted)
+    except RuntimeError as error:
+        raise ConfigError(f"setting 'device': {wanted!r} is not one of auto, cpu, cuda, cuda:N") from error
+    if device.type not in ("cpu", "cuda"):
+        raise ConfigError(f"setting 'device': {wanted!r} is not one of auto, cpu, cuda, cuda:N")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(
+            f"setting 'device': {wanted!r} is not here ({torch.cuda.device_count()} CUDA devices); use cpu or auto"
+        )
+    return device
+
+
+def _dtype(wanted: str, device: torch.device) -> torch.dtype:
+    if wanted != "auto":
+        chosen: torch.dtype = getattr(torch, wanted)
+        return chosen
+    fast_bf16 = device.type == "cuda" or torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+    return torch.bfloat16 if fast_bf16 else torch.float32
+
+
+def _fingerprint(folder: Path, config: Any, cache: Path) -> str:
+    """blake3 over configuration and weights; the weights' part is remembered by path, size and mtime."""
+    digest = blake3(config.to_json_string(use_diff=False).encode())
+    known = _read_cache(cache)
+    for path in sorted(folder.glob("*.safetensors")):
+        stat = path.stat()
+        stamp = f"{path.resolve()}:{stat.st_size}:{stat.st_mtime_ns}"
+        if stamp not in known:
+            known[stamp] = blake3(max_threads=blake3.AUTO).update_mmap(str(path)).hexdigest()
+            _write_cache(cache, known)
+        digest.update(known[stamp].encode())
+    return digest.hexdigest(16)
+
+
+def _read_cache(path: Path) -> dict[str, str]:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return {str(k): str(v) for k, v in data.items()} if isinstance(data, dict) else {}
+
+
+def _write_cache(path: Path, known: dict[str, str]) -> None:
+    # Only a shortcut: a folder that cannot be written costs a second hash next time, nothing else.
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text(json.dumps(known), encoding="utf-8")
+        temporary.replace(path)
+    except OSError:
+        return
+

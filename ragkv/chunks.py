@@ -1,0 +1,117 @@
+"""A document's chunks as the model sees them: token ids, document context, store keys."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ragkv.store import chunk_key
+from ragkv.tokenizer import Tokenizer, chunk_text
+from ragkv.types import ContextPolicy
+
+
+@dataclass(frozen=True)
+class ChunkTokens:
+    """One chunk, tokenised.
+
+    Attributes:
+        ids: its own tokens.
+        context: tokens of the whole chunks that precede it in its document and that its stored KV is encoded
+            behind (without BOS); empty when it is encoded alone.
+        context_chunks: how many chunks these are.
+        key: its key in the chunk store.
+    """
+
+    ids: tuple[int, ...]
+    context: tuple[int, ...]
+    context_chunks: int
+    key: bytes
+
+
+@dataclass(frozen=True)
+class EncodeGroup:
+    """Chunks of one document that one forward pass can encode: same context start, in order.
+
+    ``lead`` is what stands in front of the first of them, BOS included; ``parts`` are the chunks' ids from
+    there on; ``keys`` has, for each part, the key to store it under, or None when it is only context.
+    """
+
+    lead: tuple[int, ...]
+    parts: tuple[tuple[int, ...], ...]
+    keys: tuple[bytes | None, ...]
+
+    @property
+    def tokens(self) -> int:
+        return len(self.lead) + sum(map(len, self.parts))
+
+    @property
+    def wanted(self) -> int:
+        return sum(key is not None for key in self.keys)
+
+
+class ChunkTokenizer:
+    """Turns a document's chunk texts into :class:`ChunkTokens` for one model and one context policy."""
+
+    def __init__(self, tokenizer: Tokenizer, *, model_fingerprint: str, dtype: str, context_tokens: int) -> None:
+        self._tokenizer, self._limit = tokenizer, context_tokens
+        self._model, self._dtype = model_fingerprint, dtype
+
+    def document(self, texts: Sequence[str], policy: ContextPolicy) -> list[ChunkTokens]:
+        """Tokens and keys of all chunks of a document, given their texts in order."""
+        ids = [self._tokenizer.plain(chunk_text(text)) for text in texts]
+        lengths = [len(part) for part in ids]
+        limit = self._limit if policy == "document" else 0
+        return [self._chunk(ids, i, context_start(lengths, i, limit), policy) for i in range(len(ids))]
+
+    def _chunk(
+        self, ids: Sequence[tuple[int, ...]], index: int, start: int, policy: ContextPolicy
+    ) -> ChunkTokens:
+        context = tuple(token for part in ids[start:index] for token in part)
+        key = chunk_key(
+            model=self._model,
+            tokenizer=self._tokenizer.fingerprint,
+            dtype=self._dtype,
+            codec="raw",
+            context_policy=policy,
+            context=(*self._tokenizer.bos, *context),
+            tokens=ids[index],
+        )
+        return ChunkTokens(ids[index], context, index - start, key)
+
+    def single(self, tokens: ChunkTokens) -> EncodeGroup:
+        """The group that encodes one chunk on its own, behind its context."""
+        return EncodeGroup((*self._tokenizer.bos, *tokens.context), (tokens.ids,), (tokens.key,))
+
+    def groups(self, chunks: Sequence[ChunkTokens], missing: set[bytes]) -> list[EncodeGroup]:
+        """The fewest forward passes that encode the ``missing`` chunks of one document.
+
+        Chunks whose context starts at the same chunk share a pass: each sees in it exactly its own context.
+        """
+        groups: list[EncodeGroup] = []
+        first = 0
+        while first < len(chunks):
+            start = first - chunks[first].context_chunks
+            last = first
+            while last + 1 < len(chunks) and last + 1 - chunks[last + 1].context_chunks == start:
+                last += 1
+            group = self._group(chunks[first : last + 1], missing)
+            if group.wanted:
+                groups.append(group)
+            first = last + 1
+        return groups
+
+    def _group(self, chunks: Sequence[ChunkTokens], missing: set[bytes]) -> EncodeGroup:
+        keys = [chunk.key if chunk.key in missing else None for chunk in chunks]
+        while keys and keys[-1] is None:
+            keys.pop()
+        lead = (*self._tokenizer.bos, *chunks[0].context)
+        return EncodeGroup(lead, tuple(c.ids for c in chunks[: len(keys)]), tuple(keys))
+
+
+def context_start(lengths: Sequence[int], chunk: int, limit: int) -> int:
+    """First chunk of the longest run of whole chunks before ``chunk`` with at most ``limit`` tokens."""
+    start, tokens = chunk, 0
+    while start > 0 and tokens + lengths[start - 1] <= limit:
+        start -= 1
+        tokens += lengths[start]
+    return start

@@ -1,0 +1,49 @@
+"""The KV cache of one request.
+
+This is the seam behind which a paged pool will stand: everything else asks a ``RequestKV`` for a layer's
+keys and values and writes rows into it, and never knows how they lie in memory.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class KvShape:
+    """Shape of one token's KV: what a request or a stored chunk needs to know of the model."""
+
+    layers: int
+    kv_heads: int
+    head_dim: int
+    dtype: torch.dtype
+
+    @property
+    def bytes_per_token(self) -> int:
+        return 2 * self.layers * self.kv_heads * self.head_dim * self.dtype.itemsize
+
+
+class RequestKV:
+    """Keys and values of one request, all layers, slot ``j`` holding position ``base + j``.
+
+    Owned by the request from admission to its end; only the thread that owns the model touches it.
+    Slots hold whatever was written last: reading a slot nobody wrote is a bug of the caller, whose masks
+    must exclude it.
+    """
+
+    def __init__(self, shape: KvShape, capacity: int, device: torch.device, base: int = 0) -> None:
+        self.shape, self.capacity, self.base = shape, capacity, base
+        self._data = torch.empty(
+            (shape.layers, 2, capacity, shape.kv_heads, shape.head_dim), dtype=shape.dtype, device=device
+        )
+
+    def write(self, layer: int, slots: torch.Tensor | slice, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Store rows of rotated ``keys`` and ``values``, each (n, kv_heads, head_dim), at ``slots``."""
+        self._data[layer, 0, slots] = keys
+        self._data[layer, 1, slots] = values
+
+    def read(self, layer: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Views of the first ``length`` slots: keys, values, each (length, kv_heads, head_dim)."""
+        return self._data[layer, 0, :length], self._data[layer, 1, :length]

@@ -1,0 +1,107 @@
+"""The prompt plan: which token stands where, and which spans are chunks.
+
+    prefix (system, history) | chunk | chunk | … | question
+
+The prefix and the question are always computed exactly; the chunks are what stored KV is for. The ids of the
+plan are also what a full prefill means in every comparison.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ragkv.chunks import ChunkTokens
+from ragkv.errors import PromptTooLongError
+from ragkv.retrievers import Chunk
+
+
+@dataclass(frozen=True)
+class PlannedChunk:
+    """A chunk to be placed in a prompt: who it is, how it was found, what its tokens are."""
+
+    chunk: Chunk
+    rank: int
+    score: float
+    tokens: ChunkTokens
+
+
+@dataclass(frozen=True)
+class Span:
+    """Where a chunk stands: positions ``start … end - 1``.
+
+    ``context_present``: the chunks its KV was encoded behind stand before it in this prompt. When they do
+    not, recomputing its tokens would forget what the context knew.
+    """
+
+    chunk: PlannedChunk
+    start: int
+    end: int
+    context_present: bool
+
+    @property
+    def length(self) -> int:
+        return self.end - self.start
+
+
+@dataclass(frozen=True)
+class PromptPlan:
+    """``ids`` is the whole prompt; ``dropped`` are chunks that did not fit, lowest-ranked first to go."""
+
+    ids: tuple[int, ...]
+    spans: tuple[Span, ...]
+    question_start: int
+    dropped: tuple[PlannedChunk, ...]
+
+    @property
+    def context_tokens(self) -> int:
+        return sum(span.length for span in self.spans)
+
+
+def make_plan(
+    prefix: Sequence[int], chunks: Sequence[PlannedChunk], question: Sequence[int], *, budget: int
+) -> PromptPlan:
+    """Lay out a prompt of at most ``budget`` tokens.
+
+    Documents stand in the order of their best-ranked chunk, chunks of one document together and in document
+    order, so that a reference to the chunk before finds it before. The lowest-ranked chunks are dropped
+    until the rest fits.
+
+    Raises:
+        PromptTooLongError: prefix and question alone are over the budget.
+    """
+    room = budget - len(prefix) - len(question)
+    if room < 0:
+        raise PromptTooLongError(
+            f"the question, system text and history take {len(prefix) + len(question)} tokens, the model has room "
+            f"for {budget}; shorten them or lower max_tokens",
+            tokens=len(prefix) + len(question),
+            limit=budget,
+        )
+    kept: list[PlannedChunk] = []
+    dropped: list[PlannedChunk] = []
+    for chunk in sorted(chunks, key=lambda c: c.rank):
+        if not dropped and len(chunk.tokens.ids) <= room:
+            kept.append(chunk)
+            room -= len(chunk.tokens.ids)
+        else:
+            dropped.append(chunk)
+    ids = list(prefix)
+    spans: list[Span] = []
+    for chunk in _prompt_order(kept):
+        spans.append(Span(chunk, len(ids), len(ids) + len(chunk.tokens.ids), _context_present(chunk, spans)))
+        ids += chunk.tokens.ids
+    return PromptPlan((*ids, *question), tuple(spans), len(ids), tuple(dropped))
+
+
+def _prompt_order(chunks: list[PlannedChunk]) -> list[PlannedChunk]:
+    first_rank: dict[str, int] = {}
+    for chunk in chunks:
+        first_rank.setdefault(chunk.chunk.document_id, chunk.rank)
+    return sorted(chunks, key=lambda c: (first_rank[c.chunk.document_id], c.chunk.ordinal))
+
+
+def _context_present(chunk: PlannedChunk, before: list[Span]) -> bool:
+    present = {span.chunk.chunk.ordinal for span in before if span.chunk.chunk.document_id == chunk.chunk.document_id}
+    first = chunk.chunk.ordinal - chunk.tokens.context_chunks
+    return present.issuperset(range(first, chunk.chunk.ordinal))

@@ -1,0 +1,152 @@
+"""From a prompt plan to the first token's logits: blended where stored KV is there, in full where it is not."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+
+import torch
+
+from ragkv.blend import Blend
+from ragkv.clock import Stopwatch
+from ragkv.errors import RagkvError
+from ragkv.kv import RequestKV
+from ragkv.loading import ChunkLostError, LayerLoader
+from ragkv.plan import PromptPlan, Span
+from ragkv.runner import ModelRunner
+from ragkv.store import ChunkStore, OpenEntry
+from ragkv.types import KvSource
+
+FULL = "full"
+
+
+@dataclass
+class SpanOutcome:
+    """What happened to one chunk: where its KV came from, why it did not come from the store, what was
+    recomputed of it."""
+
+    kv: KvSource
+    why: str | None = None
+    repaired_tokens: int = 0
+    token_layers: int = 0
+
+
+@dataclass
+class PrefillResult:
+    """``outcomes`` stand in the order of the plan's spans; ``to_encode`` are spans the store should get."""
+
+    logits: torch.Tensor
+    kv: RequestKV
+    outcomes: list[SpanOutcome]
+    to_encode: list[Span] = field(default_factory=list)
+
+
+class Prefill:
+    """One request's prefill.
+
+    Args:
+        strategy: a name of :data:`ragkv.selection.STRATEGIES`, or ``full``.
+        blending_off: why nothing may be blended, or None.
+        room: tokens that will be generated; the KV gets slots for them.
+    """
+
+    def __init__(
+        self,
+        runner: ModelRunner,
+        store: ChunkStore,
+        plan: PromptPlan,
+        *,
+        strategy: str,
+        ratio: float,
+        room: int,
+        watch: Stopwatch,
+        blending_off: str | None = None,
+        seed: int = 0,
+    ) -> None:
+        self._runner, self._store, self._plan = runner, store, plan
+        self._strategy, self._ratio, self._seed, self._room = strategy, ratio, seed, room
+        self._watch, self._off = watch, blending_off
+        self._why: dict[Span, str] = {}
+
+    def run(self) -> Generator[None, None, PrefillResult]:
+        """Yields between layers. Leases on stored entries end with the generator, however it ends."""
+        if self._strategy == FULL or self._off or not self._plan.spans:
+            why = self._off or "full prefill was asked for"
+            self._why = dict.fromkeys(self._plan.spans, why)
+            return (yield from self._full())
+        while True:
+            with ExitStack() as leases:
+                entries = self._open(leases)
+                if not entries:
+                    result = yield from self._full()
+                    break
+                try:
+                    result = yield from self._blend(entries)
+                    break
+                except ChunkLostError as lost:
+                    self._why[lost.span] = f"its stored KV was unreadable: {lost.cause}"
+        result.to_encode = [span for span in self._plan.spans if span in self._why]
+        return result
+
+    def _open(self, leases: ExitStack) -> dict[Span, OpenEntry]:
+        wanted = [span for span in self._plan.spans if span not in self._why]
+        opened = self._store.open([span.chunk.tokens.key for span in wanted])
+        entries: dict[Span, OpenEntry] = {}
+        for span, entry in zip(wanted, opened, strict=True):
+            if isinstance(entry, RagkvError):
+                self._why[span] = entry.message
+            else:
+                entries[span] = leases.enter_context(entry)
+        self._watch.lap("lookup")
+        return entries
+
+    def _blend(self, entries: dict[Span, OpenEntry]) -> Generator[None, None, PrefillResult]:
+        kv = self._runner.new_kv(len(self._plan.ids) + self._room)
+        spans = list(entries)
+        slabs = self._store.open_layers(list(entries.values()))
+        try:
+            loader = LayerLoader(self._runner, kv, spans, slabs)
+            blend = Blend(
+                self._runner,
+                self._plan,
+                kv,
+                loader,
+                spans,
+                strategy=self._strategy,
+                ratio=self._ratio,
+                seed=self._seed,
+                watch=self._watch,
+            )
+            rows = yield from blend.run()
+            logits = self._runner.logits(rows)
+        finally:
+            slabs.close()
+        outcomes = [self._outcome(span, entries.get(span), blend) for span in self._plan.spans]
+        return PrefillResult(logits, kv, outcomes)
+
+    def _outcome(self, span: Span, entry: OpenEntry | None, blend: Blend) -> SpanOutcome:
+        layers = self._runner.shape.layers
+        if entry is None:
+            return SpanOutcome("computed", self._why[span], span.length, span.length * layers)
+        repaired = int(blend.computed[span.start : span.end].sum())
+        dense = blend.dense_layers if span.context_present else 0
+        return SpanOutcome(
+            entry.tier,
+            None if span.context_present else "not repaired: its document context is not in this prompt",
+            span.length if dense else repaired,
+            span.length * dense + repaired * (layers - dense),
+        )
+
+    def _full(self) -> Generator[None, None, PrefillResult]:
+        plan, layers = self._plan, self._runner.shape.layers
+        kv = self._runner.new_kv(len(plan.ids) + self._room)
+        rows = self._runner.start_prefill(self._runner.tensor(plan.ids), kv)
+        for layer in range(layers):
+            self._runner.run_layer(layer, rows)
+            self._watch.lap("recompute")
+            yield
+            self._watch.lap("queue")
+        logits = self._runner.logits(rows)
+        outcomes = [SpanOutcome("computed", self._why[s], s.length, s.length * layers) for s in plan.spans]
+        return PrefillResult(logits, kv, outcomes)

@@ -1,0 +1,129 @@
+"""The model runner: ``transformers``' decoder layers, driven one by one over a request's own KV.
+
+The layer loop belongs to the caller (a prefill or a blend), because between two layers it loads, selects or
+yields; the runner only knows how to run one layer for some rows. Not thread-safe: the engine thread owns it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ragkv.attention import AttentionStep
+from ragkv.kv import KvShape, RequestKV
+from ragkv.rope import read_rope
+
+
+class _Probed(Exception):  # noqa: N818  (not an error: it carries the values out of the library's layer)
+    def __init__(self, values: torch.Tensor) -> None:
+        self.values = values
+
+
+class _Probe:
+    """A cache that stops the layer once its keys and values are known, before attention."""
+
+    def update(self, keys: torch.Tensor, values: torch.Tensor, *_: Any, **__: Any) -> None:
+        raise _Probed(values)
+
+
+@dataclass
+class Rows:
+    """Hidden states of some rows on their way through the layers.
+
+    ``hidden`` is (1, rows, hidden_size); ``rotary`` the library's cos and sin for the rows' positions.
+    """
+
+    hidden: torch.Tensor
+    rotary: tuple[torch.Tensor, torch.Tensor]
+    step: AttentionStep
+
+
+class ModelRunner:
+    """Runs a loaded causal LM whose attention implementation is :data:`ragkv.attention.NAME`."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model.eval()
+        self.decoder = model.model
+        self.config = model.config
+        weight = model.get_input_embeddings().weight
+        self.device: torch.device = weight.device
+        attention = self.decoder.layers[0].self_attn
+        self.shape = KvShape(
+            layers=len(self.decoder.layers),
+            kv_heads=int(self.config.num_key_value_heads),
+            head_dim=int(attention.head_dim),
+            dtype=weight.dtype,
+        )
+        self.rope = read_rope(model)
+        self.max_positions = int(self.config.max_position_embeddings)
+
+    def new_kv(self, capacity: int, base: int = 0) -> RequestKV:
+        return RequestKV(self.shape, capacity, self.device, base)
+
+    def rows(self, ids: torch.Tensor, step: AttentionStep) -> Rows:
+        """Embed token ``ids`` (rows,) for the positions of ``step``."""
+        hidden = self.decoder.embed_tokens(ids[None])
+        return Rows(hidden, self.decoder.rotary_emb(hidden, step.positions[None]), step)
+
+    def run_layer(self, layer: int, rows: Rows) -> None:
+        """Advance ``rows`` through one layer, writing their keys and values into the step's KV."""
+        rows.hidden = self.decoder.layers[layer](
+            rows.hidden,
+            attention_mask=rows.step,
+            position_ids=rows.step.positions[None],
+            past_key_values=rows.step,
+            use_cache=True,
+            position_embeddings=rows.rotary,
+        )
+
+    def probe_values(self, layer: int, rows: Rows) -> torch.Tensor:
+        """Values (rows, kv_heads, head_dim) that ``layer`` would write for ``rows``; writes and advances nothing."""
+        try:
+            self.decoder.layers[layer](
+                rows.hidden,
+                attention_mask=None,
+                position_ids=rows.step.positions[None],
+                past_key_values=_Probe(),
+                use_cache=True,
+                position_embeddings=rows.rotary,
+            )
+        except _Probed as probed:
+            return probed.values[0].transpose(0, 1)
+        raise RuntimeError("the layer did not update its cache")
+
+    def logits(self, rows: Rows) -> torch.Tensor:
+        """float32 (vocab,) next-token logits of the last row."""
+        last = self.decoder.norm(rows.hidden[:, -1:])
+        return self.model.lm_head(last)[0, 0].float()  # type: ignore[no-any-return]
+
+    def start_prefill(self, ids: torch.Tensor, kv: RequestKV) -> Rows:
+        """Rows of a plain full prefill of ``ids`` (n,) into the slots of an empty ``kv``."""
+        n = int(ids.shape[0])
+        positions = torch.arange(kv.base, kv.base + n, device=self.device)
+        return self.rows(ids, AttentionStep(kv, positions, n, contiguous=True))
+
+    def prefill(self, ids: torch.Tensor, kv: RequestKV) -> Rows:
+        """:meth:`start_prefill` through all layers."""
+        rows = self.start_prefill(ids, kv)
+        for layer in range(self.shape.layers):
+            self.run_layer(layer, rows)
+        return rows
+
+    def decode(self, token: int, position: int, kv: RequestKV) -> torch.Tensor:
+        """Logits after one more ``token`` at ``position``."""
+        ids = torch.tensor([token], device=self.device)
+        positions = torch.tensor([position], device=self.device)
+        rows = self.rows(ids, AttentionStep(kv, positions, position - kv.base + 1, contiguous=False))
+        for layer in range(self.shape.layers):
+            self.run_layer(layer, rows)
+        return self.logits(rows)
+
+    def tensor(self, ids: Any) -> torch.Tensor:
+        return torch.as_tensor(ids, dtype=torch.long, device=self.device)
+
+    def synchronize(self) -> None:
+        """Wait for the device, so that a clock read next means something."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)

@@ -1,0 +1,119 @@
+"""Which stored tokens to repair: the strategies, by name.
+
+A strategy is a generator over a :class:`~ragkv.blend.Blend`; it yields whenever it ran a layer and returns a
+:class:`Start`. It may select at once, look at the question's attention first, or run some layers
+densely, and it never selects tokens that are not repairable.
+
+    none      nothing: full reuse
+    epic      the first tokens of every chunk (EPIC, ICML'25)
+    random    tokens at random: the yardstick every idea must beat
+    question  tokens the question attends to in the middle layers (ProphetKV, QCFuse 2026)
+    hkvd      tokens whose values deviate most at a check layer (CacheBlend, EuroSys'25)
+
+``full`` is no strategy here: it is the plain prefill of :mod:`ragkv.prefill`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from ragkv.runner import Rows
+
+if TYPE_CHECKING:
+    from ragkv.blend import Blend
+
+@dataclass(frozen=True)
+class Start:
+    """What a strategy hands to the main pass: ``rows``, ready for layer ``layer``.
+
+    ``dense_layers``: layers it ran over all context tokens on the way.
+    """
+
+    rows: Rows
+    layer: int
+    dense_layers: int = 0
+
+
+Strategy = Callable[["Blend"], Generator[None, None, Start]]
+
+HKVD_CHECK_LAYER = 1
+
+
+def none(blend: Blend) -> Generator[None, None, Start]:
+    yield from ()
+    return _at_once(blend, blend.required)
+
+
+def epic(blend: Blend) -> Generator[None, None, Start]:
+    """The same number of tokens at the start of every chunk; short chunks leave theirs to the others."""
+    yield from ()
+    scores = torch.full((blend.length,), float("-inf"))
+    for span in blend.reused:
+        scores[span.start : span.end] = -torch.arange(span.length, dtype=torch.float)
+    return _at_once(blend, blend.take(scores))
+
+
+def random(blend: Blend) -> Generator[None, None, Start]:
+    yield from ()
+    scores = torch.rand(blend.length, generator=torch.Generator().manual_seed(blend.seed))
+    return _at_once(blend, blend.take(scores))
+
+
+def question(blend: Blend) -> Generator[None, None, Start]:
+    """Run only the required rows over the reused KV, up to three quarters of the depth, and add up what the
+    question's rows attend to from one quarter on."""
+    layers = blend.runner.shape.layers
+    first, end = layers // 4, max(layers // 4 + 1, 3 * layers // 4)
+    if not blend.budget:
+        return (yield from none(blend))
+    rows = blend.rows(blend.required, score_question=True)
+    score_rows, rows.step.score_rows = rows.step.score_rows, 0
+    yield from blend.advance(rows, 0, first, "select")
+    rows.step.score_rows = score_rows
+    yield from blend.advance(rows, first, end, "select")
+    if rows.step.scores is None:
+        raise RuntimeError("the attention function collected no scores")
+    start = _at_once(blend, blend.take(rows.step.scores))
+    blend.watch.lap("select")
+    return start
+
+
+def hkvd(blend: Blend) -> Generator[None, None, Start]:
+    """Dense up to the check layer; there compare fresh values with stored ones, d = Σ (V_new − V_old)², and go
+    on with the tokens that differ most."""
+    check = min(HKVD_CHECK_LAYER, blend.runner.shape.layers - 1)
+    if not blend.budget:
+        return (yield from none(blend))
+    # Rows that must not be repaired may not be recomputed on the way either.
+    dense = blend.rows(blend.required | blend.repairable)
+    yield from blend.advance(dense, 0, check, "recompute")
+    blend.loader.ensure(check)
+    blend.watch.lap("load")
+    fresh = blend.runner.probe_values(check, dense)
+    positions = dense.step.positions
+    stored = blend.kv.read(check, blend.length)[1][positions]
+    deviation = (fresh.float() - stored.float()).square().sum(dim=(1, 2))
+    scores = torch.zeros(blend.length)
+    scores[positions.cpu()] = deviation.cpu()
+    chosen = blend.take(scores)
+    rows = blend.rows(chosen)
+    rows.hidden = dense.hidden[:, chosen[positions.cpu()].to(positions.device)]
+    blend.watch.lap("select")
+    return Start(rows, check, dense_layers=check)
+
+
+def _at_once(blend: Blend, computed: torch.Tensor) -> Start:
+    return Start(blend.rows(computed), 0)
+
+
+STRATEGIES: dict[str, Strategy] = {
+    "none": none,
+    "epic": epic,
+    "random": random,
+    "question": question,
+    "hkvd": hkvd,
+}
