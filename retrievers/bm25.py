@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .ranking import Mask, Ranking, rank
+from ragkv.retrievers.ranking import Mask, Ranking, rank
 
 # Scripts written without spaces are indexed by character: a run of them is a phrase, not a word.
 _WORD = re.compile(r"[\u3040-\u9fff\uf900-\ufaff]|[^\W_\u3040-\u9fff\uf900-\ufaff]+")
@@ -25,7 +25,7 @@ def tokenize(text: str) -> list[str]:
 
 
 class Bm25Index:
-    """A BM25 index over a fixed list of texts. Immutable once built, so it is safe to share between threads."""
+    """A BM25 index over a fixed list of texts. Immutable once built, so safe to share between threads."""
 
     def __init__(self, scores: dict[str, Any] | None, vocabulary: dict[str, int], size: int) -> None:
         self._bm25 = _restore(scores, vocabulary) if scores is not None else None
@@ -49,7 +49,7 @@ class Bm25Index:
         return self._size
 
     def search(self, query: str, k: int, mask: Mask | None = None) -> Ranking:
-        """The best ``k`` texts that share a word with the query, among those where ``mask`` (len,) is true."""
+        """The best ``k`` texts that share a word with the query, where ``mask`` (len,) is true."""
         ids = [self._vocabulary[word] for word in tokenize(query) if word in self._vocabulary]
         if self._bm25 is None or not ids:
             return []
@@ -61,7 +61,7 @@ class Bm25Index:
     def to_arrays(self) -> dict[str, NDArray[Any]]:
         """Everything needed to restore the index, as plain arrays."""
         words = np.frombuffer(json.dumps(list(self._vocabulary), ensure_ascii=False).encode(), np.uint8)
-        arrays: dict[str, NDArray[Any]] = {"size": np.int64(self._size).reshape(()), "vocabulary": words}
+        arrays: dict[str, NDArray[Any]] = {"size": np.array(self._size), "vocabulary": words}
         if self._bm25 is not None:
             arrays |= {name: self._bm25.scores[name] for name in ("data", "indices", "indptr")}
         return arrays

@@ -1,7 +1,8 @@
 """A collection's documents and chunks in one SQLite file.
 
-Write-ahead logging keeps the file whole when the process is killed at any point, and lets other processes read and
-write beside us. Every write transaction changes ``stamp``, by which indexes learn that they are out of date.
+Write-ahead logging keeps the file whole when the process is killed at any point, and lets other processes
+read and write beside us. Every write transaction changes ``stamp``, by which indexes learn that they are out
+of date.
 """
 
 from __future__ import annotations
@@ -16,8 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ragkv.errors import CollectionError
-
-from .types import Chunk, Document, chunk_id
+from ragkv.retrievers.types import Chunk, Document, chunk_id
 
 _APPLICATION_ID = 0x7261676B  # "ragk"
 _FORMAT = 1
@@ -49,15 +49,18 @@ class DocumentInfo:
 class Database:
     """One connection, shared by the process's threads under a lock.
 
-    ``write`` and ``read`` are transactions; the other methods must be called inside one. Raises CollectionError where
-    the file is damaged, not ours, of a newer format, locked for a minute, or the disk is full.
+    ``write`` and ``read`` are transactions; the other methods must be called inside one. Raises
+    CollectionError where the file is damaged, not ours, of a newer format, locked for a minute, or the disk
+    is full.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._lock = threading.RLock()
         with self._errors():
-            self._sql = sqlite3.connect(path, timeout=_BUSY_SECONDS, isolation_level=None, check_same_thread=False)
+            self._sql = sqlite3.connect(
+                path, timeout=_BUSY_SECONDS, isolation_level=None, check_same_thread=False
+            )
         try:
             with self._errors():
                 self._prepare()
@@ -87,11 +90,14 @@ class Database:
         return None if row is None else str(row[0])
 
     def set_meta(self, key: str, value: str) -> None:
-        self._sql.execute("INSERT INTO meta VALUES (?, ?) ON CONFLICT DO UPDATE SET value = excluded.value", (key, value))
+        self._sql.execute(
+            "INSERT INTO meta VALUES (?, ?) ON CONFLICT DO UPDATE SET value = excluded.value", (key, value)
+        )
 
     def digests(self, ids: Sequence[str]) -> dict[str, bytes]:
         rows = self._sql.execute(
-            "SELECT id, digest FROM documents WHERE id IN (SELECT value FROM json_each(?))", (json.dumps(ids),)
+            "SELECT id, digest FROM documents WHERE id IN (SELECT value FROM json_each(?))",
+            (json.dumps(ids),),
         )
         return dict(rows.fetchall())
 
@@ -138,7 +144,10 @@ class Database:
         texts = self._sql.execute("SELECT text FROM chunks ORDER BY document, ordinal")
         for row in self._sql.execute(f"{_INFO} ORDER BY seq").fetchall():
             info = _info(row)
-            yield info, make_chunks(info, [text for (text,) in texts.fetchmany(info.chunks)] if info.chunks else [])
+            yield (
+                info,
+                make_chunks(info, [text for (text,) in texts.fetchmany(info.chunks)] if info.chunks else []),
+            )
 
     def totals(self) -> tuple[int, int, int]:
         """Documents, chunks, characters."""
@@ -152,7 +161,9 @@ class Database:
         (version,) = self._sql.execute("PRAGMA user_version").fetchone()
         (tables,) = self._sql.execute("SELECT count(*) FROM sqlite_master").fetchone()
         if tables and application != _APPLICATION_ID:
-            raise CollectionError(f"{self.path} is not a ragkv collection; choose another folder", path=str(self.path))
+            raise CollectionError(
+                f"{self.path} is not a ragkv collection; choose another folder", path=str(self.path)
+            )
         if version > _FORMAT:
             raise CollectionError(
                 f"{self.path} has format {version}, this version reads up to {_FORMAT}; upgrade ragkv",
@@ -190,7 +201,8 @@ class Database:
 
 def make_chunks(info: DocumentInfo, texts: Sequence[str]) -> list[Chunk]:
     return [
-        Chunk(chunk_id(info.id, i), info.id, i, text, info.metadata, info.title) for i, text in enumerate(texts)
+        Chunk(chunk_id(info.id, i), info.id, i, text, info.metadata, info.title)
+        for i, text in enumerate(texts)
     ]
 
 

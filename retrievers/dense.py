@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .ranking import Mask, Ranking, rank
+from ragkv.retrievers.ranking import Mask, Ranking, rank
 
 Vectors = NDArray[np.float32]
 _TIES = 32  # FAISS leaves the order of equal scores open; this many more are fetched and ordered by position

@@ -10,9 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ragkv.errors import ConfigError, MissingExtraError
-
-from .bm25 import tokenize
-from .dense import Vectors, normalized
+from ragkv.retrievers.bm25 import tokenize
+from ragkv.retrievers.dense import Vectors, normalized
 
 MAX_DIM = 256
 _MAX_FEATURES = 2**16
@@ -22,9 +21,9 @@ _BATCH = 4096
 class Embedder(Protocol):
     """Texts to unit vectors.
 
-    ``name`` identifies the vector space: vectors of equal names are comparable and may be cached under the text's hash.
-    ``weight`` is the vote the dense ranking gets in fusion, where BM25 has 1. Methods are thread-safe and
-    deterministic; a text without a known word is the zero vector, which finds nothing.
+    ``name`` identifies the vector space: vectors of equal names are comparable and may be cached under the
+    text's hash. ``weight`` is the vote the dense ranking gets in fusion, where BM25 has 1. Methods are
+    thread-safe and deterministic; a text without a known word is the zero vector, which finds nothing.
     """
 
     @property
@@ -47,24 +46,29 @@ class SvdEmbedder:
     """Latent semantic analysis (Deerwester et al. 1990): TF-IDF over words, projected on its first singular vectors.
 
     Needs no model file and no download. It sees the same words as BM25, so it gets half a vote in fusion.
+    ``SvdEmbedder()`` is unfitted: it knows no word, every text is the zero vector.
     """
 
     name = "svd"
     weight = 0.5
 
-    def __init__(self, vocabulary: Sequence[str], idf: Vectors, components: Vectors) -> None:
+    def __init__(
+        self, vocabulary: Sequence[str] = (), idf: Vectors | None = None, components: Vectors | None = None
+    ) -> None:
         self._vocabulary = list(vocabulary)
-        self._components = components  # (dim, words)
+        self._idf = np.zeros(0, np.float32) if idf is None else idf
+        self._components = np.zeros((1, 0), np.float32) if components is None else components  # (dim, words)
+        if len(self._vocabulary) != len(self._idf) or len(self._vocabulary) != self._components.shape[1]:
+            raise ValueError("vocabulary, idf and components differ in length")
         self._vectorizer = _vectorizer(vocabulary=self._vocabulary) if self._vocabulary else None
         if self._vectorizer is not None:
-            self._vectorizer.idf_ = idf
-        self._idf = idf
+            self._vectorizer.idf_ = self._idf
 
     @classmethod
     def fit(cls, texts: Sequence[str]) -> SvdEmbedder:
         """Fit to a corpus of any size; the dimension is at most 256, the number of texts and of words."""
         if not any(map(tokenize, texts)):
-            return cls([], np.zeros(0, np.float32), np.zeros((1, 0), np.float32))
+            return cls()
         from sklearn.utils.extmath import randomized_svd
 
         vectorizer = _vectorizer(max_features=_MAX_FEATURES)
@@ -87,7 +91,8 @@ class SvdEmbedder:
         return normalized(vectors)
 
     def embed_query(self, text: str) -> Vectors:
-        return self.embed_documents([text])[0]
+        vector: Vectors = self.embed_documents([text])[0]
+        return vector
 
     def to_arrays(self) -> dict[str, NDArray[Any]]:
         """Everything needed to restore the embedder exactly, as plain arrays."""
@@ -141,21 +146,29 @@ class SentenceTransformerEmbedder:
 
     def embed_query(self, text: str) -> Vectors:
         vectors = self._model.encode_query([text], show_progress_bar=False, convert_to_numpy=True)
-        return normalized(np.asarray(vectors, np.float32))[0]
+        vector: Vectors = normalized(np.asarray(vectors, np.float32))[0]
+        return vector
 
 
-def make_embedder(spec: str) -> type[SvdEmbedder] | SentenceTransformerEmbedder:
-    """``"svd"`` gives the class to ``fit`` to a corpus; anything else is a folder or hub id of a model."""
+def make_embedder(spec: str) -> SvdEmbedder | SentenceTransformerEmbedder:
+    """``"svd"`` gives an unfitted SvdEmbedder; anything else is a model's folder or hub id."""
     if not spec or spec != spec.strip():
         raise ConfigError(
-            f"embedder = {spec!r} is not valid; use 'svd', a folder or a hub id", setting="embedder", value=spec
+            f"embedder = {spec!r} is not valid; use 'svd', a folder or a hub id",
+            setting="embedder",
+            value=spec,
         )
-    return SvdEmbedder if spec == SvdEmbedder.name else SentenceTransformerEmbedder(spec)
+    return SvdEmbedder() if spec == SvdEmbedder.name else SentenceTransformerEmbedder(spec)
 
 
 def _vectorizer(**options: Any) -> Any:
     from sklearn.feature_extraction.text import TfidfVectorizer
 
     return TfidfVectorizer(
-        tokenizer=tokenize, token_pattern=None, lowercase=False, sublinear_tf=True, dtype=np.float32, **options
+        tokenizer=tokenize,
+        token_pattern=None,
+        lowercase=False,
+        sublinear_tf=True,
+        dtype=np.float32,
+        **options,
     )

@@ -8,13 +8,15 @@ A filter is a mapping; every entry must hold:
     {"author.name": {"$ne": "Doe"}}                 a dot goes into nested metadata
     {"draft": {"$exists": False}}
 
-Operators: ``$eq $ne $gt $gte $lt $lte $in $nin $exists``. Where a document's value is a list, one matching element is
-enough (``$ne`` and ``$nin``: no element may match). A missing field fails every operator but ``$ne``, ``$nin`` and
-``{"$exists": false}``. Values of different types are unequal and never ordered; ``True`` is not ``1``.
+Operators: ``$eq $ne $gt $gte $lt $lte $in $nin $exists``. Where a document's value is a list, one matching
+element is enough (``$ne`` and ``$nin``: no element may match). A missing field fails every operator but
+``$ne``, ``$nin`` and ``{"$exists": false}``. Values of different types are unequal and never ordered;
+``True`` is not ``1``.
 
-Filters act on *documents*: all chunks of a document share its metadata. A chunk's KV is computed behind the chunks
-before it in its own document, so this is what keeps document context inside an access filter: whoever may see a chunk
-may see everything that coloured it. Split texts of different readership into different documents.
+Filters act on *documents*: all chunks of a document share its metadata. A chunk's KV is computed behind the
+chunks before it in its own document, so this is what keeps document context inside an access filter: whoever
+may see a chunk may see everything that coloured it. Split texts of different readership into different
+documents.
 """
 
 from __future__ import annotations
@@ -59,11 +61,15 @@ def _operator(field: str, name: Any, wanted: Any) -> Callable[[Any], bool]:
             operator=str(name),
         )
     if name in ("$in", "$nin") and not isinstance(wanted, list | tuple):
-        raise FilterError(f"{name} for field {field!r} needs a list, not {wanted!r}", field=field, operator=name)
+        raise FilterError(
+            f"{name} for field {field!r} needs a list, not {wanted!r}", field=field, operator=name
+        )
     if name == "$exists" and not isinstance(wanted, bool):
         raise FilterError(f"$exists for field {field!r} needs true or false, not {wanted!r}", field=field)
     if name in ("$gt", "$gte", "$lt", "$lte") and _kind(wanted) not in ("number", "str"):
-        raise FilterError(f"{name} for field {field!r} needs a number or a string, not {wanted!r}", field=field)
+        raise FilterError(
+            f"{name} for field {field!r} needs a number or a string, not {wanted!r}", field=field
+        )
     return lambda value: test(value, wanted)
 
 
@@ -106,7 +112,9 @@ def _ordered(compare: Callable[[Any, Any], bool]) -> Callable[[Any, Any], bool]:
 
 
 _OPERATORS: dict[str, Callable[[Any, Any], bool]] = {
-    "$eq": lambda value, wanted: _any_of(value, [wanted]) or (value is not _MISSING and _equal(value, wanted)),
+    "$eq": lambda value, wanted: (
+        _any_of(value, [wanted]) or (value is not _MISSING and _equal(value, wanted))
+    ),
     "$ne": lambda value, wanted: not _any_of(value, [wanted]),
     "$gt": _ordered(operator.gt),
     "$gte": _ordered(operator.ge),

@@ -14,16 +14,17 @@ def reciprocal_rank_fusion(
     """``score(d) = Σ weight / (k + rank(d))`` over the rankings that hold ``d`` (Cormack, Clarke & Büttcher, SIGIR
     2009, where every weight is 1, as it is here unless given).
 
-    Returns (item, score, its rank in each named ranking), best first; ranks count from 1. Equal scores are ordered by
-    the best single rank, then by the order of ``rankings``.
+    Returns (item, score, its rank in each named ranking), best first; ranks count from 1. Equal scores are
+    ordered by the best single rank, then by the order of ``rankings``.
     """
     ranks: dict[Item, dict[str, int]] = {}
     for name, ranking in rankings.items():
         for rank, item in enumerate(ranking, start=1):
             ranks.setdefault(item, {})[name] = rank
-    votes = {name: 1.0 for name in rankings} | dict(weights or {})
+    votes = dict.fromkeys(rankings, 1.0) | dict(weights or {})
     fused = [
-        (item, sum(votes[name] / (k + rank) for name, rank in own.items()), own) for item, own in ranks.items()
+        (item, sum(votes[name] / (k + rank) for name, rank in own.items()), own)
+        for item, own in ranks.items()
     ]
     # The sort is stable, and ``ranks`` was filled ranking by ranking.
     return sorted(fused, key=lambda entry: (-entry[1], min(entry[2].values())))

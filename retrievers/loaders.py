@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ragkv.errors import DocumentError, NotFoundError
-
-from .types import Document
+from ragkv.retrievers.types import Document
 
 MAX_BYTES = 50_000_000
 KNOWN_TYPES = (".txt", ".md", ".markdown", ".html", ".htm", ".jsonl")
@@ -19,10 +18,41 @@ KNOWN_TYPES = (".txt", ".md", ".markdown", ".html", ".htm", ".jsonl")
 _HEADING = re.compile(r"^#{1,6}[ \t]+(.+?)[ \t#]*$", re.M)
 _EXTRACT_FIRST = {".pdf", ".doc", ".docx", ".odt", ".ppt", ".pptx", ".epub", ".rtf"}
 _INVISIBLE = ("script", "style", "noscript", "template", "head", "svg", "iframe", "object", "nav")
-_BLOCK_TAGS = (
-    "address article aside blockquote br dd details div dl dt fieldset figcaption figure footer form h1 h2 h3 h4 h5 h6 "
-    "header hr li main ol p pre section summary table tr ul"
-).split()
+_BLOCK_TAGS = [
+    "address",
+    "article",
+    "aside",
+    "blockquote",
+    "br",
+    "dd",
+    "details",
+    "div",
+    "dl",
+    "dt",
+    "fieldset",
+    "figcaption",
+    "figure",
+    "footer",
+    "form",
+    "h1",
+    "h2",
+    "h3",
+    "h4",
+    "h5",
+    "h6",
+    "header",
+    "hr",
+    "li",
+    "main",
+    "ol",
+    "p",
+    "pre",
+    "section",
+    "summary",
+    "table",
+    "tr",
+    "ul",
+]
 
 
 def load_path(
@@ -33,9 +63,10 @@ def load_path(
 ) -> Iterator[Document]:
     """The documents of a file, or of all files below a folder in sorted order; hidden files and folders are skipped.
 
-    A document's id is its path relative to the folder (POSIX style), or the file's name. Lines of a ``.jsonl`` file
-    name themselves. A file that cannot be used raises DocumentError; with ``on_error`` the error is handed there
-    and loading goes on with the next file. Raises NotFoundError where nothing is at ``path``.
+    A document's id is its path relative to the folder (POSIX style), or the file's name. Lines of a
+    ``.jsonl`` file name themselves. A file that cannot be used raises DocumentError; with ``on_error`` the
+    error is handed there and loading goes on with the next file. Raises NotFoundError where nothing is at
+    ``path``.
     """
     root = Path(path)
     if not root.exists():
@@ -99,9 +130,15 @@ def _checked_suffix(name: str, path: str | None = None) -> str:
     if suffix in KNOWN_TYPES:
         return suffix
     known = ", ".join(KNOWN_TYPES)
-    hint = f"extract its text first and add that as one of {known}" if suffix in _EXTRACT_FIRST else f"use {known}"
+    hint = (
+        f"extract its text first and add that as one of {known}"
+        if suffix in _EXTRACT_FIRST
+        else f"use {known}"
+    )
     raise DocumentError(
-        f"{path or name} is of an unknown type ({suffix or 'no extension'}); {hint}", path=path or name, type=suffix
+        f"{path or name} is of an unknown type ({suffix or 'no extension'}); {hint}",
+        path=path or name,
+        type=suffix,
     )
 
 
@@ -162,7 +199,9 @@ def _json_document(name: str, number: int, line: str) -> Document:
     own_id = entry.get("id")
     if own_id is not None and (isinstance(own_id, bool) or not isinstance(own_id, str | int) or own_id == ""):
         raise bad("id must be a non-empty string or an integer")
-    return Document(_content_id(entry) if own_id is None else str(own_id), body, title or None, metadata or {})
+    return Document(
+        _content_id(entry) if own_id is None else str(own_id), body, title or None, metadata or {}
+    )
 
 
 def _content_id(entry: dict[str, Any]) -> str:

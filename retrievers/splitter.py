@@ -2,15 +2,16 @@
 
 The rule, in full:
 
-1. The text is cut into blocks at blank lines and around Markdown headings, blocks into sentences (or list items and
-   table rows). White space stays at the end of what it follows. A sentence that is over the budget is cut further: at
-   line ends, then at spaces, then between characters.
-2. Sentences are packed greedily. A chunk is closed when the next sentence does not fit, or **when the next sentence
-   opens a block and the chunk is at least half full**. So chunks tend to begin where paragraphs begin, and an edit
-   moves the borders only up to the next paragraph where both packings agree.
-3. A heading is never the end of a chunk (unless the chunk holds nothing else): it moves on to what follows it.
-4. Counts of joined text differ from the sum of counts, so every finished chunk is counted whole and shortened until
-   it fits.
+1. The text is cut into blocks at blank lines and around Markdown headings, blocks into sentences (or list
+   items and table rows). White space stays at the end of what it follows. A sentence that is over the budget
+   is cut further: at line ends, then at spaces, then between characters.
+2. Sentences are packed greedily. A chunk is closed when the next sentence does not fit, or **when the next
+   sentence opens a block and the chunk is at least half full**. So chunks tend to begin where paragraphs
+   begin, and an edit moves the borders only up to the next paragraph where both packings agree.
+3. A heading is never the end of a chunk (unless the chunk holds nothing else): it moves on to what follows
+   it.
+4. Counts of joined text differ from the sum of counts, so every finished chunk is counted whole and shortened
+   until it fits.
 
 The work is linear in the text: each sentence is counted once, in batches, and each chunk about once.
 """
@@ -23,8 +24,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from ragkv.errors import ConfigError
-
-from .types import Chunk, Document, chunk_id
+from ragkv.retrievers.types import Chunk, Document, chunk_id
 
 _MIN_TOKENS = 16  # one code point can cost four byte tokens; below this a chunk may not hold even that
 _COUNT_BATCH = 1024
@@ -52,10 +52,10 @@ class _Unit:
 class Splitter:
     """Cuts documents into chunks by a token budget; see the module's docstring for the rule.
 
-    ``count_tokens`` counts the tokens of one text alone, without special tokens, as the model's tokenizer sees it;
-    ``count_batch`` does so for many texts at once (optional, faster). ``tokenizer`` names the tokenizer: it is part of
-    ``name``, and collections re-split a document that is added again under another name.
-    Raises ConfigError for ``max_tokens`` under 16.
+    ``count_tokens`` counts the tokens of one text alone, without special tokens, as the model's tokenizer
+    sees it; ``count_batch`` does so for many texts at once (optional, faster). ``tokenizer`` names the
+    tokenizer: it is part of ``name``, and collections re-split a document that is added again under another
+    name. Raises ConfigError for ``max_tokens`` under 16.
     """
 
     def __init__(
@@ -85,7 +85,7 @@ class Splitter:
         ]
 
     def split(self, text: str) -> list[str]:
-        """Chunk texts, each of at most ``max_tokens`` tokens; joined they are ``text``. Empty text: no chunks."""
+        """Chunk texts, each of at most ``max_tokens`` tokens; joined they are ``text``."""
         units = list(self._units(text))
         chunks = []
         start = 0
@@ -176,7 +176,7 @@ def _pieces(text: str, limit: int) -> Iterator[str]:
 
 
 def _soft_cut(text: str, start: int, high: int, low: int) -> int:
-    """Where to cut in (low, high]: behind the last line end, else behind the last white space, else at ``high``."""
+    """Where to cut in (low, high]: behind the last line end, else the last white space, else at ``high``."""
     low = max(low, start)
     newline = text.rfind("\n", low, high)
     if newline >= 0:

@@ -23,8 +23,8 @@ class Document:
     def full_text(self) -> str:
         """The text that is split, indexed and encoded: the title stands in front unless it already does.
 
-        This is the only place that joins the two. The first chunk's KV thereby knows the title, and later chunks
-        see it through their document context.
+        This is the only place that joins the two. The first chunk's KV thereby knows the title, and later
+        chunks see it through their document context.
         """
         if not self.title or self.text.lstrip("# \t\n").startswith(self.title):
             return self.text
@@ -44,7 +44,7 @@ class Chunk:
 
     @property
     def index_text(self) -> str:
-        """What the indexes see: later chunks seldom name their subject, so the title goes in front of them."""
+        """What the indexes see: later chunks seldom name their subject, so the title leads them."""
         return f"{self.title}\n{self.text}" if self.title and self.ordinal else self.text
 
 
@@ -52,8 +52,9 @@ class Chunk:
 class Hit:
     """A retrieved chunk.
 
-    ``score`` is the ranking's own (BM25 score, cosine, or reciprocal-rank sum): comparable within one result only.
-    ``rank`` counts from 1. ``ranks`` holds the rank each underlying ranking gave, e.g. ``{"bm25": 3, "dense": 1}``.
+    ``score`` is the ranking's own (BM25 score, cosine, or reciprocal-rank sum): comparable within one result
+    only. ``rank`` counts from 1. ``ranks`` holds the rank each underlying ranking gave, e.g. ``{"bm25": 3,
+    "dense": 1}``.
     """
 
     chunk: Chunk
@@ -65,10 +66,11 @@ class Hit:
 class Retriever(Protocol):
     """Text in, ranked chunks out.
 
-    Implementations are thread-safe and deterministic: the same query on the same content gives the same hits, and
-    equal scores are ordered by the documents' order of first arrival, then by chunk ordinal. At most ``k`` hits come
-    back, best first. ``filters`` (see ``ragkv.retrievers.filters``) act *before* ranking, so that ``k`` hits come
-    whenever ``k`` permitted chunks have anything to do with the query.
+    Implementations are thread-safe and deterministic: the same query on the same content gives the same hits,
+    and equal scores are ordered by the documents' order of first arrival, then by chunk ordinal (in a fused
+    ranking first by the better single rank). At most ``k`` hits come back, best first. ``filters`` (see
+    ``ragkv.retrievers.filters``) act *before* ranking, so that ``k`` hits come whenever ``k`` permitted
+    chunks have anything to do with the query.
     """
 
     def retrieve(self, query: str, k: int, *, filters: Mapping[str, Any] | None = None) -> list[Hit]: ...
