@@ -1,0 +1,272 @@
+"""The store's folder: where entries lie, how they get there whole, and how their bytes are read.
+
+::
+
+    ragkv-store.json        the format version
+    lock                    held by every process that has the store open
+    index/                  LMDB, see index.py
+    entries/ab/ab12….kv     one file per entry, named by its key alone
+    tmp/                    entries being written; their space is taken beforehand
+    quarantine/             entries whose bytes did not match their checksum
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import secrets
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ragkv.errors import CorruptEntryError, StoreError, StoreFormatError, StoreFullError, StoreReadOnlyError
+from ragkv.store.header import BLOCK, EntryHeader, header_size, unpack_header
+from ragkv.store.keys import FORMAT_VERSION, KEY_BYTES
+from ragkv.store.lease import lock, remove_unleased
+
+MARKER = "ragkv-store.json"
+
+
+@contextlib.contextmanager
+def disk_errors(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Turn what the operating system says about ``path`` into the store's own errors."""
+    try:
+        yield
+    except OSError as error:
+        facts = {"path": os.fspath(path), "errno": error.errno}
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            message = f"the disk of {path} is full; free some space, or lower the store's capacity"
+            raise StoreFullError(message, **facts) from error
+        if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
+            message = (
+                f"{path} cannot be written ({error.strerror}); make it writable or open with read_only=True"
+            )
+            raise StoreReadOnlyError(message, **facts) from error
+        raise StoreError(f"{path}: {error.strerror}; check the disk", **facts) from error
+
+
+class Folder:
+    """The paths of one store, and what may be done to the files there."""
+
+    def __init__(self, root: str | os.PathLike[str]) -> None:
+        self.root = Path(root).absolute()
+        self.index = self.root / "index"
+        self.tmp = self.root / "tmp"
+        self.quarantined = self.root / "quarantine"
+        self.entries = self.root / "entries"
+
+    def prepare(self, *, read_only: bool) -> None:
+        """Create the folder, or make sure that it is a store of this version.
+
+        Raises:
+            StoreFormatError: it holds something else, or a store of another version.
+            StoreReadOnlyError: it cannot be created or written, and ``read_only`` is off.
+        """
+        marker = self.root / MARKER
+        if not read_only:
+            with disk_errors(self.root):
+                self.root.mkdir(mode=0o700, parents=True, exist_ok=True)
+                self._create(marker)
+                if not os.access(self.root, os.W_OK | os.X_OK):
+                    raise PermissionError(errno.EACCES, "permission denied")
+        try:
+            version = json.loads(marker.read_bytes())["format"]
+        except OSError as error:
+            raise StoreFormatError(f"{self.root} is not a ragkv store", path=str(self.root)) from error
+        except (ValueError, KeyError, TypeError) as error:
+            message = f"{marker} is damaged; restore it as {_marker_text()!r}"
+            raise StoreFormatError(message, path=str(marker)) from error
+        if version != FORMAT_VERSION:
+            raise StoreFormatError(
+                f"{self.root} has store format {version}; this version reads {FORMAT_VERSION}: "
+                "open it with the ragkv that wrote it, or choose another folder",
+                path=str(self.root),
+                version=version,
+            )
+
+    def _create(self, marker: Path) -> None:
+        if not marker.exists():
+            # `lock` may be there already: another process is creating the same store.
+            ours = {MARKER, "lock", "entries", "tmp", "quarantine", "index"}
+            if any(c.name not in ours and c.suffix != ".new" for c in self.root.iterdir()):
+                message = f"{self.root} is not empty and not a ragkv store; choose an empty folder"
+                raise StoreFormatError(message, path=str(self.root))
+            fresh = self.root / f"{secrets.token_hex(8)}.new"
+            fresh.write_text(_marker_text())
+            fresh.chmod(0o600)
+            fresh.replace(marker)
+        for folder in (self.entries, self.tmp, self.quarantined):
+            folder.mkdir(mode=0o700, exist_ok=True)
+
+    def entry_path(self, key: bytes) -> str:
+        name = key.hex()
+        return f"{self.entries}/{name[:2]}/{name}.kv"
+
+    def entry_keys(self) -> Iterator[bytes]:
+        """The keys that the files under ``entries`` are named by, in no order."""
+        for shard in sorted(self.entries.iterdir()) if self.entries.is_dir() else ():
+            with contextlib.suppress(NotADirectoryError):
+                for file in os.scandir(shard):
+                    key = key_of(file.name)
+                    if key is not None:
+                        yield key
+
+    def pending_bytes(self) -> int:
+        """What the disk counts for files that are not, or no longer, in the index."""
+        return sum(disk_bytes(path) for folder in (self.tmp, self.quarantined) for path in folder.iterdir())
+
+    def remove(self, key: bytes) -> bool:
+        """Delete an entry's file unless it is leased. True when it is gone afterwards."""
+        return remove_unleased(self.entry_path(key))
+
+    def quarantine(self, key: bytes, fd: int | None = None) -> bool:
+        """Move an entry's file away. With ``fd``, only if its name still leads to that open file."""
+        path = self.entry_path(key)
+        with contextlib.suppress(FileNotFoundError):
+            if fd is None or os.path.samestat(os.stat(path), os.fstat(fd)):
+                os.replace(path, self.quarantined / os.path.basename(path))
+                return True
+        return False
+
+    def purge_quarantine(self) -> None:
+        for path in self.quarantined.iterdir():
+            path.unlink(missing_ok=True)
+
+    def stale_temps(self) -> Iterator[Path]:
+        """Temporary files whose writer is gone. Call it where no new one can appear meanwhile."""
+        for path in self.tmp.iterdir():
+            with contextlib.suppress(FileNotFoundError):
+                fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+                try:
+                    if lock(fd, exclusive=True):
+                        yield path
+                finally:
+                    os.close(fd)
+
+
+class TempFile:
+    """An entry being written. Its whole size is allocated at once, so that the capacity holds throughout."""
+
+    def __init__(self, folder: Folder, key: bytes, nbytes: int) -> None:
+        self.path = folder.tmp / f"{key.hex()}.{secrets.token_hex(8)}"
+        self._final = folder.entry_path(key)
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+        with disk_errors(self.path):
+            self.fd = os.open(self.path, flags, 0o600)
+            try:
+                lock(self.fd, exclusive=True)
+                os.posix_fallocate(self.fd, 0, nbytes)
+            except BaseException:
+                self.discard()
+                raise
+
+    @property
+    def nbytes(self) -> int:
+        """What the disk counts for it."""
+        return os.fstat(self.fd).st_blocks * 512
+
+    def write(self, parts: Iterable[memoryview], offset: int) -> None:
+        """Write ``parts`` one behind the other, from ``offset`` on."""
+        with disk_errors(self.path):
+            for part in parts:
+                view = part.cast("B")
+                while view:
+                    written = os.pwrite(self.fd, view, offset)
+                    offset += written
+                    view = view[written:]
+
+    def sync(self) -> None:
+        with disk_errors(self.path):
+            os.fsync(self.fd)
+
+    def publish(self) -> None:
+        """Give the finished file its final name, durably. Calling it again is harmless.
+
+        The temporary name stays until ``discard``: if the process dies before the index knows the entry, the
+        next one to open the store finds it by that name, and nothing is left uncounted.
+        """
+        shard = os.path.dirname(self._final)
+        with disk_errors(self._final):
+            with contextlib.suppress(FileExistsError):
+                os.mkdir(shard, 0o700)
+                sync_folder(os.path.dirname(shard))
+            try:
+                os.link(self.path, self._final)
+            except FileExistsError:
+                if not os.path.samestat(os.stat(self._final), os.fstat(self.fd)):
+                    os.replace(self.path, self._final)
+            sync_folder(shard)
+
+    def discard(self) -> None:
+        """Drop the temporary name (what was published stays) and close the file."""
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(self.path)
+        os.close(self.fd)
+
+
+def read_into(fd: int, buffer: NDArray[np.uint8], offset: int) -> None:
+    """Fill ``buffer`` from ``offset`` on.
+
+    Raises:
+        CorruptEntryError: the file ends before, or the disk cannot read it.
+    """
+    view = buffer.data
+    while view:
+        try:
+            count = os.preadv(fd, [view], offset)
+        except OSError as error:
+            raise CorruptEntryError(f"the disk cannot read the entry: {error.strerror}") from error
+        if not count:
+            raise CorruptEntryError("the entry's file ends too early", offset=offset)
+        view = view[count:]
+        offset += count
+
+
+def read_header(fd: int) -> EntryHeader:
+    """Read and verify the header of an open entry file.
+
+    Raises:
+        CorruptEntryError, StoreFormatError: see ``unpack_header``.
+    """
+    try:
+        raw = os.pread(fd, BLOCK, 0)
+        size = header_size(raw)
+        if size > BLOCK:
+            raw += os.pread(fd, size - BLOCK, BLOCK)
+        return unpack_header(raw, os.fstat(fd).st_size)
+    except OSError as error:
+        raise CorruptEntryError(f"the disk cannot read the entry: {error.strerror}") from error
+
+
+def disk_bytes(path: str | os.PathLike[str]) -> int:
+    """What the disk counts for a file; 0 when it is gone."""
+    try:
+        return os.stat(path).st_blocks * 512
+    except FileNotFoundError:
+        return 0
+
+
+def key_of(name: str) -> bytes | None:
+    """The key an entry's file, or temporary file, is named by."""
+    try:
+        key = bytes.fromhex(name.partition(".")[0])
+    except ValueError:
+        return None
+    return key if len(key) == KEY_BYTES else None
+
+
+def sync_folder(path: str | os.PathLike[str]) -> None:
+    """Make the names in a folder durable."""
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _marker_text() -> str:
+    return json.dumps({"kind": "ragkv chunk store", "format": FORMAT_VERSION}) + "\n"

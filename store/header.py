@@ -1,0 +1,229 @@
+"""The self-describing header of an entry file. ``Layout`` below is the format, byte by byte.
+
+All integers are little endian. The header is a whole number of 4 KiB blocks; slabs follow, each on a 4 KiB
+boundary, and the file ends on one.
+
+====== ===== ==========================================================================================
+offset bytes field
+====== ===== ==========================================================================================
+0      8     magic ``RAGKV\\0KV``
+8      8     xxh3_64 of bytes 16 … header_bytes
+16     4     format version
+20     4     header_bytes, a multiple of 4096 (the four fields so far keep their meaning in every version)
+24     4     number of layers ``n``
+28     4     length ``j`` of the JSON description
+32     24·n  per layer: offset in the file, length in bytes, xxh3_64 of the slab
+32+24n j     JSON description, UTF-8; zeros up to header_bytes
+====== ===== ==========================================================================================
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import ml_dtypes
+import numpy as np
+import xxhash
+
+from ragkv.errors import CorruptEntryError, StoreFormatError
+from ragkv.store.keys import FORMAT_VERSION, KEY_BYTES
+
+BLOCK = 4096
+MAX_HEADER_BYTES = 1 << 20
+CODECS = ("raw",)
+SOURCES = ("exact", "predicted", "int8", "image")
+
+_MAGIC = b"RAGKV\0KV"
+_PREFIX = struct.Struct("<8sQIIII")
+_SLAB = struct.Struct("<QQQ")
+_DTYPES: dict[str, np.dtype[Any]] = {
+    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+    "float16": np.dtype(np.float16),
+    "float32": np.dtype(np.float32),
+}
+
+
+def aligned(nbytes: int) -> int:
+    """``nbytes`` rounded up to whole 4 KiB blocks."""
+    return -(-nbytes // BLOCK) * BLOCK
+
+
+@dataclass(frozen=True, slots=True)
+class Geometry:
+    """The shape of one model's KV: K and V are each (tokens, kv_heads, head_dim) in every layer."""
+
+    layers: int
+    kv_heads: int
+    head_dim: int
+    dtype: str
+
+    def __post_init__(self) -> None:
+        if self.dtype not in _DTYPES:
+            raise StoreFormatError(
+                f"KV dtype {self.dtype!r} cannot be stored; use one of {', '.join(_DTYPES)}", dtype=self.dtype
+            )
+        for name in ("layers", "kv_heads", "head_dim"):
+            value = getattr(self, name)
+            if type(value) is not int or value < 1:
+                raise StoreFormatError(
+                    f"geometry: {name} must be a positive integer, not {value!r}", name=name
+                )
+
+    @property
+    def numpy_dtype(self) -> np.dtype[Any]:
+        """The element type of K and V as numpy knows it (bfloat16 through ml_dtypes)."""
+        return _DTYPES[self.dtype]
+
+    def slab_bytes(self, tokens: int) -> int:
+        """Bytes of one layer's slab: K, directly followed by V."""
+        return 2 * tokens * self.kv_heads * self.head_dim * self.numpy_dtype.itemsize
+
+
+class Slab(NamedTuple):
+    """Where one layer's bytes lie in the file, and their xxh3_64."""
+
+    offset: int
+    nbytes: int
+    checksum: int
+
+
+@dataclass(frozen=True, slots=True)
+class EntryHeader:
+    """Everything needed to use an entry's bytes, and to rebuild its index row.
+
+    ``source`` says who computed the KV, ``context_tokens`` behind how many tokens of its document (chosen by
+    ``context_policy``) it was encoded. ``created`` is in seconds since 1970.
+    """
+
+    key: bytes
+    geometry: Geometry
+    tokens: int
+    model: str
+    codec: str = "raw"
+    source: str = "exact"
+    context_tokens: int = 0
+    context_policy: str = "none"
+    created: float = 0.0
+    slabs: tuple[Slab, ...] = ()
+
+    def __post_init__(self) -> None:
+        if len(self.key) != KEY_BYTES:
+            raise StoreFormatError(f"a chunk key has {KEY_BYTES} bytes, not {len(self.key)}; use chunk_key()")
+        if self.codec not in CODECS:
+            raise StoreFormatError(
+                f"unknown codec {self.codec!r}; this version reads {', '.join(CODECS)}", codec=self.codec
+            )
+        if self.source not in SOURCES:
+            raise StoreFormatError(
+                f"unknown source {self.source!r}; this version knows {', '.join(SOURCES)}", source=self.source
+            )
+        if not 0 < len(self.model.encode()) <= 255:
+            raise StoreFormatError("a model fingerprint has 1 to 255 bytes", model=self.model[:64])
+        if self.tokens < 1 or self.context_tokens < 0:
+            raise StoreFormatError(
+                "an entry has at least one token, and no negative context", tokens=self.tokens
+            )
+
+    @property
+    def slab_bytes(self) -> int:
+        """Bytes of each layer's slab."""
+        return self.geometry.slab_bytes(self.tokens)
+
+    @property
+    def header_bytes(self) -> int:
+        return aligned(_PREFIX.size + _SLAB.size * self.geometry.layers + len(self._description()))
+
+    @property
+    def file_bytes(self) -> int:
+        """Bytes of the whole file: header and slabs, each in whole blocks."""
+        return self.header_bytes + self.geometry.layers * aligned(self.slab_bytes)
+
+    def slab_offset(self, layer: int) -> int:
+        return self.header_bytes + layer * aligned(self.slab_bytes)
+
+    def with_checksums(self, checksums: Sequence[int]) -> EntryHeader:
+        """The same header, naming the slabs as written."""
+        nbytes, start, step = self.slab_bytes, self.header_bytes, aligned(self.slab_bytes)
+        slabs = tuple(Slab(start + i * step, nbytes, checksum) for i, checksum in enumerate(checksums))
+        return dataclasses.replace(self, slabs=slabs)
+
+    def pack(self) -> bytes:
+        """The header as it stands in the file."""
+        description = self._description()
+        size = self.header_bytes
+        body = struct.pack("<IIII", FORMAT_VERSION, size, len(self.slabs), len(description))
+        body += b"".join(_SLAB.pack(*slab) for slab in self.slabs) + description
+        body = body.ljust(size - 16, b"\0")
+        return _MAGIC + xxhash.xxh3_64_intdigest(body).to_bytes(8, "little") + body
+
+    def _description(self) -> bytes:
+        fields = {
+            "key": self.key.hex(),
+            **{name: getattr(self.geometry, name) for name in Geometry.__slots__},
+            **{name: getattr(self, name) for name in _DESCRIBED},
+        }
+        return json.dumps(fields, sort_keys=True, separators=(",", ":")).encode()
+
+
+_DESCRIBED = ("tokens", "model", "codec", "source", "context_tokens", "context_policy", "created")
+
+
+def header_size(first: bytes) -> int:
+    """How many bytes the header whose first block is ``first`` has.
+
+    Raises:
+        CorruptEntryError: these are not the first bytes of an entry.
+    """
+    if len(first) < _PREFIX.size or first[:8] != _MAGIC:
+        raise CorruptEntryError("the file does not begin with an entry's header")
+    size: int = _PREFIX.unpack_from(first)[3]
+    if size % BLOCK or not BLOCK <= size <= MAX_HEADER_BYTES:
+        raise CorruptEntryError("the header's length is damaged", header_bytes=size)
+    return size
+
+
+def unpack_header(raw: bytes, file_bytes: int) -> EntryHeader:
+    """Read a header from the first ``header_size`` bytes of a file of ``file_bytes`` bytes.
+
+    Raises:
+        CorruptEntryError: the bytes do not match their checksum, or the file is shorter than it says.
+        StoreFormatError: a sound header of another format version, or with an unknown codec or dtype.
+    """
+    size = header_size(raw)
+    _, checksum, version, _, layers, described = _PREFIX.unpack_from(raw)
+    # Before the version: a flipped bit must not pass for a file from the future.
+    if len(raw) < size or xxhash.xxh3_64_intdigest(raw[16:size]) != checksum:
+        raise CorruptEntryError("the header does not match its checksum")
+    if version != FORMAT_VERSION:
+        raise StoreFormatError(
+            f"entry format version {version}; this version reads {FORMAT_VERSION}; upgrade ragkv",
+            version=version,
+        )
+    start = _PREFIX.size + _SLAB.size * layers
+    if start + described > size:
+        raise CorruptEntryError("the header's tables do not fit in it", layers=layers)
+    slabs = tuple(Slab(*fields) for fields in _SLAB.iter_unpack(raw[_PREFIX.size : start]))
+    header = _parse(raw[start : start + described], slabs)
+    expected = header.with_checksums([slab.checksum for slab in slabs])
+    if layers != header.geometry.layers or expected != header or header.header_bytes != size:
+        raise CorruptEntryError("the header's slab table does not fit its geometry", layers=layers)
+    if file_bytes != header.file_bytes:
+        raise CorruptEntryError(
+            f"the file has {file_bytes} bytes, its header says {header.file_bytes}", file_bytes=file_bytes
+        )
+    return header
+
+
+def _parse(description: bytes, slabs: tuple[Slab, ...]) -> EntryHeader:
+    try:
+        fields: dict[str, Any] = json.loads(description)
+        geometry = Geometry(*(fields[name] for name in Geometry.__slots__))
+        key = bytes.fromhex(fields["key"])
+        return EntryHeader(key, geometry, slabs=slabs, **{name: fields[name] for name in _DESCRIBED})
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CorruptEntryError(f"the header's description cannot be read: {error}") from error

@@ -1,0 +1,52 @@
+"""Leases on entry files: kernel locks on an open file (OFD), which die with their owner.
+
+An open entry holds a read lock. Whoever wants to remove it needs the write lock and does not wait for it. So
+an entry in use is never removed, by no thread and no process, and a killed reader leaves nothing behind.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import struct
+
+_FLOCK = struct.Struct("hhqqi4x")  # l_type, l_whence, l_start, l_len, l_pid; all zero means the whole file
+
+
+def lock(fd: int, *, exclusive: bool, wait: bool = False) -> bool:
+    """Take, or change, the lock of this open file. False when another holds it and ``wait`` is off."""
+    kind = fcntl.F_WRLCK if exclusive else fcntl.F_RDLCK
+    command = fcntl.F_OFD_SETLKW if wait else fcntl.F_OFD_SETLK
+    try:
+        fcntl.fcntl(fd, command, _FLOCK.pack(kind, 0, 0, 0, 0))
+    except BlockingIOError:
+        return False
+    return True
+
+
+def lease(path: str) -> int | None:
+    """Open ``path`` for reading and hold its lease until the descriptor is closed; None when it is gone."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except FileNotFoundError:
+        return None
+    # It may have been removed between opening and locking: then no name leads to it any more.
+    if lock(fd, exclusive=False) and os.fstat(fd).st_nlink:
+        return fd
+    os.close(fd)
+    return None
+
+
+def remove_unleased(path: str) -> bool:
+    """Delete ``path`` unless it is leased. True when it is gone afterwards."""
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except FileNotFoundError:
+        return True
+    try:
+        if not lock(fd, exclusive=True):
+            return False
+        os.unlink(path)
+        return True
+    finally:
+        os.close(fd)

@@ -1,0 +1,233 @@
+"""Layerwise reading: layer i of every entry before layer i+1 of any, a few layers ahead of the caller."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor, Future, wait
+from types import TracebackType
+
+import numpy as np
+import xxhash
+
+from ragkv.errors import CorruptEntryError, StoreError
+from ragkv.store.files import read_into
+from ragkv.store.header import BLOCK, EntryHeader
+from ragkv.store.ram import Array, RamEntry, RamTier, read_only
+
+Allocate = Callable[[int], Array]
+SlabOrError = Array | CorruptEntryError
+
+
+def aligned_empty(nbytes: int) -> Array:
+    """An uninitialised uint8 array that begins on a page."""
+    raw = np.empty(nbytes + BLOCK, np.uint8)
+    start = -raw.ctypes.data % BLOCK
+    return raw[start : start + nbytes]
+
+
+class OpenEntry:
+    """A leased entry: until ``close`` no thread and no process can evict or delete it.
+
+    ``tier`` says where its bytes are: "ram" or "ssd". Closing twice is fine, and so is
+    closing while the entry is being read.
+    """
+
+    def __init__(self, header: EntryHeader, fd: int, ram: RamEntry | None) -> None:
+        self.header = header
+        self.tier = "ssd" if ram is None else "ram"
+        self._ram = ram
+        self._fd = fd
+        self._lock = threading.Lock()
+
+    @property
+    def key(self) -> bytes:
+        return self.header.key
+
+    @property
+    def closed(self) -> bool:
+        return self._fd < 0
+
+    def source(self) -> _Source:
+        """What a reader needs; it shares the lease, and keeps it until it is done itself."""
+        with self._lock:
+            if self._fd < 0:
+                raise StoreError("the entry is closed; open it again", key=self.key.hex())
+            return _Source(self.header, os.dup(self._fd), self._ram)
+
+    def close(self) -> None:
+        """Give the lease back."""
+        with self._lock:
+            fd, self._fd, self._ram = self._fd, -1, None
+        if fd >= 0:
+            os.close(fd)
+
+    def __enter__(self) -> OpenEntry:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        if getattr(self, "_fd", -1) >= 0:
+            self.close()
+
+
+class _Source:
+    """One entry under reading: its open file, or its place in RAM, and what went wrong with it so far."""
+
+    def __init__(self, header: EntryHeader, fd: int, ram: RamEntry | None) -> None:
+        self.header = header
+        self.fd = fd
+        self.ram = ram
+        self.error: CorruptEntryError | None = None
+        self.reserved = 0
+        self.kept: dict[int, Array] = {}
+
+    def slab(self, layer: int, allocate: Allocate | None) -> SlabOrError:
+        """The layer's bytes, verified unless they were in RAM already."""
+        if self.ram is not None:
+            return self.ram.slabs[layer]
+        if self.error is None:
+            try:
+                return self._read(layer, allocate)
+            except CorruptEntryError as error:
+                error.context.update(key=self.header.key.hex(), layer=layer)
+                self.error = error
+        return self.error
+
+    def _read(self, layer: int, allocate: Allocate | None) -> Array:
+        _, nbytes, checksum = place = self.header.slabs[layer]
+        buffer = aligned_empty(nbytes) if allocate is None else allocate(nbytes)
+        if buffer.nbytes != nbytes or buffer.dtype != np.uint8:
+            raise StoreError(f"allocate({nbytes}) must return a uint8 array of that size")
+        read_into(self.fd, buffer, place.offset)
+        if xxhash.xxh3_64_intdigest(buffer.data) != checksum:
+            raise CorruptEntryError("the slab does not match its checksum; its chunk must be encoded again")
+        if self.reserved:
+            # A caller's own buffer will be used again, so RAM needs a copy.
+            self.kept[layer] = read_only(buffer if allocate is None else buffer.copy())
+        return buffer if allocate is not None else read_only(buffer)
+
+
+class LayerReader(Iterator[list[SlabOrError]]):
+    """Iterates over layers; see ``ChunkStore.open_layers``. Reading begins at once, stops with ``close``."""
+
+    def __init__(
+        self,
+        entries: Sequence[OpenEntry],
+        *,
+        executor: Executor,
+        lanes: int,
+        depth: int,
+        allocate: Allocate | None,
+        ram: RamTier,
+        on_corrupt: Callable[[CorruptEntryError, EntryHeader, int], None],
+    ) -> None:
+        self._sources: list[_Source] = []
+        self._ahead: deque[list[Future[None]]] = deque()
+        self._results: deque[list[SlabOrError | None]] = deque()
+        self._executor = executor
+        self._allocate = allocate
+        self._ram = ram
+        self._on_corrupt = on_corrupt
+        self._next = 0
+        counts = {entry.header.geometry.layers for entry in entries}
+        if len(counts) > 1:
+            raise StoreError(f"entries of different depth cannot be read together: {sorted(counts)} layers")
+        self._layers = counts.pop() if counts else 0
+        try:
+            for entry in entries:
+                self._sources.append(entry.source())
+        except BaseException:
+            self.close()
+            raise
+        cold = [i for i, source in enumerate(self._sources) if source.ram is None]
+        for i in cold:
+            self._reserve(self._sources[i])
+        lanes = max(1, min(lanes, len(cold)))
+        self._lanes = [lane for lane in (cold[i::lanes] for i in range(lanes)) if lane]
+        for _ in range(min(depth, self._layers)):
+            self._submit()
+
+    def __next__(self) -> list[SlabOrError]:
+        if not self._ahead:
+            self.close()
+            raise StopIteration
+        futures, result = self._ahead.popleft(), self._results.popleft()
+        self._submit()
+        try:
+            for future in futures:
+                future.result()
+        except BaseException:
+            self.close()
+            raise
+        if not self._ahead:
+            self._promote()
+        # A slab read before its entry failed elsewhere is dropped too: from the first error on, only errors.
+        return [self._answer(source, slab) for source, slab in zip(self._sources, result, strict=True)]
+
+    def close(self) -> None:
+        """Stop reading. No buffer is written to afterwards."""
+        running = [future for futures in self._ahead for future in futures if not future.cancel()]
+        wait(running)
+        self._ahead.clear()
+        self._results.clear()
+        sources, self._sources = self._sources, []
+        for source in sources:
+            os.close(source.fd)
+            self._ram.release(source.reserved)
+
+    def __enter__(self) -> LayerReader:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        if getattr(self, "_sources", None):
+            self.close()
+
+    def _reserve(self, source: _Source) -> None:
+        nbytes = source.header.slab_bytes * self._layers
+        if self._ram.reserve(nbytes):
+            source.reserved = nbytes
+
+    def _submit(self) -> None:
+        if self._next == self._layers:
+            return
+        layer, self._next = self._next, self._next + 1
+        result: list[SlabOrError | None] = [None] * len(self._sources)
+        self._results.append(result)
+        self._ahead.append(
+            [self._executor.submit(self._read_lane, layer, lane, result) for lane in self._lanes]
+        )
+        for i, source in enumerate(self._sources):
+            if source.ram is not None:
+                result[i] = source.slab(layer, None)
+
+    def _read_lane(self, layer: int, lane: list[int], result: list[SlabOrError | None]) -> None:
+        for i in lane:
+            source = self._sources[i]
+            failed = source.error is not None
+            result[i] = source.slab(layer, self._allocate)
+            if source.error is not None and not failed:
+                self._on_corrupt(source.error, source.header, source.fd)
+
+    def _answer(self, source: _Source, slab: SlabOrError | None) -> SlabOrError:
+        if source.error is not None:
+            return source.error
+        if slab is None:
+            raise StoreError("a layer was not read; this is a bug in ragkv", key=source.header.key.hex())
+        return slab
+
+    def _promote(self) -> None:
+        for source in self._sources:
+            if source.reserved and source.error is None:
+                slabs = tuple(source.kept[layer] for layer in range(self._layers))
+                self._ram.commit(source.header.key, RamEntry(source.header, slabs))
+                source.reserved = 0

@@ -1,0 +1,459 @@
+"""The chunk store: one API over the RAM and SSD tiers, under one byte cap."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+
+from ragkv.errors import CorruptEntryError, StoreError, StoreFormatError, StoreFullError, StoreReadOnlyError
+from ragkv.store import check as checks
+from ragkv.store.files import Folder, TempFile, disk_errors, read_header
+from ragkv.store.header import BLOCK, EntryHeader, Geometry
+from ragkv.store.index import Index, IndexTxn
+from ragkv.store.lease import lease
+from ragkv.store.ram import RamTier, read_only
+from ragkv.store.reader import Allocate, LayerReader, OpenEntry
+from ragkv.store.rows import Row
+from ragkv.store.session import Session
+
+TOUCHES_BEFORE_FLUSH = 4096
+SECONDS_BEFORE_FLUSH = 30.0
+
+Part = bytes | bytearray | memoryview | NDArray[Any]
+SlabInput = Part | tuple[Part, ...]
+"""One layer's bytes: whole, or in parts such as ``(k, v)`` that are written one behind the other."""
+
+
+class EntryInfo(NamedTuple):
+    """What a look-up tells: the tier the entry would be read from, its tokens, and its bytes on the disk."""
+
+    tier: str
+    tokens: int
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class StoreStats:
+    """A snapshot. Bytes are as the disk counts them; counts of events are this store object's own.
+
+    ``models`` maps each model fingerprint in the store to its number of entries.
+    """
+
+    entries: int
+    bytes: int
+    capacity_bytes: int
+    ram_entries: int
+    ram_bytes: int
+    ram_capacity_bytes: int
+    hits_ram: int
+    hits_ssd: int
+    misses: int
+    corrupt: int
+    evictions: int
+    models: dict[str, int] = field(default_factory=dict)
+
+
+class ChunkStore:
+    """Keeps chunks' KV, layer by layer, in a folder on the SSD and the most used of it in RAM.
+
+    Args:
+        path: the store's folder; created if missing.
+        capacity_bytes: the most that entry files may take, as the disk counts; held during writes too. Least
+            recently used entries make room, open ones excepted.
+        ram_bytes: the most that the RAM tier may take.
+        threads: how many threads read.
+        read_only: never write anything; ``put`` and ``delete`` are refused.
+
+    Every method may be called from any thread, and several processes may have the same folder open.
+
+    Raises:
+        StoreFormatError: the folder is something else, or written by another version.
+        StoreReadOnlyError: the folder cannot be written, and ``read_only`` is off.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        capacity_bytes: int,
+        ram_bytes: int,
+        threads: int = 4,
+        read_only: bool = False,
+    ) -> None:
+        for name, value, least in (
+            ("capacity_bytes", capacity_bytes, 1),
+            ("ram_bytes", ram_bytes, 0),
+            ("threads", threads, 1),
+        ):
+            if value < least:
+                raise StoreError(f"{name} must be at least {least}, not {value}", setting=name, value=value)
+        self.folder = Folder(path)
+        self.folder.prepare(read_only=read_only)
+        self.capacity_bytes = capacity_bytes
+        self.read_only = read_only
+        self._ram = RamTier(ram_bytes)
+        self._counts: Counter[str] = Counter()
+        self._lock = threading.Lock()
+        self._touched: dict[bytes, None] = {}
+        self._flushed = time.monotonic()
+        self._threads = threads
+        self._closed = False
+        self._session = Session(self.folder, read_only=read_only)
+        self._index: Index = self._session.index
+        self._executor = ThreadPoolExecutor(threads, thread_name_prefix="ragkv-store")
+        if not read_only:
+            try:
+                # A smaller cap than last time, or writers that died: both are put right before anything else.
+                self._index.write(lambda txn: self._make_room(txn, 0, recover=True))
+            except StoreFullError:
+                pass  # all of it is leased elsewhere; the next put tries again
+            except BaseException:
+                self.close()
+                raise
+
+    # Reading
+
+    def lookup(self, keys: Sequence[bytes]) -> list[EntryInfo | None]:
+        """Say of each key where it would be read from, None if it is not here; one index transaction."""
+        rows = self._index_open().get_many(keys)
+        ram = self._ram
+        infos: list[EntryInfo | None] = []
+        for key, row in zip(keys, rows, strict=True):
+            if row is None:
+                ram.drop(key)  # removed by another process
+                infos.append(None)
+            else:
+                infos.append(EntryInfo("ram" if key in ram else "ssd", row.tokens, row.nbytes))
+        self._count_hits(infos)
+        self._touch([key for key, row in zip(keys, rows, strict=True) if row is not None])
+        return infos
+
+    def open(self, keys: Sequence[bytes]) -> list[OpenEntry | StoreError]:
+        """Lease the entries of ``keys``. One that is missing or corrupt comes back as an error."""
+        rows = self._index_open().get_many(keys)
+        return [self._open(key, row) for key, row in zip(keys, rows, strict=True)]
+
+    def open_layers(
+        self, entries: Sequence[OpenEntry], *, depth: int = 2, allocate: Allocate | None = None
+    ) -> LayerReader:
+        """Read ``entries`` layer by layer, ``depth`` layers ahead of the caller.
+
+        Yields, for layer 0, 1, 2 …, one uint8 array (a slab: K, then V) per entry, in the order given. A slab
+        that does not match its checksum gives a CorruptEntryError in its entry's place, from then on; the
+        entry is quarantined. Entries read to the end move into the RAM tier.
+
+        ``allocate(nbytes)`` provides the buffers for what is read from the SSD; they stay the caller's,
+        who may use one again once he is done with its slab. It is called on the reading threads, and up to
+        ``depth + 1`` layers are out at a time (if layer i is done with before layer i + 1 is asked for).
+        Without it, and for entries in RAM, the arrays are the store's own and read-only.
+
+        Closing the iterator stops reading; after that no buffer is written to any more.
+
+        Raises:
+            StoreError: an entry is closed, or the entries differ in their number of layers.
+        """
+        self._index_open()
+        if depth < 1:
+            raise StoreError(f"depth must be at least 1, not {depth}", setting="depth", value=depth)
+        return LayerReader(
+            entries,
+            executor=self._executor,
+            lanes=self._threads,
+            depth=depth,
+            allocate=allocate,
+            ram=self._ram,
+            on_corrupt=lambda error, header, fd: self._quarantine(header.key, fd),
+        )
+
+    def __contains__(self, key: object) -> bool:
+        return isinstance(key, bytes) and self._index_open().get_many([key])[0] is not None
+
+    # Writing
+
+    def put(
+        self,
+        key: bytes,
+        geometry: Geometry,
+        slabs: Iterable[SlabInput],
+        *,
+        tokens: int,
+        model: str,
+        codec: str = "raw",
+        source: str = "exact",
+        context_tokens: int = 0,
+        context_policy: str = "none",
+    ) -> bool:
+        """Store a chunk's KV durably. False if it is there already.
+
+        ``slabs`` gives ``geometry.layers`` slabs in order: each the bytes of K, then V, both
+        (tokens, kv_heads, head_dim), as one buffer or array or as a tuple of them. They are taken in turn.
+
+        Raises:
+            StoreFullError: it does not fit the capacity (or what is not leased of it), or the disk is full.
+            StoreReadOnlyError: the store was opened with ``read_only``, or its folder has become so.
+            StoreFormatError: a field cannot be stored, or ``slabs`` do not have the geometry's size.
+        """
+        header = EntryHeader(
+            key, geometry, tokens, model, codec, source, context_tokens, context_policy, created=time.time()
+        )
+        index = self._writable()
+        if key in self and os.path.exists(self.folder.entry_path(key)):
+            self._touch([key])
+            return False
+        temp = index.write(lambda txn: self._reserve(txn, header))
+        try:
+            self._write(temp, header, slabs)
+            return index.write(lambda txn: self._publish(txn, temp, header))
+        finally:
+            temp.discard()
+
+    def delete(self, keys: Sequence[bytes]) -> int:
+        """Remove entries; says how many. Open ones stay, and so does what is not here."""
+
+        def remove(txn: IndexTxn) -> int:
+            return sum(self._remove(txn, key) for key in dict.fromkeys(keys) if txn.get(key) is not None)
+
+        with disk_errors(self.folder.root):
+            return self._writable().write(remove)
+
+    def clear(self) -> int:
+        """Remove every entry that is not open, and the quarantine; says how many entries."""
+        index = self._writable()
+        with disk_errors(self.folder.root):
+            self.folder.purge_quarantine()
+        return self.delete(index.read(lambda txn: txn.keys()))
+
+    # Housekeeping
+
+    def stats(self) -> StoreStats:
+        models = self._index_open().read(lambda txn: txn.models())
+        with self._lock:
+            counts = Counter(self._counts)
+        return StoreStats(
+            entries=sum(count for count, _ in models.values()),
+            bytes=sum(nbytes for _, nbytes in models.values()),
+            capacity_bytes=self.capacity_bytes,
+            ram_entries=len(self._ram),
+            ram_bytes=self._ram.nbytes,
+            ram_capacity_bytes=self._ram.capacity,
+            hits_ram=counts["ram"],
+            hits_ssd=counts["ssd"],
+            misses=counts["miss"],
+            corrupt=counts["corrupt"],
+            evictions=counts["evictions"],
+            models={model: count for model, (count, _) in models.items()},
+        )
+
+    def check(self, *, fix: bool = False) -> checks.CheckReport:
+        """Compare index and files both ways and verify every checksum; with ``fix`` repair what is wrong.
+
+        Whole orphans are taken into the index (if the capacity allows), damaged ones and damaged entries are
+        quarantined, rows without a file are dropped, byte counts corrected.
+        """
+        report = checks.check(self.folder, self._writable() if fix else self._index_open(), fix=fix)
+        if fix:
+            with self._lock:
+                self._counts["corrupt"] += len(report.corrupt)
+            for key in report.corrupt:
+                self._ram.drop(key)
+            with contextlib.suppress(StoreFullError):
+                self._index.write(lambda txn: self._make_room(txn, 0))
+        return report
+
+    def close(self) -> None:
+        """Flush and close. Open entries keep their lease; what is being read is finished first."""
+        with self._lock:
+            if self._closed:
+                return
+        self._executor.shutdown()
+        try:
+            self._flush()
+        finally:
+            self._closed = True
+            self._session.close()
+            self._ram.clear()
+
+    def __enter__(self) -> ChunkStore:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    # Inside
+
+    def _index_open(self) -> Index:
+        if self._closed:
+            raise StoreError("the store is closed", path=str(self.folder.root))
+        return self._index
+
+    def _writable(self) -> Index:
+        if self.read_only:
+            message = f"{self.folder.root} was opened with read_only=True; open it without to change it"
+            raise StoreReadOnlyError(message, path=str(self.folder.root))
+        return self._index_open()
+
+    def _open(self, key: bytes, row: Row | None) -> OpenEntry | StoreError:
+        missing = StoreError(
+            "the chunk is not in the store; encode it again", key=key.hex(), reason="missing"
+        )
+        if row is None:
+            return missing
+        try:
+            fd = lease(self.folder.entry_path(key))
+        except OSError as error:
+            return StoreError(
+                f"the entry cannot be opened: {error.strerror}", key=key.hex(), errno=error.errno
+            )
+        if fd is None:
+            self._forget_missing(key)
+            return missing
+        ram = self._ram.get(key)
+        if ram is not None:
+            return OpenEntry(ram.header, fd, ram)
+        try:
+            header = read_header(fd)
+            if header.key != key:
+                raise CorruptEntryError("the file holds another chunk's entry")
+        except (CorruptEntryError, StoreFormatError) as error:
+            error.context["key"] = key.hex()
+            self._quarantine(key, fd)
+            os.close(fd)
+            return error
+        return OpenEntry(header, fd, None)
+
+    def _reserve(self, txn: IndexTxn, header: EntryHeader) -> TempFile:
+        self._make_room(txn, header.file_bytes)
+        return TempFile(self.folder, header.key, header.file_bytes)
+
+    def _write(self, temp: TempFile, header: EntryHeader, slabs: Iterable[SlabInput]) -> None:
+        checksums: list[int] = []
+        for slab in slabs:
+            parts = [_as_bytes(part) for part in (slab if isinstance(slab, tuple) else (slab,))]
+            size = sum(part.nbytes for part in parts)
+            if size != header.slab_bytes or len(checksums) == header.geometry.layers:
+                raise StoreFormatError(
+                    f"slab {len(checksums)} has {size} bytes; {header.tokens} tokens, {header.geometry} mean "
+                    f"{header.geometry.layers} slabs of {header.slab_bytes}"
+                )
+            temp.write(parts, header.slab_offset(len(checksums)))
+            digest = xxhash.xxh3_64()
+            for part in parts:
+                digest.update(part)
+            checksums.append(digest.intdigest())
+        if len(checksums) != header.geometry.layers:
+            raise StoreFormatError(
+                f"{len(checksums)} slabs were given, {header.geometry} means another number"
+            )
+        temp.write([memoryview(header.with_checksums(checksums).pack())], 0)
+        temp.sync()
+
+    def _publish(self, txn: IndexTxn, temp: TempFile, header: EntryHeader) -> bool:
+        if txn.get(header.key) is not None and os.path.exists(self.folder.entry_path(header.key)):
+            return False  # another writer was quicker
+        self._make_room(txn, 0)  # the disk may count more than was reserved
+        temp.publish()
+        txn.put(header.key, checks.row_of(header, temp.nbytes))
+        return True
+
+    def _make_room(self, txn: IndexTxn, need: int, *, recover: bool = False) -> None:
+        """Evict until ``need`` more bytes fit. Inside the write transaction nobody else can take them."""
+        # One block more than asked for: the disk may need it for the file's own list of extents.
+        room = self.capacity_bytes - (need + BLOCK if need else 0)
+        if room < 0:
+            message = (
+                f"an entry of {need} bytes does not fit a store of {self.capacity_bytes}; raise its capacity"
+            )
+            raise StoreFullError(message, need=need, capacity_bytes=self.capacity_bytes)
+        with disk_errors(self.folder.root):
+            if recover or txn.nbytes() + self.folder.pending_bytes() > room:
+                checks.recover(self.folder, txn)
+                if txn.nbytes() + self.folder.pending_bytes() > room:
+                    self.folder.purge_quarantine()
+            excess = txn.nbytes() + self.folder.pending_bytes() - room
+            if excess > 0:
+                txn.touch(self._take_touched())
+                self._evict(txn, excess)
+
+    def _evict(self, txn: IndexTxn, excess: int) -> None:
+        for key, row in txn.oldest():
+            if self._remove(txn, key):
+                excess -= row.nbytes
+                with self._lock:
+                    self._counts["evictions"] += 1
+            if excess <= 0:
+                return
+        message = (
+            f"{excess} bytes are lacking and all entries left are open; close some or raise the capacity"
+        )
+        raise StoreFullError(message, need=excess, capacity_bytes=self.capacity_bytes)
+
+    def _remove(self, txn: IndexTxn, key: bytes) -> bool:
+        if not self.folder.remove(key):
+            return False
+        self._ram.drop(key)
+        return txn.delete(key)
+
+    def _quarantine(self, key: bytes, fd: int) -> None:
+        with self._lock:
+            self._counts["corrupt"] += 1
+        self._ram.drop(key)
+        if not self.read_only:
+            with contextlib.suppress(StoreError, OSError):  # the caller has the error that matters
+                self._index.write(lambda txn: self.folder.quarantine(key, fd) and txn.delete(key))
+
+    def _forget_missing(self, key: bytes) -> None:
+        """Drop a row whose file somebody removed by hand (or a crash, halfway through an eviction)."""
+        self._ram.drop(key)
+        if not self.read_only:
+            with contextlib.suppress(StoreError):
+                self._index.write(
+                    lambda txn: not os.path.exists(self.folder.entry_path(key)) and txn.delete(key)
+                )
+
+    def _count_hits(self, infos: Sequence[EntryInfo | None]) -> None:
+        tiers = Counter("miss" if info is None else info.tier for info in infos)
+        with self._lock:
+            self._counts.update(tiers)
+
+    def _touch(self, keys: Sequence[bytes]) -> None:
+        """Note a use. The index learns of it in batches: each transaction flushes the disk."""
+        if self.read_only or not keys:
+            return
+        with self._lock:
+            for key in keys:
+                self._touched.pop(key, None)
+            self._touched.update(dict.fromkeys(keys))
+            now = time.monotonic()
+            late = now - self._flushed > SECONDS_BEFORE_FLUSH
+            if not late and len(self._touched) < TOUCHES_BEFORE_FLUSH:
+                return
+            self._flushed = now
+        with contextlib.suppress(RuntimeError):  # the store is being closed, which flushes too
+            self._executor.submit(self._flush)
+
+    def _take_touched(self) -> list[bytes]:
+        with self._lock:
+            keys, self._touched = list(self._touched), {}
+        return keys
+
+    def _flush(self) -> None:
+        if self._touched:
+            with contextlib.suppress(StoreError):  # the order of use is a hint; losing it harms nobody
+                keys = self._take_touched()
+                self._index.write(lambda txn: txn.touch(keys))
+
+
+def _as_bytes(part: Part) -> memoryview:
+    array = part if isinstance(part, np.ndarray) else np.frombuffer(part, np.uint8)
+    return read_only(np.ascontiguousarray(array)).data
