@@ -1,0 +1,83 @@
+"""A query's events as a server-sent event stream."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing, suppress
+
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from ragkv.errors import CancelledError, RagkvError
+from ragkv.server.errors import error_body, logger
+from ragkv.server.hangup import unless_hung_up
+from ragkv.sse import COMMENT, encode
+from ragkv.types import Answer, DoneEvent, Event
+
+KEEP_ALIVE_SECONDS = 15.0
+
+
+class EventStream(Response):
+    """Sends ``events`` as they come; closes them, in the task that ran them, when the client hangs up.
+     The first event is awaited before the response starts, so that what is wrong with the request becomes an
+    ordinary HTTP error. A later failure becomes a last event named ``error``. Comments keep silent
+    connections open.
+    """
+
+    media_type = "text/event-stream"
+
+    def __init__(self, events: AsyncGenerator[Event, None], observe: Callable[[Answer], None]) -> None:
+        super().__init__(headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
+        del self.headers["content-length"]
+        self._events = events
+        self._observe = observe
+        self._started = False
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await unless_hung_up(receive, self._run(send))
+        except CancelledError:
+            if not self._started:
+                raise
+
+    async def _run(self, send: Send) -> None:
+        async with aclosing(self._events) as events:
+            first = await anext(events)
+            self._started = True
+            await send(
+                {"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers}
+            )
+            beat = asyncio.create_task(_keep_alive(send))
+            try:
+                await self._write(send, first)
+                async for event in events:
+                    await self._write(send, event)
+            except Exception as error:
+                await _send_piece(send, encode("error", _described(error)))
+            finally:
+                beat.cancel()
+                with suppress(asyncio.CancelledError):
+                    await beat
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def _write(self, send: Send, event: Event) -> None:
+        if isinstance(event, DoneEvent):
+            self._observe(event.answer)
+        await _send_piece(send, encode(event.type, event.model_dump_json()))
+
+
+async def _send_piece(send: Send, piece: bytes) -> None:
+    await send({"type": "http.response.body", "body": piece, "more_body": True})
+
+
+async def _keep_alive(send: Send) -> None:
+    while True:
+        await asyncio.sleep(KEEP_ALIVE_SECONDS)
+        await _send_piece(send, COMMENT)
+
+
+def _described(error: Exception) -> str:
+    if not isinstance(error, RagkvError):
+        logger.error("a stream failed after it had started", exc_info=error)
+    return error_body(error).decode()

@@ -1,0 +1,27 @@
+"""``POST /v1/query``: one question, answered as JSON or as server-sent events."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter, Request, Response
+
+from ragkv.server.body import read_json
+from ragkv.server.events import EventStream
+from ragkv.server.hangup import unless_hung_up
+from ragkv.server.openapi import json_body
+from ragkv.server.service import ServiceDep
+from ragkv.server.wire import QueryBody
+from ragkv.types import Answer
+
+router = APIRouter(tags=["query"])
+
+
+@router.post("/v1/query", response_model=Answer, openapi_extra=json_body(QueryBody))
+async def query(request: Request, service: ServiceDep) -> Answer | Response:
+    """Answer a question from a collection, from the request's own documents, or from the conversation
+    alone."""
+    body = await read_json(request, QueryBody, limit=service.json_limit)
+    if body.stream or "text/event-stream" in request.headers.get("accept", ""):
+        return EventStream(service.engine.astream(body.request()), service.metrics.observe)
+    answer = await unless_hung_up(request.receive, service.engine.aquery(body.request()))
+    service.metrics.observe(answer)
+    return answer
