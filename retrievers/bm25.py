@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 import unicodedata
 from collections.abc import Mapping, Sequence
@@ -39,9 +40,7 @@ class Bm25Index:
         ids = [[vocabulary.setdefault(word, len(vocabulary)) for word in tokenize(text)] for text in texts]
         if not vocabulary:
             return cls(None, {}, len(texts))
-        import bm25s
-
-        bm25 = bm25s.BM25()
+        bm25 = _new_bm25()
         bm25.index((ids, vocabulary), create_empty_token=False, show_progress=False)
         return cls(bm25.scores, vocabulary, len(texts))
 
@@ -79,14 +78,19 @@ class Bm25Index:
 
 def _restore(scores: dict[str, Any], vocabulary: dict[str, int]) -> Any:
     # bm25s's own save() writes a folder of loose files without checksums; its state is these attributes.
-    import bm25s
-
-    bm25 = bm25s.BM25()
+    bm25 = _new_bm25()
     bm25.scores = scores
     bm25.vocab_dict = vocabulary
     bm25.unique_token_ids_set = set(vocabulary.values())
     bm25.nonoccurrence_array = None
     return bm25
+
+
+def _new_bm25() -> Any:
+    import bm25s
+
+    logging.getLogger("bm25s").setLevel(logging.WARNING)  # importing it turns on its debug messages
+    return bm25s.BM25()
 
 
 def _singular(word: str) -> str:

@@ -51,7 +51,7 @@ class Catalog:
         )
 
     def open(self, name: str) -> Collection:
-        """An existing collection. Raises NotFoundError for an unknown name, InputError for an impossible one."""
+        """An existing collection. Raises NotFoundError, or InputError for an impossible name."""
         with self._lock:
             path = self._path(name)
             if not (path / DATABASE).is_file():

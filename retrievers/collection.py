@@ -17,7 +17,7 @@ from ragkv.retrievers.embedders import Embedder, make_embedder
 from ragkv.retrievers.filters import Filters, compile_filters
 from ragkv.retrievers.snapshot import Snapshot, load_or_build
 from ragkv.retrievers.splitter import Splitter
-from ragkv.retrievers.types import Chunk, Document, Hit
+from ragkv.retrievers.types import MAX_TITLE, Chunk, Document, Hit
 
 DATABASE = "collection.db"
 _INDEX = "index.npz"
@@ -145,7 +145,7 @@ class Collection:
     def stats(self) -> CollectionStats:
         with self._database.read():
             documents, chunks, characters = self._database.totals()
-        size = sum(file.stat().st_size for file in self.folder.iterdir() if file.is_file())
+        size = sum(_size(self.folder / name) for name in (DATABASE, f"{DATABASE}-wal", _INDEX))
         return CollectionStats(documents, chunks, characters, self.embedder, size)
 
     def retrieve(
@@ -219,6 +219,11 @@ class Collection:
             )
         if not document.text.strip():
             raise DocumentError(f"document {document.id!r} holds no text; leave it out", document=document.id)
+        if document.title is not None and len(document.title) > MAX_TITLE:
+            raise DocumentError(
+                f"the title of document {document.id!r} has over {MAX_TITLE} characters; shorten it",
+                document=document.id,
+            )
         content = [document.text, document.title, document.metadata, self.splitter.name]
         try:
             data = json.dumps(content, ensure_ascii=False, sort_keys=True, allow_nan=False).encode()
@@ -229,7 +234,7 @@ class Collection:
             ) from error
         except (TypeError, ValueError) as error:
             raise DocumentError(
-                f"the metadata of document {document.id!r} is not JSON ({error}); use strings, numbers, lists and maps",
+                f"the metadata of document {document.id!r} is not JSON ({error}); use JSON values only",
                 document=document.id,
             ) from error
         return hashlib.blake2b(data, digest_size=20).digest()
@@ -238,13 +243,13 @@ class Collection:
         with self._database.read():
             kept = self._database.meta("embedder")
         if kept is None:
-            kept = wanted or "svd"
-            with self._database.write():
+            with self._database.write():  # another process may have been first
+                kept = self._database.meta("embedder") or wanted or "svd"
                 self._database.set_meta("embedder", kept)
         if wanted is not None and wanted != kept:
             raise ConfigError(
-                f"collection {self.folder.name} was made with embedder {kept!r}, not {wanted!r}; open it with {kept!r} "
-                "or make a new collection",
+                f"collection {self.folder.name} was made with embedder {kept!r}, not {wanted!r}; "
+                f"open it with {kept!r} or make a new collection",
                 setting="embedder",
                 value=wanted,
             )
@@ -252,7 +257,7 @@ class Collection:
 
 
 class _Report:
-    """Counts while ``add`` runs. A document met twice in one call is reported once: as added if it was new."""
+    """Counts while ``add`` runs. A document met twice in one call is reported once, as added if new."""
 
     def __init__(self) -> None:
         self._outcomes: dict[str, str] = {}
@@ -281,6 +286,13 @@ class _Report:
         self.done += 1
         if outcome != "unchanged" or document_id not in self._outcomes:
             self._outcomes[document_id] = "added" if self._outcomes.get(document_id) == "added" else outcome
+
+
+def _size(file: Path) -> int:
+    try:
+        return file.stat().st_size
+    except FileNotFoundError:
+        return 0
 
 
 def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:

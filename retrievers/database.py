@@ -32,7 +32,15 @@ CREATE TABLE IF NOT EXISTS chunks (
     document INTEGER NOT NULL REFERENCES documents (seq) ON DELETE CASCADE, ordinal INTEGER NOT NULL,
     text TEXT NOT NULL, PRIMARY KEY (document, ordinal)
 ) WITHOUT ROWID;
+INSERT OR IGNORE INTO meta VALUES ('stamp', 'new')
 """
+_PUT = """
+INSERT INTO documents (id, title, metadata, digest, chunks, characters) VALUES (?, ?, ?, ?, ?, ?)
+ON CONFLICT (id) DO UPDATE SET title = excluded.title, metadata = excluded.metadata,
+    digest = excluded.digest, chunks = excluded.chunks, characters = excluded.characters
+RETURNING seq
+"""
+_INFO = "SELECT id, title, metadata, chunks, characters FROM documents"
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,14 +110,12 @@ class Database:
         return dict(rows.fetchall())
 
     def put(self, document: Document, digest: bytes, chunks: Sequence[Chunk]) -> list[str] | None:
-        """Add or replace a document; the replaced chunks' texts, or None. A replaced document keeps its place."""
+        """Add or replace a document, in its old place; returns the replaced chunks' texts, or None."""
         old = self.chunk_texts(document.id)
         size = sum(len(chunk.text) for chunk in chunks)
         metadata = json.dumps(dict(document.metadata), ensure_ascii=False)
         (seq,) = self._sql.execute(
-            """INSERT INTO documents (id, title, metadata, digest, chunks, characters) VALUES (?, ?, ?, ?, ?, ?)
-            ON CONFLICT (id) DO UPDATE SET title = excluded.title, metadata = excluded.metadata,
-            digest = excluded.digest, chunks = excluded.chunks, characters = excluded.characters RETURNING seq""",
+            _PUT,
             (document.id, document.title, metadata, digest, len(chunks), size),
         ).fetchone()
         self._sql.execute("DELETE FROM chunks WHERE document = ?", (seq,))
@@ -134,7 +140,7 @@ class Database:
         if self.info(document_id) is None:
             return None
         rows = self._sql.execute(
-            "SELECT text FROM chunks WHERE document = (SELECT seq FROM documents WHERE id = ?) ORDER BY ordinal",
+            "SELECT text FROM chunks JOIN documents ON document = seq WHERE id = ? ORDER BY ordinal",
             (document_id,),
         )
         return [text for (text,) in rows]
@@ -174,10 +180,11 @@ class Database:
         self._sql.execute("PRAGMA synchronous = NORMAL")
         self._sql.execute("PRAGMA foreign_keys = ON")
         if not tables:
-            self._sql.executescript(
-                f"BEGIN IMMEDIATE; {_SCHEMA} PRAGMA application_id = {_APPLICATION_ID};"
-                f"PRAGMA user_version = {_FORMAT}; INSERT OR IGNORE INTO meta VALUES ('stamp', 'new'); COMMIT;"
-            )
+            with self._transaction("BEGIN IMMEDIATE"):
+                for statement in _SCHEMA.split(";"):
+                    self._sql.execute(statement)
+                self._sql.execute(f"PRAGMA application_id = {_APPLICATION_ID}")
+                self._sql.execute(f"PRAGMA user_version = {_FORMAT}")
 
     @contextmanager
     def _transaction(self, begin: str) -> Iterator[None]:
@@ -204,9 +211,6 @@ def make_chunks(info: DocumentInfo, texts: Sequence[str]) -> list[Chunk]:
         Chunk(chunk_id(info.id, i), info.id, i, text, info.metadata, info.title)
         for i, text in enumerate(texts)
     ]
-
-
-_INFO = "SELECT id, title, metadata, chunks, characters FROM documents"
 
 
 def _info(row: tuple[str, str | None, str, int, int]) -> DocumentInfo:

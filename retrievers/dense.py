@@ -20,7 +20,7 @@ def normalized(vectors: Vectors) -> Vectors:
 
 
 class DenseIndex:
-    """Cosine search over a fixed ``(n, dim)`` matrix. Immutable once built, so it is safe to share between threads."""
+    """Cosine search over a fixed ``(n, dim)`` matrix. Immutable once built, so safe to share."""
 
     def __init__(self, vectors: Vectors) -> None:
         import faiss

@@ -43,7 +43,7 @@ class Embedder(Protocol):
 
 
 class SvdEmbedder:
-    """Latent semantic analysis (Deerwester et al. 1990): TF-IDF over words, projected on its first singular vectors.
+    """Latent semantic analysis (Deerwester et al. 1990): TF-IDF over words on its first singular vectors.
 
     Needs no model file and no download. It sees the same words as BM25, so it gets half a vote in fusion.
     ``SvdEmbedder()`` is unfitted: it knows no word, every text is the zero vector.
@@ -57,8 +57,8 @@ class SvdEmbedder:
     ) -> None:
         self._vocabulary = list(vocabulary)
         self._idf = np.zeros(0, np.float32) if idf is None else idf
-        self._components = np.zeros((1, 0), np.float32) if components is None else components  # (dim, words)
-        if len(self._vocabulary) != len(self._idf) or len(self._vocabulary) != self._components.shape[1]:
+        self._components = np.zeros((0, 1), np.float32) if components is None else components  # (words, dim)
+        if len(self._vocabulary) != len(self._idf) or len(self._vocabulary) != len(self._components):
             raise ValueError("vocabulary, idf and components differ in length")
         self._vectorizer = _vectorizer(vocabulary=self._vocabulary) if self._vocabulary else None
         if self._vectorizer is not None:
@@ -76,18 +76,18 @@ class SvdEmbedder:
         dim = min(MAX_DIM, *matrix.shape)
         _, _, components = randomized_svd(matrix, n_components=dim, n_iter=5, random_state=0)
         words = vectorizer.get_feature_names_out().tolist()
-        return cls(words, vectorizer.idf_.astype(np.float32), np.ascontiguousarray(components, np.float32))
+        return cls(words, vectorizer.idf_.astype(np.float32), np.ascontiguousarray(components.T, np.float32))
 
     @property
     def dim(self) -> int:
-        return int(self._components.shape[0])
+        return int(self._components.shape[1])
 
     def embed_documents(self, texts: Sequence[str]) -> Vectors:
         vectors = np.zeros((len(texts), self.dim), np.float32)
         if self._vectorizer is not None:
             for start in range(0, len(texts), _BATCH):
                 batch = self._vectorizer.transform(texts[start : start + _BATCH])
-                vectors[start : start + _BATCH] = batch @ self._components.T
+                vectors[start : start + _BATCH] = batch @ self._components
         return normalized(vectors)
 
     def embed_query(self, text: str) -> Vectors:
@@ -106,7 +106,7 @@ class SvdEmbedder:
 
 
 class SentenceTransformerEmbedder:
-    """A sentence-transformers model from a folder or the Hugging Face hub; code that comes with a model is never run.
+    """A sentence-transformers model from a folder or the hub; a model's own code is never run.
 
     Queries and documents get the prompts the model's configuration names for them, where it has any.
     Raises MissingExtraError without the ``embeddings`` extra, ConfigError where the model cannot be loaded.
@@ -128,8 +128,8 @@ class SentenceTransformerEmbedder:
             self._model: Any = SentenceTransformer(path_or_id, trust_remote_code=False)
         except (OSError, ValueError, RuntimeError) as error:
             raise ConfigError(
-                f"cannot load embedder {path_or_id!r}: {error}; give a folder with a sentence-transformers model, "
-                "a hub id, or 'svd'",
+                f"cannot load embedder {path_or_id!r}: {error}; give the folder or hub id of a "
+                "sentence-transformers model, or 'svd'",
                 setting="embedder",
                 value=path_or_id,
             ) from error

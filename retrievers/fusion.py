@@ -11,8 +11,9 @@ Item = TypeVar("Item", bound=Hashable)
 def reciprocal_rank_fusion(
     rankings: Mapping[str, Sequence[Item]], *, k: int = 60, weights: Mapping[str, float] | None = None
 ) -> list[tuple[Item, float, dict[str, int]]]:
-    """``score(d) = Σ weight / (k + rank(d))`` over the rankings that hold ``d`` (Cormack, Clarke & Büttcher, SIGIR
-    2009, where every weight is 1, as it is here unless given).
+    """``score(d) = Σ weight / (k + rank(d))`` over the rankings that hold ``d``; weights are 1 unless given.
+
+    Cormack, Clarke & Büttcher, SIGIR 2009, where there are no weights.
 
     Returns (item, score, its rank in each named ranking), best first; ranks count from 1. Equal scores are
     ordered by the best single rank, then by the order of ``rankings``.

@@ -10,49 +10,18 @@ from pathlib import Path
 from typing import Any
 
 from ragkv.errors import DocumentError, NotFoundError
-from ragkv.retrievers.types import Document
+from ragkv.retrievers.types import MAX_TITLE, Document
 
 MAX_BYTES = 50_000_000
 KNOWN_TYPES = (".txt", ".md", ".markdown", ".html", ".htm", ".jsonl")
 
-_HEADING = re.compile(r"^#{1,6}[ \t]+(.+?)[ \t#]*$", re.M)
+_HEADING = re.compile(r"^#{1,6}[ \t]+(\S.*)$", re.M)
 _EXTRACT_FIRST = {".pdf", ".doc", ".docx", ".odt", ".ppt", ".pptx", ".epub", ".rtf"}
-_INVISIBLE = ("script", "style", "noscript", "template", "head", "svg", "iframe", "object", "nav")
-_BLOCK_TAGS = [
-    "address",
-    "article",
-    "aside",
-    "blockquote",
-    "br",
-    "dd",
-    "details",
-    "div",
-    "dl",
-    "dt",
-    "fieldset",
-    "figcaption",
-    "figure",
-    "footer",
-    "form",
-    "h1",
-    "h2",
-    "h3",
-    "h4",
-    "h5",
-    "h6",
-    "header",
-    "hr",
-    "li",
-    "main",
-    "ol",
-    "p",
-    "pre",
-    "section",
-    "summary",
-    "table",
-    "tr",
-    "ul",
-]
+_INVISIBLE = ("script", "style", "noscript", "template", "head", "svg", "iframe", "object")
+_BLOCK_TAGS = re.compile(
+    "^(address|article|aside|blockquote|br|d[dlt]|details|div|fieldset|figcaption|figure|footer|form|h[1-6r]"
+    "|header|li|main|nav|ol|p|pre|section|summary|table|tr|ul)$"
+)
 
 
 def load_path(
@@ -61,7 +30,7 @@ def load_path(
     max_bytes: int = MAX_BYTES,
     on_error: Callable[[DocumentError], None] | None = None,
 ) -> Iterator[Document]:
-    """The documents of a file, or of all files below a folder in sorted order; hidden files and folders are skipped.
+    """The documents of a file, or of all files below a folder in sorted order, but not of hidden ones.
 
     A document's id is its path relative to the folder (POSIX style), or the file's name. Lines of a
     ``.jsonl`` file name themselves. A file that cannot be used raises DocumentError; with ``on_error`` the
@@ -85,7 +54,7 @@ def load_path(
 
 
 def load_bytes(name: str, data: bytes, *, max_bytes: int = MAX_BYTES) -> list[Document]:
-    """The documents in an uploaded file; the extension of ``name`` tells its type, ``name`` becomes the document's id.
+    """The documents in an uploaded file; ``name`` becomes the id, its extension tells the type.
 
     Raises DocumentError for an unknown type, too many bytes, invalid UTF-8, a bad JSON line, or no text.
     """
@@ -98,8 +67,7 @@ def load_bytes(name: str, data: bytes, *, max_bytes: int = MAX_BYTES) -> list[Do
     elif suffix in (".html", ".htm"):
         documents = [_html(name, text)]
     elif suffix in (".md", ".markdown"):
-        heading = _HEADING.search(text)
-        documents = [Document(name, text, heading[1] if heading else None)]
+        documents = [Document(name, text, _heading(text))]
     else:
         documents = [Document(name, text)]
     if not documents or not all(document.text.strip() for document in documents):
@@ -176,7 +144,7 @@ def _json_lines(name: str, text: str) -> Iterator[Document]:
 def _json_document(name: str, number: int, line: str) -> Document:
     def bad(what: str) -> DocumentError:
         return DocumentError(
-            f'{name}, line {number}: {what}; every line must be like {{"text": "...", "id"?, "title"?, "metadata"?}}',
+            f'{name}, line {number}: {what}; a line must be {{"text": "...", "id"?, "title"?, "metadata"?}}',
             path=name,
             line=number,
         )
@@ -208,6 +176,20 @@ def _content_id(entry: dict[str, Any]) -> str:
     return hashlib.blake2b(json.dumps(entry, sort_keys=True).encode(), digest_size=12).hexdigest()
 
 
+def _heading(text: str) -> str | None:
+    """The first Markdown heading, without the closing number signs it may have."""
+    match = _HEADING.search(text)
+    if match is None:
+        return None
+    title = match[1].strip()
+    front, _, back = title.rpartition(" ")
+    return _usable(front.rstrip() if back and not back.strip("#") else title)
+
+
+def _usable(title: str) -> str | None:
+    return title if 0 < len(title) <= MAX_TITLE else None
+
+
 def _html(name: str, text: str) -> Document:
     from bs4 import BeautifulSoup
 
@@ -215,11 +197,13 @@ def _html(name: str, text: str) -> Document:
         soup = BeautifulSoup(text, "html.parser")
     except (ValueError, RecursionError) as error:
         raise DocumentError(f"{name} cannot be parsed as HTML: {error}", path=name) from error
-    title = " ".join(soup.title.get_text().split()) if soup.title else None
+    title = " ".join(soup.title.get_text().split()) if soup.title else ""
     for tag in soup.find_all(_INVISIBLE):
         tag.decompose()
     for tag in soup.find_all(_BLOCK_TAGS):
         tag.insert_before("\0")
         tag.insert_after("\0")
+    for cell in soup.find_all(("td", "th")):
+        cell.insert_after(" ")
     paragraphs = (" ".join(part.split()) for part in re.split("\0+", soup.get_text()))
-    return Document(name, "\n\n".join(part for part in paragraphs if part), title or None)
+    return Document(name, "\n\n".join(part for part in paragraphs if part), _usable(title))

@@ -14,9 +14,7 @@ import logging
 import os
 import tempfile
 import time
-import zipfile
-import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -104,7 +102,7 @@ def load_or_build(
     alone; above, new chunks are projected by the older fit until they are an eighth of the collection.
     """
     chunks = [chunk for _, own in documents for chunk in own]
-    owner = np.repeat(np.arange(len(documents)), [len(own) for _, own in documents])
+    owner = np.repeat(np.arange(len(documents)), np.array([len(own) for _, own in documents], np.int64))
     key = f"{_FORMAT}/{stamp}/{embedder.name}"
     try:
         indexes = _load(cache, key, len(chunks), embedder)
@@ -121,7 +119,7 @@ def _load(cache: Path, key: str, size: int, embedder: Embedder) -> Indexes | Non
     """The cached indexes; None where the cache is missing or of another key."""
     if not cache.exists():
         return None
-    with np.load(cache, allow_pickle=False) as arrays:
+    with _open(cache) as arrays:
         if _text(arrays["key"]) != key:
             return None
         bm25, dense = Bm25Index.from_arrays(_part(arrays, "bm25")), DenseIndex(arrays["vectors"])
@@ -177,16 +175,23 @@ class _OldVectors:
 
 def _old_vectors(cache: Path, embedder: Embedder) -> _OldVectors:
     try:
-        with np.load(cache, allow_pickle=False) as arrays:
+        with _open(cache) as arrays:
             if _text(arrays["embedder"]) != embedder.name:
                 return _OldVectors()
             hashes = [row.tobytes() for row in arrays["hashes"]]
             rows = dict(zip(hashes, arrays["vectors"], strict=True))
             in_fit = {digest for digest, known in zip(hashes, arrays["in_fit"], strict=True) if known}
             svd = SvdEmbedder.from_arrays(_part(arrays, "svd")) if isinstance(embedder, SvdEmbedder) else None
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):
+    except Exception:  # missing, or damaged in any way: there is nothing to take over
         return _OldVectors()
     return _OldVectors(rows, in_fit, svd)
+
+
+@contextlib.contextmanager
+def _open(cache: Path) -> Iterator[Arrays]:
+    # numpy leaves a path it opened itself open when the file is not a zip file
+    with cache.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
+        yield arrays
 
 
 def _write(cache: Path, arrays: Arrays) -> None:

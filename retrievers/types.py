@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+MAX_TITLE = 500  # characters; the title stands in front of every chunk in the indexes
+
 Metadata = Mapping[str, Any]
 """JSON-able facts about a document. Shared by all its chunks; treat it as read-only."""
 
