@@ -50,24 +50,26 @@ def check(folder: Folder, index: Index, *, fix: bool) -> CheckReport:
     report.entries = len(known)
     found = set(folder.entry_keys())
     for key in sorted(known | found):
+        try:
+            header = _verified(folder, key)
+        except (CorruptEntryError, StoreFormatError):
+            report.corrupt.append(key)
+            header = None
+            if fix:
+                index.write(partial(_expel, folder, key))
+            continue
         # Files and rows were listed at different moments: what was written or evicted since is no fault.
         row = index.get_many([key])[0]
-        present = os.path.exists(folder.entry_path(key))
-        if row is None and not present:
-            continue
-        header = _verified(folder, key) if present else None
-        if not present:
+        if header is None and row is not None:
             report.missing.append(key)
-        elif header is None:
-            report.corrupt.append(key)
-        elif row is None:
+        elif header is not None and row is None:
             report.orphans.append(key)
-        elif row.nbytes != disk_bytes(folder.entry_path(key)):
+        elif row is not None and row.nbytes != disk_bytes(folder.entry_path(key)):
             report.miscounted.append(key)
         else:
             continue
         if fix:
-            _repair(folder, index, key, header, present)
+            index.write(partial(_reindex, folder, key, header))
     return report
 
 
@@ -91,18 +93,17 @@ def rebuild(folder: Folder, index: Index) -> None:
         index.write(partial(_adopt_all, folder, some))
 
 
-def _repair(folder: Folder, index: Index, key: bytes, header: EntryHeader | None, present: bool) -> None:
-    def repair(txn: IndexTxn) -> None:
-        path = folder.entry_path(key)
-        if os.path.exists(path) != present:
-            return  # changed meanwhile
-        if header is None and present:
-            folder.quarantine(key)
-        txn.delete(key)
-        if header is not None:
-            txn.put(key, row_of(header, disk_bytes(path)))
+def _expel(folder: Folder, key: bytes, txn: IndexTxn) -> None:
+    folder.quarantine(key)
+    txn.delete(key)
 
-    index.write(repair)
+
+def _reindex(folder: Folder, key: bytes, header: EntryHeader | None, txn: IndexTxn) -> None:
+    nbytes = disk_bytes(folder.entry_path(key))
+    if not nbytes:
+        txn.delete(key)
+    elif header is not None:
+        txn.put(key, row_of(header, nbytes))
 
 
 def _adopt_all(folder: Folder, keys: list[bytes], txn: IndexTxn) -> None:
@@ -126,20 +127,19 @@ def _adopt(folder: Folder, txn: IndexTxn, key: bytes) -> None:
 
 
 def _verified(folder: Folder, key: bytes) -> EntryHeader | None:
-    """The entry's header if every byte of it matches its checksum, None if not."""
+    """The entry's header, it and its slabs verified; None if there is no such file (any more)."""
     with _leased(folder, key) as fd:
         if fd is None:
             return None
-        try:
-            header = read_header(fd)
-            buffer = np.empty(header.slab_bytes, np.uint8)
-            for slab in header.slabs:
-                read_into(fd, buffer, slab.offset)
-                if xxhash.xxh3_64_intdigest(buffer.data) != slab.checksum:
-                    return None
-        except (CorruptEntryError, StoreFormatError):
-            return None
-        return header if header.key == key else None
+        header = read_header(fd)
+        if header.key != key:
+            raise CorruptEntryError("the file holds another chunk's entry")
+        buffer = np.empty(header.slab_bytes, np.uint8)
+        for slab in header.slabs:
+            read_into(fd, buffer, slab.offset)
+            if xxhash.xxh3_64_intdigest(buffer.data) != slab.checksum:
+                raise CorruptEntryError("a slab does not match its checksum")
+        return header
 
 
 @contextlib.contextmanager

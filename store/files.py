@@ -115,10 +115,6 @@ class Folder:
                     if key is not None:
                         yield key
 
-    def pending_bytes(self) -> int:
-        """What the disk counts for files that are not, or no longer, in the index."""
-        return sum(disk_bytes(path) for folder in (self.tmp, self.quarantined) for path in folder.iterdir())
-
     def remove(self, key: bytes) -> bool:
         """Delete an entry's file unless it is leased. True when it is gone afterwards."""
         return remove_unleased(self.entry_path(key))
@@ -191,6 +187,7 @@ class TempFile:
         """
         shard = os.path.dirname(self._final)
         with disk_errors(self._final):
+            lock(self.fd, exclusive=False)  # from now on it can be read, and still not be taken for stale
             with contextlib.suppress(FileExistsError):
                 os.mkdir(shard, 0o700)
                 sync_folder(os.path.dirname(shard))
@@ -199,6 +196,10 @@ class TempFile:
             except FileExistsError:
                 if not os.path.samestat(os.stat(self._final), os.fstat(self.fd)):
                     os.replace(self.path, self._final)
+            except OSError as error:
+                if error.errno not in (errno.EPERM, errno.EOPNOTSUPP):
+                    raise
+                os.replace(self.path, self._final)  # a file system without hard links
             sync_folder(shard)
 
     def discard(self) -> None:
@@ -242,12 +243,13 @@ def read_header(fd: int) -> EntryHeader:
         raise CorruptEntryError(f"the disk cannot read the entry: {error.strerror}") from error
 
 
-def disk_bytes(path: str | os.PathLike[str]) -> int:
-    """What the disk counts for a file; 0 when it is gone."""
+def disk_bytes(path: str | os.PathLike[str], *, names: int = 1) -> int:
+    """What the disk counts for a file; 0 when it is gone, or has fewer ``names`` than asked for."""
     try:
-        return os.stat(path).st_blocks * 512
+        stat = os.stat(path)
     except FileNotFoundError:
         return 0
+    return stat.st_blocks * 512 if stat.st_nlink >= names else 0
 
 
 def key_of(name: str) -> bytes | None:

@@ -30,8 +30,9 @@ def lease(path: str) -> int | None:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
     except FileNotFoundError:
         return None
-    # It may have been removed between opening and locking: then no name leads to it any more.
-    if lock(fd, exclusive=False) and os.fstat(fd).st_nlink:
+    # Whoever holds it exclusively removes it in a moment: then no name leads to it any more.
+    lock(fd, exclusive=False, wait=True)
+    if os.fstat(fd).st_nlink:
         return fd
     os.close(fd)
     return None

@@ -13,7 +13,7 @@ import numpy as np
 import xxhash
 
 from ragkv.errors import CorruptEntryError, StoreError
-from ragkv.store.files import read_into
+from ragkv.store.files import disk_errors, read_into
 from ragkv.store.header import BLOCK, EntryHeader
 from ragkv.store.ram import Array, RamEntry, RamTier, read_only
 
@@ -55,7 +55,8 @@ class OpenEntry:
         with self._lock:
             if self._fd < 0:
                 raise StoreError("the entry is closed; open it again", key=self.key.hex())
-            return _Source(self.header, os.dup(self._fd), self._ram)
+            with disk_errors(self.key.hex()):
+                return _Source(self.header, os.dup(self._fd), self._ram)
 
     def close(self) -> None:
         """Give the lease back."""
@@ -85,18 +86,25 @@ class _Source:
         self.error: CorruptEntryError | None = None
         self.reserved = 0
         self.kept: dict[int, Array] = {}
+        self._lock = threading.Lock()
 
     def slab(self, layer: int, allocate: Allocate | None) -> SlabOrError:
         """The layer's bytes, verified unless they were in RAM already."""
         if self.ram is not None:
             return self.ram.slabs[layer]
-        if self.error is None:
-            try:
-                return self._read(layer, allocate)
-            except CorruptEntryError as error:
-                error.context.update(key=self.header.key.hex(), layer=layer)
-                self.error = error
-        return self.error
+        if self.error is not None:
+            return self.error
+        try:
+            return self._read(layer, allocate)
+        except CorruptEntryError as error:
+            error.context.update(key=self.header.key.hex(), layer=layer)
+            return error
+
+    def fail(self, error: CorruptEntryError) -> bool:
+        """Give up on the entry. True for the first error only: two layers may fail at once."""
+        with self._lock:
+            first, self.error = self.error is None, self.error or error
+        return first
 
     def _read(self, layer: int, allocate: Allocate | None) -> Array:
         _, nbytes, checksum = place = self.header.slabs[layer]
@@ -144,11 +152,7 @@ class LayerReader(Iterator[list[SlabOrError]]):
         except BaseException:
             self.close()
             raise
-        cold = [i for i, source in enumerate(self._sources) if source.ram is None]
-        for i in cold:
-            self._reserve(self._sources[i])
-        lanes = max(1, min(lanes, len(cold)))
-        self._lanes = [lane for lane in (cold[i::lanes] for i in range(lanes)) if lane]
+        self._lanes = self._spread(lanes)
         for _ in range(min(depth, self._layers)):
             self._submit()
 
@@ -156,14 +160,16 @@ class LayerReader(Iterator[list[SlabOrError]]):
         if not self._ahead:
             self.close()
             raise StopIteration
-        futures, result = self._ahead.popleft(), self._results.popleft()
-        self._submit()
         try:
+            self._submit()
+            futures, result = self._ahead[0], self._results[0]
             for future in futures:
                 future.result()
         except BaseException:
             self.close()
             raise
+        self._ahead.popleft()
+        self._results.popleft()
         if not self._ahead:
             self._promote()
         # A slab read before its entry failed elsewhere is dropped too: from the first error on, only errors.
@@ -192,31 +198,36 @@ class LayerReader(Iterator[list[SlabOrError]]):
         if getattr(self, "_sources", None):
             self.close()
 
-    def _reserve(self, source: _Source) -> None:
-        nbytes = source.header.slab_bytes * self._layers
-        if self._ram.reserve(nbytes):
-            source.reserved = nbytes
+    def _spread(self, lanes: int) -> list[list[int]]:
+        """Which sources each parallel task of a layer reads; and room in RAM for what may stay."""
+        cold = [i for i, source in enumerate(self._sources) if source.ram is None]
+        for i in cold:
+            nbytes = self._sources[i].header.slab_bytes * self._layers
+            if self._ram.reserve(nbytes):
+                self._sources[i].reserved = nbytes
+        return [lane for lane in (cold[i::lanes] for i in range(lanes)) if lane]
 
     def _submit(self) -> None:
         if self._next == self._layers:
             return
         layer, self._next = self._next, self._next + 1
-        result: list[SlabOrError | None] = [None] * len(self._sources)
+        result: list[SlabOrError | None] = [
+            source.slab(layer, None) if source.ram is not None else None for source in self._sources
+        ]
+        try:
+            submit = self._executor.submit
+            futures = [submit(self._read_lane, layer, lane, result) for lane in self._lanes]
+        except RuntimeError as error:
+            raise StoreError("the store was closed while its entries were being read") from error
         self._results.append(result)
-        self._ahead.append(
-            [self._executor.submit(self._read_lane, layer, lane, result) for lane in self._lanes]
-        )
-        for i, source in enumerate(self._sources):
-            if source.ram is not None:
-                result[i] = source.slab(layer, None)
+        self._ahead.append(futures)
 
     def _read_lane(self, layer: int, lane: list[int], result: list[SlabOrError | None]) -> None:
         for i in lane:
             source = self._sources[i]
-            failed = source.error is not None
-            result[i] = source.slab(layer, self._allocate)
-            if source.error is not None and not failed:
-                self._on_corrupt(source.error, source.header, source.fd)
+            answer = result[i] = source.slab(layer, self._allocate)
+            if isinstance(answer, CorruptEntryError) and source.fail(answer):
+                self._on_corrupt(answer, source.header, source.fd)
 
     def _answer(self, source: _Source, slab: SlabOrError | None) -> SlabOrError:
         if source.error is not None:

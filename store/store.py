@@ -19,16 +19,14 @@ from numpy.typing import NDArray
 from ragkv.errors import CorruptEntryError, StoreError, StoreFormatError, StoreFullError, StoreReadOnlyError
 from ragkv.store import check as checks
 from ragkv.store.files import Folder, TempFile, disk_errors, read_header
-from ragkv.store.header import BLOCK, EntryHeader, Geometry
+from ragkv.store.header import EntryHeader, Geometry
 from ragkv.store.index import Index, IndexTxn
 from ragkv.store.lease import lease
 from ragkv.store.ram import RamTier, read_only
 from ragkv.store.reader import Allocate, LayerReader, OpenEntry
 from ragkv.store.rows import Row
 from ragkv.store.session import Session
-
-TOUCHES_BEFORE_FLUSH = 4096
-SECONDS_BEFORE_FLUSH = 30.0
+from ragkv.store.space import Recency, Space
 
 Part = bytes | bytearray | memoryview | NDArray[Any]
 SlabInput = Part | tuple[Part, ...]
@@ -105,8 +103,8 @@ class ChunkStore:
         self._ram = RamTier(ram_bytes)
         self._counts: Counter[str] = Counter()
         self._lock = threading.Lock()
-        self._touched: dict[bytes, None] = {}
-        self._flushed = time.monotonic()
+        self._recency = Recency()
+        self._space = Space(self.folder, capacity_bytes, self._recency, self._evicted)
         self._threads = threads
         self._closed = False
         self._session = Session(self.folder, read_only=read_only)
@@ -115,7 +113,7 @@ class ChunkStore:
         if not read_only:
             try:
                 # A smaller cap than last time, or writers that died: both are put right before anything else.
-                self._index.write(lambda txn: self._make_room(txn, 0, recover=True))
+                self._index.write(lambda txn: self._space.make(txn, 0, tidy=True))
             except StoreFullError:
                 pass  # all of it is leased elsewhere; the next put tries again
             except BaseException:
@@ -263,12 +261,11 @@ class ChunkStore:
         """
         report = checks.check(self.folder, self._writable() if fix else self._index_open(), fix=fix)
         if fix:
-            with self._lock:
-                self._counts["corrupt"] += len(report.corrupt)
+            self._count("corrupt", len(report.corrupt))
             for key in report.corrupt:
                 self._ram.drop(key)
             with contextlib.suppress(StoreFullError):
-                self._index.write(lambda txn: self._make_room(txn, 0))
+                self._index.write(lambda txn: self._space.make(txn, 0))
         return report
 
     def close(self) -> None:
@@ -276,11 +273,11 @@ class ChunkStore:
         with self._lock:
             if self._closed:
                 return
+            self._closed = True
         self._executor.shutdown()
         try:
             self._flush()
         finally:
-            self._closed = True
             self._session.close()
             self._ram.clear()
 
@@ -333,7 +330,7 @@ class ChunkStore:
         return OpenEntry(header, fd, None)
 
     def _reserve(self, txn: IndexTxn, header: EntryHeader) -> TempFile:
-        self._make_room(txn, header.file_bytes)
+        self._space.make(txn, header.file_bytes)
         return TempFile(self.folder, header.key, header.file_bytes)
 
     def _write(self, temp: TempFile, header: EntryHeader, slabs: Iterable[SlabInput]) -> None:
@@ -361,42 +358,10 @@ class ChunkStore:
     def _publish(self, txn: IndexTxn, temp: TempFile, header: EntryHeader) -> bool:
         if txn.get(header.key) is not None and os.path.exists(self.folder.entry_path(header.key)):
             return False  # another writer was quicker
-        self._make_room(txn, 0)  # the disk may count more than was reserved
+        self._space.make(txn, 0)  # the disk may count more than was reserved
         temp.publish()
         txn.put(header.key, checks.row_of(header, temp.nbytes))
         return True
-
-    def _make_room(self, txn: IndexTxn, need: int, *, recover: bool = False) -> None:
-        """Evict until ``need`` more bytes fit. Inside the write transaction nobody else can take them."""
-        # One block more than asked for: the disk may need it for the file's own list of extents.
-        room = self.capacity_bytes - (need + BLOCK if need else 0)
-        if room < 0:
-            message = (
-                f"an entry of {need} bytes does not fit a store of {self.capacity_bytes}; raise its capacity"
-            )
-            raise StoreFullError(message, need=need, capacity_bytes=self.capacity_bytes)
-        with disk_errors(self.folder.root):
-            if recover or txn.nbytes() + self.folder.pending_bytes() > room:
-                checks.recover(self.folder, txn)
-                if txn.nbytes() + self.folder.pending_bytes() > room:
-                    self.folder.purge_quarantine()
-            excess = txn.nbytes() + self.folder.pending_bytes() - room
-            if excess > 0:
-                txn.touch(self._take_touched())
-                self._evict(txn, excess)
-
-    def _evict(self, txn: IndexTxn, excess: int) -> None:
-        for key, row in txn.oldest():
-            if self._remove(txn, key):
-                excess -= row.nbytes
-                with self._lock:
-                    self._counts["evictions"] += 1
-            if excess <= 0:
-                return
-        message = (
-            f"{excess} bytes are lacking and all entries left are open; close some or raise the capacity"
-        )
-        raise StoreFullError(message, need=excess, capacity_bytes=self.capacity_bytes)
 
     def _remove(self, txn: IndexTxn, key: bytes) -> bool:
         if not self.folder.remove(key):
@@ -405,8 +370,7 @@ class ChunkStore:
         return txn.delete(key)
 
     def _quarantine(self, key: bytes, fd: int) -> None:
-        with self._lock:
-            self._counts["corrupt"] += 1
+        self._count("corrupt")
         self._ram.drop(key)
         if not self.read_only:
             with contextlib.suppress(StoreError, OSError):  # the caller has the error that matters
@@ -427,31 +391,23 @@ class ChunkStore:
             self._counts.update(tiers)
 
     def _touch(self, keys: Sequence[bytes]) -> None:
-        """Note a use. The index learns of it in batches: each transaction flushes the disk."""
-        if self.read_only or not keys:
-            return
-        with self._lock:
-            for key in keys:
-                self._touched.pop(key, None)
-            self._touched.update(dict.fromkeys(keys))
-            now = time.monotonic()
-            late = now - self._flushed > SECONDS_BEFORE_FLUSH
-            if not late and len(self._touched) < TOUCHES_BEFORE_FLUSH:
-                return
-            self._flushed = now
-        with contextlib.suppress(RuntimeError):  # the store is being closed, which flushes too
-            self._executor.submit(self._flush)
-
-    def _take_touched(self) -> list[bytes]:
-        with self._lock:
-            keys, self._touched = list(self._touched), {}
-        return keys
+        if keys and not self.read_only and self._recency.note(keys):
+            with contextlib.suppress(RuntimeError):  # the store is being closed, which flushes too
+                self._executor.submit(self._flush)
 
     def _flush(self) -> None:
-        if self._touched:
+        keys = self._recency.take()
+        if keys:
             with contextlib.suppress(StoreError):  # the order of use is a hint; losing it harms nobody
-                keys = self._take_touched()
                 self._index.write(lambda txn: txn.touch(keys))
+
+    def _evicted(self, key: bytes) -> None:
+        self._ram.drop(key)
+        self._count("evictions")
+
+    def _count(self, event: str, by: int = 1) -> None:
+        with self._lock:
+            self._counts[event] += by
 
 
 def _as_bytes(part: Part) -> memoryview:

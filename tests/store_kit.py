@@ -1,0 +1,77 @@
+"""What the store's tests share: small entries with seeded bytes, and ways to damage files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from ragkv.store import ChunkStore, Geometry, OpenEntry, chunk_key
+
+GEOMETRY = Geometry(layers=3, kv_heads=2, head_dim=16, dtype="bfloat16")
+TOKENS = 50
+SLAB = GEOMETRY.slab_bytes(TOKENS)
+FILE = 4096 + 3 * 8192  # header, and three slabs of 6400 bytes in whole blocks
+
+
+def key_for(i: int, *, model: str = "m", salt: bytes = b"") -> bytes:
+    return chunk_key(
+        model=model,
+        tokenizer="t",
+        dtype="bfloat16",
+        codec="raw",
+        context_policy="document",
+        context=[1, 2],
+        tokens=[i],
+        salt=salt,
+    )
+
+
+def slabs_for(i: int) -> list[np.ndarray]:
+    return list(np.random.default_rng(i).integers(0, 256, (GEOMETRY.layers, SLAB), dtype=np.uint8))
+
+
+def put(store: ChunkStore, i: int, **fields: object) -> bool:
+    model = str(fields.pop("model", "m"))
+    return store.put(key_for(i, model=model), GEOMETRY, slabs_for(i), tokens=TOKENS, model=model, **fields)
+
+
+def open_one(store: ChunkStore, i: int) -> OpenEntry:
+    [entry] = store.open([key_for(i)])
+    assert isinstance(entry, OpenEntry), entry
+    return entry
+
+
+def read(store: ChunkStore, i: int) -> list[np.ndarray]:
+    with open_one(store, i) as entry:
+        return [slab for [slab] in store.open_layers([entry])]
+
+
+def holds(store: ChunkStore, i: int) -> bool:
+    """Whether entry ``i`` can be read and every byte of it is right."""
+    return all(np.array_equal(a, b) for a, b in zip(read(store, i), slabs_for(i), strict=True))
+
+
+def entry_file(root: Path, i: int) -> Path:
+    name = key_for(i).hex()
+    return root / "entries" / name[:2] / f"{name}.kv"
+
+
+def flip(path: Path, bit: int) -> None:
+    raw = bytearray(path.read_bytes())
+    raw[bit // 8] ^= 1 << bit % 8
+    path.write_bytes(raw)
+
+
+def disk_usage(root: Path) -> int:
+    """What the disk counts for everything but the index, each file once."""
+    files = {}
+    for folder in ("entries", "tmp", "quarantine"):
+        for path in (root / folder).rglob("*"):
+            try:
+                stat = path.stat()
+            except FileNotFoundError:
+                continue
+            if path.is_file():
+                files[stat.st_ino] = stat.st_blocks * 512
+    return sum(files.values())
