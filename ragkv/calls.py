@@ -1,5 +1,4 @@
-"""The REST API as values: what to send, how to read the answer. ``ragkv.client`` adds the I/O, sync and
-async."""
+"""The REST API as values: what to send, how to read the answer. ``ragkv.client`` adds the I/O."""
 
 from __future__ import annotations
 
@@ -45,8 +44,7 @@ _EVENT: TypeAdapter[Event] = TypeAdapter(Annotated[Event, Field(discriminator="t
 
 @dataclass(frozen=True)
 class Call(Generic[T]):
-    """One request. ``arguments`` are httpx's; ``accept`` holds error statuses that carry an ordinary
-    answer."""
+    """One request. ``arguments`` are httpx's; ``accept``: error statuses with an ordinary answer."""
 
     method: str
     path: str
@@ -55,8 +53,7 @@ class Call(Generic[T]):
     accept: tuple[int, ...] = ()
 
     def read(self, response: httpx.Response) -> T:
-        """The parsed answer. Raises the error the answer tells, or ServerError when it is not a ragkv
-        answer."""
+        """The parsed answer. Raises the error it tells, or ServerError when it is not ragkv's."""
         check(response, self.accept)
         try:
             return self.parse(from_json(response.content) if response.content else None)
@@ -164,8 +161,7 @@ class EventReader:
 
 
 def request_of(question: str | QueryRequest, fields: Mapping[str, Any]) -> QueryRequest:
-    """The request that a question, or a request, and further fields make. Raises InputError naming a bad
-    field."""
+    """The request a question, or a request, and more fields make. Raises InputError naming a bad field."""
     base = {"question": question} if isinstance(question, str) else question.model_dump(exclude_unset=True)
     return _valid(QueryRequest, base | dict(fields))
 
@@ -180,18 +176,24 @@ def opened(paths: Iterable[str | PathLike[str]]) -> Iterator[list[NamedFile]]:
     for name, path in (pair for p in paths for pair in _named(Path(p))):
         if name in files:
             raise InputError(
-                f"{files[name]} and {path} would both be document {name!r}; upload their common folder
-                instead", name=name, ) files[name] = path if not files: raise InputError("there is no file to
-                upload; name at least one file or a folder that holds some") with ExitStack() as stack: try:
-                handles: list[NamedFile] = [ (name, stack.enter_context(path.open("rb"))) for name, path in
-                files.items() ] except OSError as error: raise InputError( f"cannot read {error.filename}:
-                {error.strerror}", path=error.filename ) from error yield handles
+                f"{files[name]} and {path} would both be document {name!r}; upload their common folder",
+                name=name,
+            )
+        files[name] = path
+    if not files:
+        raise InputError("there is no file to upload; name at least one file or a folder that holds some")
+    with ExitStack() as stack:
+        try:
+            handles: list[NamedFile] = [(n, stack.enter_context(p.open("rb"))) for n, p in files.items()]
+        except OSError as error:
+            raise InputError(
+                f"cannot read {error.filename}: {error.strerror}", path=error.filename
+            ) from error
+        yield handles
 
 
 def check(response: httpx.Response, accept: tuple[int, ...] = ()) -> None:
-    """Raises the error that an error answer (with its content read) tells, unless its status is accepted and
-    it tells none.
-    """
+    """Raises the error an error answer (already read) tells; an accepted status may tell none."""
     if response.is_success:
         return
     if response.status_code not in accept or _told(response.content) is not None:
@@ -199,8 +201,7 @@ def check(response: httpx.Response, accept: tuple[int, ...] = ()) -> None:
 
 
 def error_of(content: bytes, status: int | None) -> RagkvError:
-    """The error an error body tells, as the class of its code; anything else is a ServerError with the
-    status."""
+    """The error an error body tells, as the class of its code; anything else is a ServerError."""
     told = _told(content)
     if told is None:
         return ServerError(f"the server answered with status {status}: {content[:200]!r}", status=status)

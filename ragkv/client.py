@@ -36,7 +36,8 @@ T = TypeVar("T")
 
 class Client:
     """A ragkv server, called synchronously. Thread-safe; a context manager.
-     Every call raises the class of ``ragkv.errors`` the server names (NotFoundError, QueueFullError, …),
+
+    Every call raises the class of ``ragkv.errors`` the server names (NotFoundError, QueueFullError, …),
     ServerError where there is no closer one or no server, and InputError for arguments that cannot be sent.
     """
 
@@ -72,8 +73,7 @@ class Client:
     def upload(
         self, collection: str, *paths: str | PathLike[str], encode: Encode | None = None
     ) -> IngestReport:
-        """Upload files and folders in one request. A document's id is the file's name, or its path in the
-        folder."""
+        """Upload files and folders in one request. Documents are named by file, or path in the folder."""
         with calls.opened(paths) as files:
             return self._send(calls.upload(collection, files, encode))
 
@@ -91,8 +91,7 @@ class Client:
         return self._send(calls.query(question, fields))
 
     def stream(self, question: str | QueryRequest, **fields: Any) -> Generator[Event, None, None]:
-        """The answer's events as they come: sources, tokens, done. Closing the generator stops the
-        generation."""
+        """The answer's events as they come: sources, tokens, done. Closing the generator stops the model."""
         call = calls.stream(question, fields)
         return self._events(call)
 

@@ -24,7 +24,8 @@ def encode(name: str, data: str) -> bytes:
 
 class Decoder:
     """Events out of a byte stream that is cut anywhere, also inside a character or between CR and LF.
-     Comments, ``id`` and ``retry`` fields and events without data are skipped; an event that the end of the
+
+    Comments, ``id`` and ``retry`` fields and events without data are skipped; an event that the end of the
     stream cuts off is never delivered.
     """
 

@@ -18,7 +18,8 @@ ADMIN_PREFIX = "/v1/cache"
 
 class Access:
     """ASGI middleware; it answers before a body is read.
-     With a key, everything but OPEN_PATHS needs ``Authorization: Bearer <key>``. Without one the server only
+
+    With a key, everything but OPEN_PATHS needs ``Authorization: Bearer <key>``. Without one the server only
     listens on a loopback address; admin routes are closed, and requests that a web page in a local browser
     could forge (foreign ``Origin``, or ``Host`` rebound by DNS) are refused.
     """

@@ -25,8 +25,7 @@ def media_type(request: Request) -> str:
 
 
 async def limited(request: Request, limit: int) -> AsyncIterator[bytes]:
-    """The body's pieces. Raises BodyTooLargeError as soon as more than ``limit`` bytes are announced or have
-    come."""
+    """The body, piece by piece. Raises BodyTooLargeError once more than ``limit`` bytes are announced or came."""
     announced = request.headers.get("content-length", "")
     if announced.isdecimal() and int(announced) > limit:
         raise _too_large(limit, int(announced))
@@ -70,8 +69,7 @@ def _too_large(limit: int, size: int | None) -> BodyTooLargeError:
 
 
 def _refuse_huge_numbers(data: object) -> None:
-    """The parser turns 1e999 into infinity and takes integers of any length; neither can be stored or sent
-    back."""
+    """The parser turns 1e999 into infinity and takes integers of any length; neither can be sent back."""
     if isinstance(data, dict):
         for value in data.values():
             _refuse_huge_numbers(value)

@@ -25,7 +25,8 @@ EncodeMode = Literal["eager", "lazy"]
 
 class EngineAPI(Protocol):
     """An engine as the server sees it.
-     Plain methods block and are thread-safe; the server calls them from worker threads. ``aquery`` and
+
+    Plain methods block and are thread-safe; the server calls them from worker threads. ``aquery`` and
     ``astream`` run on the event loop and never block it. Cancelling the task that awaits them, or closing the
     generator, stops the generation. ``astream`` raises what is wrong with a request (unknown collection, full
     queue, …) before its first event.

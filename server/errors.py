@@ -57,8 +57,7 @@ def status_of(error: Exception) -> int:
 
 
 def error_body(error: Exception) -> bytes:
-    """The JSON body of an error. Of an unexpected one it tells nothing: its text may hold what is nobody's
-    business."""
+    """The JSON body of an error. Of an unexpected one it tells nothing: its text may be private."""
     if isinstance(error, e.RagkvError):
         return _body(error.code, error.message, error.context)
     return _body("internal", "the server failed on this request; its log has the details", {})

@@ -20,7 +20,8 @@ KEEP_ALIVE_SECONDS = 15.0
 
 class EventStream(Response):
     """Sends ``events`` as they come; closes them, in the task that ran them, when the client hangs up.
-     The first event is awaited before the response starts, so that what is wrong with the request becomes an
+
+    The first event is awaited before the response starts, so that what is wrong with the request becomes an
     ordinary HTTP error. A later failure becomes a last event named ``error``. Comments keep silent
     connections open.
     """

@@ -17,8 +17,7 @@ router = APIRouter(tags=["query"])
 
 @router.post("/v1/query", response_model=Answer, openapi_extra=json_body(QueryBody))
 async def query(request: Request, service: ServiceDep) -> Answer | Response:
-    """Answer a question from a collection, from the request's own documents, or from the conversation
-    alone."""
+    """Answer a question from a collection, from the request's own documents, or the conversation alone."""
     body = await read_json(request, QueryBody, limit=service.json_limit)
     if body.stream or "text/event-stream" in request.headers.get("accept", ""):
         return EventStream(service.engine.astream(body.request()), service.metrics.observe)

@@ -100,8 +100,7 @@ def _print_url(url: str) -> None:
 
 @contextmanager
 def _signals_return() -> Iterator[None]:
-    """uvicorn raises the signal that stopped it once more when it is done; here nothing is left to be
-    stopped."""
+    """uvicorn raises the signal that stopped it again when it is done; nothing is left to stop then."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

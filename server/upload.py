@@ -60,7 +60,8 @@ class Upload:
 @asynccontextmanager
 async def receive_upload(request: Request, max_bytes: int) -> AsyncIterator[Upload]:
     """The files of a multipart body (fields ``files`` and ``encode``), on disk while the context lasts.
-     Raises InputError for a malformed body or an unknown field, BodyTooLargeError when the files together are
+
+    Raises InputError for a malformed body or an unknown field, BodyTooLargeError when the files together are
     over UPLOAD_FACTOR times ``max_bytes``. One file over ``max_bytes`` is an error of that file, raised when
     it is read.
     """
