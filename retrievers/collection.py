@@ -108,6 +108,12 @@ class Collection:
                 progress(report.done)
         return report.finish()
 
+    def resplit(self, progress: Callable[[int], None] | None = None) -> AddReport:
+        """Split again what was split by a splitter of another name, e.g. after a change of the model."""
+        with self._database.read():
+            ids = [info.id for info in self._database.infos(0, -1)]
+        return self.add((self.get(document_id) for document_id in ids), progress)
+
     def delete(self, document_id: str) -> bool:
         """Remove a document and its chunks; False where there is none of this id."""
         with self._database.read():
@@ -224,7 +230,7 @@ class Collection:
                 f"the title of document {document.id!r} has over {MAX_TITLE} characters; shorten it",
                 document=document.id,
             )
-        content = [document.text, document.title, document.metadata, self.splitter.name]
+        content = [document.full_text, document.title, document.metadata, self.splitter.name]
         try:
             data = json.dumps(content, ensure_ascii=False, sort_keys=True, allow_nan=False).encode()
         except UnicodeEncodeError as error:

@@ -38,8 +38,9 @@ def test_the_first_heading_is_the_title_of_markdown(text: str, title: str | None
 
 def test_html_keeps_visible_text_in_paragraphs() -> None:
     page = """<html><head><title> My
-      page </title><style>p {}</style></head><body><h1>Head</h1><p>One <b>bold</b> word.</p><script>x()</script>
-      <!-- not this --><ul><li>first<li>second</ul><table><tr><td>a</td><td>b</td></tr></table>tail</body></html>"""
+      page </title><style>p {}</style></head><body><h1>Head</h1><p>One <b>bold</b> word.</p>
+      <script>x()</script><!-- not this --><ul><li>first<li>second</ul>
+      <table><tr><td>a</td><td>b</td></tr></table>tail</body></html>"""
     (document,) = load_bytes("page.HTML", page.encode())
     assert document.title == "My page"
     assert document.text == "Head\n\nOne bold word.\n\nfirst\n\nsecond\n\na b\n\ntail"
@@ -82,7 +83,7 @@ def test_a_bad_json_line_is_named(line: str, problem: str) -> None:
 
 
 def test_bytes_that_are_no_utf8_are_located() -> None:
-    with pytest.raises(DocumentError, match="byte 6 .line 2") as caught:
+    with pytest.raises(DocumentError, match=r"byte 6 \(line 2") as caught:
         load_bytes("latin.txt", b"first\n\xe9t\xe9")
     assert (caught.value.context["byte"], caught.value.context["line"]) == (6, 2)
 
