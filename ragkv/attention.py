@@ -101,7 +101,12 @@ def attention(
 
 
 def _scored(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, step: AttentionStep, scaling: float | None, window: int | None
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    step: AttentionStep,
+    scaling: float | None,
+    window: int | None,
 ) -> torch.Tensor:
     scale = scaling if scaling is not None else q.shape[-1] ** -0.5
     logits = (q @ k.transpose(-1, -2)).float() * scale

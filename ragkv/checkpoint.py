@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from blake3 import blake3
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.utils import logging as library_logging
 
 from ragkv import attention
 from ragkv.errors import ConfigError, NotAModelError, UnsupportedArchitectureError
@@ -47,6 +48,7 @@ def load_checkpoint(name: str, *, device: str = "auto", dtype: str = "auto", cac
         UnsupportedArchitectureError: a model type without parity tests.
         ConfigError: a device that is not there.
     """
+    library_logging.disable_progress_bar()
     folder = _resolve(name)
     config = _read_config(name, folder)
     where = _device(device)
@@ -89,7 +91,9 @@ def _resolve(name: str) -> Path:
 
 def _read_config(name: str, folder: Path) -> Any:
     if not (folder / "config.json").is_file():
-        raise NotAModelError(f"{folder} holds no config.json, so it is not a Hugging Face checkpoint", model=name)
+        raise NotAModelError(
+            f"{folder} holds no config.json, so it is not a Hugging Face checkpoint", model=name
+        )
     try:
         declared = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         kind = declared["model_type"]
@@ -101,7 +105,8 @@ def _read_config(name: str, folder: Path) -> Any:
         )
     if not list(folder.glob("*.safetensors")):
         raise NotAModelError(
-            f"{folder} holds no *.safetensors; convert the weights (pickled checkpoints are not loaded)", model=name
+            f"{folder} holds no *.safetensors; convert the weights (pickled checkpoints are not loaded)",
+            model=name,
         )
     try:
         return AutoConfig.from_pretrained(folder)
@@ -129,7 +134,9 @@ def _dtype(wanted: str, device: torch.device) -> torch.dtype:
     if wanted != "auto":
         chosen: torch.dtype = getattr(torch, wanted)
         return chosen
-    fast_bf16 = device.type == "cuda" or torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+    fast_bf16 = (
+        device.type == "cuda" or torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+    )
     return torch.bfloat16 if fast_bf16 else torch.float32
 
 
@@ -164,4 +171,3 @@ def _write_cache(path: Path, known: dict[str, str]) -> None:
         temporary.replace(path)
     except OSError:
         return
-

@@ -19,12 +19,14 @@ class ChunkTokens:
         context: tokens of the whole chunks that precede it in its document and that its stored KV is encoded
             behind (without BOS); empty when it is encoded alone.
         context_chunks: how many chunks these are.
+        policy: under which it is encoded.
         key: its key in the chunk store.
     """
 
     ids: tuple[int, ...]
     context: tuple[int, ...]
     context_chunks: int
+    policy: ContextPolicy
     key: bytes
 
 
@@ -39,6 +41,7 @@ class EncodeGroup:
     lead: tuple[int, ...]
     parts: tuple[tuple[int, ...], ...]
     keys: tuple[bytes | None, ...]
+    policy: ContextPolicy
 
     @property
     def tokens(self) -> int:
@@ -52,21 +55,29 @@ class EncodeGroup:
 class ChunkTokenizer:
     """Turns a document's chunk texts into :class:`ChunkTokens` for one model and one context policy."""
 
-    def __init__(self, tokenizer: Tokenizer, *, model_fingerprint: str, dtype: str, context_tokens: int) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, *, model_fingerprint: str, dtype: str, context_tokens: int
+    ) -> None:
         self._tokenizer, self._limit = tokenizer, context_tokens
         self._model, self._dtype = model_fingerprint, dtype
 
     def document(self, texts: Sequence[str], policy: ContextPolicy) -> list[ChunkTokens]:
         """Tokens and keys of all chunks of a document, given their texts in order."""
-        ids = [self._tokenizer.plain(chunk_text(text)) for text in texts]
-        lengths = [len(part) for part in ids]
-        limit = self._limit if policy == "document" else 0
-        return [self._chunk(ids, i, context_start(lengths, i, limit), policy) for i in range(len(ids))]
+        return [self.chunk(texts, index, policy) for index in range(len(texts))]
 
-    def _chunk(
-        self, ids: Sequence[tuple[int, ...]], index: int, start: int, policy: ContextPolicy
-    ) -> ChunkTokens:
-        context = tuple(token for part in ids[start:index] for token in part)
+    def chunk(self, texts: Sequence[str], index: int, policy: ContextPolicy) -> ChunkTokens:
+        """Tokens and key of one chunk of a document.
+
+        Its context is the longest run of whole chunks before it within the token limit: whole ones, so that
+        an edit changes only the keys of its neighbours.
+        """
+        room = self._limit if policy == "document" else 0
+        start = index
+        while start > 0 and (taken := len(self._ids(texts[start - 1]))) <= room:
+            room -= taken
+            start -= 1
+        context = tuple(token for text in texts[start:index] for token in self._ids(text))
+        ids = self._ids(texts[index])
         key = chunk_key(
             model=self._model,
             tokenizer=self._tokenizer.fingerprint,
@@ -74,13 +85,18 @@ class ChunkTokenizer:
             codec="raw",
             context_policy=policy,
             context=(*self._tokenizer.bos, *context),
-            tokens=ids[index],
+            tokens=ids,
         )
-        return ChunkTokens(ids[index], context, index - start, key)
+        return ChunkTokens(ids, context, index - start, policy, key)
+
+    def _ids(self, text: str) -> tuple[int, ...]:
+        return self._tokenizer.plain(chunk_text(text))
 
     def single(self, tokens: ChunkTokens) -> EncodeGroup:
         """The group that encodes one chunk on its own, behind its context."""
-        return EncodeGroup((*self._tokenizer.bos, *tokens.context), (tokens.ids,), (tokens.key,))
+        return EncodeGroup(
+            (*self._tokenizer.bos, *tokens.context), (tokens.ids,), (tokens.key,), tokens.policy
+        )
 
     def groups(self, chunks: Sequence[ChunkTokens], missing: set[bytes]) -> list[EncodeGroup]:
         """The fewest forward passes that encode the ``missing`` chunks of one document.
@@ -105,13 +121,4 @@ class ChunkTokenizer:
         while keys and keys[-1] is None:
             keys.pop()
         lead = (*self._tokenizer.bos, *chunks[0].context)
-        return EncodeGroup(lead, tuple(c.ids for c in chunks[: len(keys)]), tuple(keys))
-
-
-def context_start(lengths: Sequence[int], chunk: int, limit: int) -> int:
-    """First chunk of the longest run of whole chunks before ``chunk`` with at most ``limit`` tokens."""
-    start, tokens = chunk, 0
-    while start > 0 and tokens + lengths[start - 1] <= limit:
-        start -= 1
-        tokens += lengths[start]
-    return start
+        return EncodeGroup(lead, tuple(c.ids for c in chunks[: len(keys)]), tuple(keys), chunks[0].policy)

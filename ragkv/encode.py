@@ -10,6 +10,7 @@ import torch
 
 from ragkv.chunks import EncodeGroup
 from ragkv.runner import ModelRunner
+from ragkv.types import ContextPolicy
 
 
 @dataclass(frozen=True)
@@ -19,6 +20,7 @@ class EncodedChunk:
     key: bytes
     tokens: int
     context_tokens: int
+    context_policy: ContextPolicy
     slabs: list[np.ndarray]
 
 
@@ -39,7 +41,7 @@ def encode(runner: ModelRunner, group: EncodeGroup) -> Generator[None, None, lis
                 slabs[index].append(_bytes(both[:, start:end]))
         yield
     return [
-        EncodedChunk(key, end - start, start, slabs[i])
+        EncodedChunk(key, end - start, start, group.policy, slabs[i])
         for i, (key, (start, end)) in enumerate(zip(group.keys, spans, strict=True))
         if key is not None
     ]

@@ -47,7 +47,9 @@ class LayerLoader:
         # Two stages in turn, so that the host fills one while the device still copies from the other.
         stages = 2 if self._cuda else 1
         self._stages = torch.empty(
-            (stages, 2, len(positions), shape.kv_heads, shape.head_dim), dtype=shape.dtype, pin_memory=self._cuda
+            (stages, 2, len(positions), shape.kv_heads, shape.head_dim),
+            dtype=shape.dtype,
+            pin_memory=self._cuda,
         )
         self._copied: list[torch.cuda.Event | None] = [None] * stages
 

@@ -16,7 +16,7 @@ from ragkv.errors import PromptTooLongError
 from ragkv.retrievers import Chunk
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class PlannedChunk:
     """A chunk to be placed in a prompt: who it is, how it was found, what its tokens are."""
 
@@ -26,7 +26,7 @@ class PlannedChunk:
     tokens: ChunkTokens
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Span:
     """Where a chunk stands: positions ``start … end - 1``.
 
@@ -102,6 +102,8 @@ def _prompt_order(chunks: list[PlannedChunk]) -> list[PlannedChunk]:
 
 
 def _context_present(chunk: PlannedChunk, before: list[Span]) -> bool:
-    present = {span.chunk.chunk.ordinal for span in before if span.chunk.chunk.document_id == chunk.chunk.document_id}
+    present = {
+        span.chunk.chunk.ordinal for span in before if span.chunk.chunk.document_id == chunk.chunk.document_id
+    }
     first = chunk.chunk.ordinal - chunk.tokens.context_chunks
     return present.issuperset(range(first, chunk.chunk.ordinal))

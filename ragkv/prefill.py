@@ -95,7 +95,10 @@ class Prefill:
         entries: dict[Span, OpenEntry] = {}
         for span, entry in zip(wanted, opened, strict=True):
             if isinstance(entry, RagkvError):
-                self._why[span] = entry.message
+                missing = entry.context.get("reason") == "missing"
+                self._why[span] = (
+                    "not stored yet" if missing else f"its stored KV was unreadable: {entry.message}"
+                )
             else:
                 entries[span] = leases.enter_context(entry)
         self._watch.lap("lookup")

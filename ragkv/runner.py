@@ -58,6 +58,8 @@ class ModelRunner:
         )
         self.rope = read_rope(model)
         self.max_positions = int(self.config.max_position_embeddings)
+        ends = getattr(model.generation_config, "eos_token_id", None)
+        self.eos_ids = frozenset(ends if isinstance(ends, list) else [] if ends is None else [ends])
 
     def new_kv(self, capacity: int, base: int = 0) -> RequestKV:
         return RequestKV(self.shape, capacity, self.device, base)

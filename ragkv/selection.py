@@ -26,6 +26,7 @@ from ragkv.runner import Rows
 if TYPE_CHECKING:
     from ragkv.blend import Blend
 
+
 @dataclass(frozen=True)
 class Start:
     """What a strategy hands to the main pass: ``rows``, ready for layer ``layer``.

@@ -74,7 +74,9 @@ class ChunkReport(Wire):
     rank: int
     score: float
     tokens: int
-    kv: KvSource = Field(description="where its KV came from; `computed`: prefilled here; `dropped`: left out")
+    kv: KvSource = Field(
+        description="where its KV came from; `computed`: prefilled here; `dropped`: left out"
+    )
     why: str | None = Field(description="why it was computed or dropped, or was not repaired")
     context_tokens: int = Field(description="tokens of its own document its stored KV was encoded behind")
     position: int | None = Field(description="index of its first token in the prompt")
@@ -253,8 +255,7 @@ class StoreCheck(Wire):
     orphan_files: int
     missing_files: int
     corrupt_entries: int
-    bytes_indexed: int
-    bytes_on_disk: int
+    miscounted_entries: int
     fixed: bool
     ok: bool
 

@@ -55,11 +55,19 @@ MOVABLE: dict[str, tuple[str, dict[str, Any]]] = {
     "smollm3": ("smollm3", {"no_rope_layers": [1, 1, 1, 0]}),
     "smollm3-windowed": (
         "smollm3",
-        {"no_rope_layers": [1, 0, 1, 0], "use_sliding_window": True, "sliding_window": 12, "layer_types": SLIDING},
+        {
+            "no_rope_layers": [1, 0, 1, 0],
+            "use_sliding_window": True,
+            "sliding_window": 12,
+            "layer_types": SLIDING,
+        },
     ),
 }
 IMMOVABLE: dict[str, tuple[str, dict[str, Any]]] = {
-    "llama-dynamic": ("llama", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}}),
+    "llama-dynamic": (
+        "llama",
+        {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}},
+    ),
     "phi3-longrope": (
         "phi3",
         {
@@ -79,11 +87,13 @@ def make_config(family: str, options: dict[str, Any]) -> Any:
     return CONFIG_MAPPING[family](**{**BASE, **options})
 
 
-def make_model(name: str, seed: int = 0) -> Any:
+def make_model(name: str, seed: int = 0, options: dict[str, Any] | None = None) -> Any:
     """float32 model with weights large enough that attention is far from uniform."""
-    family, options = {**MOVABLE, **IMMOVABLE}[name]
+    family, variant = {**MOVABLE, **IMMOVABLE}[name]
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(make_config(family, options), attn_implementation=NAME)
+    model = AutoModelForCausalLM.from_config(
+        make_config(family, {**variant, **(options or {})}), attn_implementation=NAME
+    )
     for parameter in model.parameters():
         if parameter.dim() > 1:
             torch.nn.init.normal_(parameter, std=0.15)

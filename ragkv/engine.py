@@ -1,0 +1,402 @@
+"""The engine in one process: model, store, collections, and the doors the server, CLI and SDK share."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import queue
+import threading
+import uuid
+from collections.abc import AsyncIterator, Iterable, Iterator
+from contextlib import suppress
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+
+from ragkv.checkpoint import load_checkpoint
+from ragkv.chunks import ChunkTokenizer
+from ragkv.clock import Stopwatch
+from ragkv.config import Settings, load_settings
+from ragkv.delivery import Delivery, Emit, OutputThread
+from ragkv.detokenize import Detokenizer
+from ragkv.errors import CancelledError, InputError, NotFoundError
+from ragkv.generation import Generation
+from ragkv.ingest import Encode, Ingestor, Progress, Writer
+from ragkv.loop import EngineLoop
+from ragkv.pipeline import Pipeline
+from ragkv.retrievers import Catalog, Document, Splitter
+from ragkv.sampling import Sampler
+from ragkv.selfcheck import find_fault
+from ragkv.store import ChunkStore
+from ragkv.types import (
+    Answer,
+    CollectionInfo,
+    ContextPolicy,
+    DocumentInfo,
+    DocumentOut,
+    DoneEvent,
+    Event,
+    Health,
+    IngestEstimate,
+    IngestReport,
+    QueryRequest,
+    StoreCheck,
+    StoreInfo,
+)
+from ragkv.version import __version__
+
+log = logging.getLogger("ragkv")
+
+
+class Engine:
+    """Ingest documents, ask questions. Thread-safe; close it, or use it as a context manager.
+
+    Args:
+        settings: from :func:`ragkv.config.load_settings`; None loads them.
+        overrides: single settings, e.g. ``Engine(model="/models/llama", device="cpu")``.
+
+    Raises:
+        ConfigError, ModelError, StoreError: what it was told to use cannot be used.
+    """
+
+    def __init__(self, settings: Settings | None = None, **overrides: Any) -> None:
+        self.settings = settings = _settings(settings, overrides)
+        if settings.threads:
+            torch.set_num_threads(settings.threads)
+        self._store = ChunkStore(
+            settings.store_dir, capacity_bytes=settings.store_bytes, ram_bytes=settings.ram_bytes
+        )
+        try:
+            self._start(settings)
+        except BaseException:
+            self._store.close()
+            raise
+
+    def _start(self, settings: Settings) -> None:
+        self._checkpoint = checkpoint = load_checkpoint(
+            settings.model,
+            device=settings.device,
+            dtype=settings.dtype,
+            cache_dir=settings.data_dir.expanduser(),
+        )
+        tokenizer, dtype = checkpoint.tokenizer, str(checkpoint.runner.shape.dtype).removeprefix("torch.")
+        self._dtype = dtype
+        fault = find_fault(checkpoint.runner)
+        if fault:
+            log.warning("blending is off: %s", fault)
+        splitter = Splitter(
+            tokenizer.count,
+            settings.chunk_tokens,
+            count_batch=tokenizer.count_many,
+            tokenizer=tokenizer.fingerprint,
+        )
+        self._catalog = Catalog(settings.collections_dir, splitter, embedder=settings.embedder)
+        chunk_tokenizer = ChunkTokenizer(
+            tokenizer,
+            model_fingerprint=checkpoint.model_fingerprint,
+            dtype=dtype,
+            context_tokens=settings.context_tokens,
+        )
+        self._loop = EngineLoop(
+            checkpoint.runner,
+            self._store,
+            max_running=settings.max_running,
+            max_queued=settings.max_queued,
+            on_missing=lambda spans: self._ingestor.encode_later(spans),
+            blending_off=fault,
+        )
+        self._output = OutputThread()
+        self._writer = Writer(checkpoint, self._loop, self._store, dtype)
+        self._pipeline = Pipeline(checkpoint, self._catalog, splitter, chunk_tokenizer, settings)
+        self._ingestor = Ingestor(
+            checkpoint, self._catalog, splitter, chunk_tokenizer, self._store, self._writer, settings
+        )
+
+    # Documents
+
+    def estimate(self, documents: Iterable[Document]) -> IngestEstimate:
+        """What ingesting ``documents`` will take, without computing any KV."""
+        return self._ingestor.estimate(documents)
+
+    def ingest(
+        self,
+        collection: str,
+        documents: Iterable[Document],
+        *,
+        encode: Encode | None = None,
+        context_policy: ContextPolicy | None = None,
+        progress: Progress | None = None,
+    ) -> IngestReport:
+        """Add documents (new, replaced or unchanged by id) and, unless lazy, compute the KV the store lacks.
+
+        ``progress(stage, done, total)`` is called from several threads, with the stages ``split`` (documents),
+        ``index`` and ``encode`` (chunks).
+
+        Raises:
+            DocumentError: every document was rejected (single bad ones are listed in the report).
+        """
+        return self._ingestor.ingest(
+            collection,
+            documents,
+            encode=encode or self.settings.encode,
+            policy=context_policy or self.settings.context_policy,
+            progress=progress,
+        )
+
+    def collections(self) -> list[CollectionInfo]:
+        infos = []
+        for name in self._catalog.names():
+            with suppress(NotFoundError):  # dropped meanwhile
+                stats = self._catalog.open(name).stats()
+                infos.append(CollectionInfo(name=name, documents=stats.documents, chunks=stats.chunks))
+        return infos
+
+    def drop_collection(self, name: str) -> None:
+        """Delete a collection. Its chunks' KV stays until evicted: other collections may share it."""
+        self._catalog.drop(name)
+
+    def documents(self, collection: str, *, offset: int = 0, limit: int = 100) -> list[DocumentInfo]:
+        infos = self._catalog.open(collection).documents(offset, limit)
+        return [
+            DocumentInfo(
+                id=info.id,
+                title=info.title,
+                metadata=dict(info.metadata),
+                chunks=info.chunks,
+                characters=info.characters,
+            )
+            for info in infos
+        ]
+
+    def document(self, collection: str, document_id: str) -> DocumentOut:
+        opened = self._catalog.open(collection)
+        document = opened.get(document_id)
+        return DocumentOut(
+            id=document.id,
+            title=document.title,
+            metadata=dict(document.metadata),
+            chunks=len(opened.chunks(document_id)),
+            characters=len(document.text),
+            text=document.text,
+        )
+
+    def delete_document(self, collection: str, document_id: str) -> None:
+        """Remove a document and its chunks' KV.
+
+        Raises:
+            NotFoundError: no such collection or document.
+        """
+        opened = self._catalog.open(collection)
+        self._ingestor.forget(opened, document_id)
+        if not opened.delete(document_id):
+            raise NotFoundError(f"no document {document_id!r} in {collection!r}", document_id=document_id)
+
+    # Answers
+
+    def query(self, request: QueryRequest | str, **fields: Any) -> Answer:
+        """Answer a question; ``fields`` are those of :class:`~ragkv.types.QueryRequest`."""
+        for event in self.stream(request, **fields):
+            if isinstance(event, DoneEvent):
+                return event.answer
+        raise CancelledError("the request ended without an answer")
+
+    def stream(self, request: QueryRequest | str, **fields: Any) -> Iterator[Event]:
+        """The answer as events: one ``sources``, then ``token`` …, then ``done``.
+
+        Closing the iterator cancels the request.
+        """
+        events: queue.SimpleQueue[Event | Exception] = queue.SimpleQueue()
+        stop = threading.Event()
+        self._submit(_request(request, fields), events.put, stop)
+        try:
+            while True:
+                event = events.get()
+                if isinstance(event, Exception):
+                    raise event
+                yield event
+                if isinstance(event, DoneEvent):
+                    return
+        finally:
+            stop.set()
+
+    async def aquery(self, request: QueryRequest | str, **fields: Any) -> Answer:
+        """:meth:`query` for asyncio; cancelling the task cancels the request."""
+        async for event in self.astream(request, **fields):
+            if isinstance(event, DoneEvent):
+                return event.answer
+        raise CancelledError("the request ended without an answer")
+
+    async def astream(self, request: QueryRequest | str, **fields: Any) -> AsyncIterator[Event]:
+        """:meth:`stream` for asyncio; closing the iterator or cancelling the task cancels the request."""
+        loop = asyncio.get_running_loop()
+        events: asyncio.Queue[Event | Exception] = asyncio.Queue()
+        stop = threading.Event()
+
+        def emit(event: Event | Exception) -> None:
+            with suppress(RuntimeError):  # the caller's event loop is gone, and so is the caller
+                loop.call_soon_threadsafe(events.put_nowait, event)
+
+        try:
+            await asyncio.to_thread(self._submit, _request(request, fields), emit, stop)
+            while True:
+                event = await events.get()
+                if isinstance(event, Exception):
+                    raise event
+                yield event
+                if isinstance(event, DoneEvent):
+                    return
+        finally:
+            stop.set()
+
+    # Upkeep
+
+    def health(self) -> Health:
+        loop = self._loop
+        status = "failed" if loop.failure else "degraded" if loop.blending_off else "ok"
+        return Health(
+            status=status,
+            version=__version__,
+            model=self._checkpoint.name,
+            device=str(self._checkpoint.runner.device),
+            dtype=self._dtype,
+            blending=loop.failure or loop.blending_off or "on",
+            running=loop.running,
+            queued=loop.queued,
+            encoding=self._ingestor.pending,
+        )
+
+    def metrics(self) -> dict[str, float]:
+        """Gauges by name, for a metrics page."""
+        stats, health = self._store.stats(), self.health()
+        return {
+            "running": health.running,
+            "queued": health.queued,
+            "encoding": health.encoding,
+            "store_entries": stats.entries,
+            "store_bytes": stats.bytes,
+            "store_capacity_bytes": stats.capacity_bytes,
+            "store_ram_bytes": stats.ram_bytes,
+            "store_hits_ram": stats.hits_ram,
+            "store_hits_ssd": stats.hits_ssd,
+            "store_misses": stats.misses,
+            "store_corrupt": stats.corrupt,
+            "store_evictions": stats.evictions,
+        }
+
+    def cache_stats(self) -> StoreInfo:
+        return store_info(self._store)
+
+    def cache_check(self, *, fix: bool = False) -> StoreCheck:
+        return store_check(self._store, fix=fix)
+
+    def cache_clear(self) -> int:
+        """Remove all chunk KV that is not in use; says how many entries."""
+        return self._store.clear()
+
+    def close(self) -> None:
+        """Stop serving. Requests in flight end with an EngineClosedError; what was stored stays."""
+        self._loop.close()
+        self._writer.close()
+        self._output.close()
+        self._catalog.close()
+        self._store.close()
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _submit(self, request: QueryRequest, emit: Emit, stop: threading.Event) -> None:
+        """Prepare a request on the caller's thread and hand it to the engine's."""
+        watch = Stopwatch()
+        prepared = self._pipeline.prepare(request, watch)
+        if stop.is_set():
+            return
+        checkpoint = self._checkpoint
+        detokenizer = Detokenizer(checkpoint.tokenizer, request.stop)
+        layers = checkpoint.runner.shape.layers
+        delivery = Delivery(prepared, detokenizer, checkpoint.name, layers, self._output, emit)
+        delivery.generation = Generation(
+            id=f"q-{uuid.uuid4().hex[:16]}",
+            plan=prepared.plan,
+            strategy=prepared.strategy,
+            ratio=prepared.ratio,
+            sampler=Sampler(
+                temperature=request.temperature,
+                top_p=request.top_p,
+                top_k=request.top_k_tokens,
+                seed=request.seed,
+            ),
+            max_tokens=prepared.max_tokens,
+            stop_ids=checkpoint.tokenizer.eos_ids | checkpoint.runner.eos_ids,
+            watch=watch,
+            on_token=delivery.on_token,
+            on_finish=delivery.on_finish,
+            on_error=delivery.on_error,
+            seed=request.seed or 0,
+            stop=stop,
+        )
+        # Announced before it is queued, so that no token can come first.
+        self._loop.submit(delivery.generation, accepted=delivery.announce)
+
+
+def store_info(store: ChunkStore) -> StoreInfo:
+    stats = store.stats()
+    return StoreInfo(
+        path=str(store.folder.root),
+        entries=stats.entries,
+        bytes=stats.bytes,
+        capacity_bytes=stats.capacity_bytes,
+        ram_entries=stats.ram_entries,
+        ram_bytes=stats.ram_bytes,
+        ram_capacity_bytes=stats.ram_capacity_bytes,
+        hits_ram=stats.hits_ram,
+        hits_ssd=stats.hits_ssd,
+        misses=stats.misses,
+        corrupt=stats.corrupt,
+        evictions=stats.evictions,
+        entries_by_model=stats.models,
+    )
+
+
+def store_check(store: ChunkStore, *, fix: bool) -> StoreCheck:
+    report = store.check(fix=fix)
+    return StoreCheck(
+        entries=report.entries,
+        orphan_files=len(report.orphans),
+        missing_files=len(report.missing),
+        corrupt_entries=len(report.corrupt),
+        miscounted_entries=len(report.miscounted),
+        fixed=report.fixed,
+        ok=report.clean or report.fixed,
+    )
+
+
+def _settings(settings: Settings | None, overrides: dict[str, Any]) -> Settings:
+    if settings is None:
+        return load_settings(**overrides)
+    if overrides:
+        return load_settings(**{**settings.model_dump(), **overrides})
+    return settings
+
+
+def _request(request: QueryRequest | str, fields: dict[str, Any]) -> QueryRequest:
+    if isinstance(request, str):
+        return make_request(question=request, **fields)
+    return make_request(**{**request.model_dump(exclude_unset=True), **fields}) if fields else request
+
+
+def make_request(**fields: Any) -> QueryRequest:
+    """A checked request.
+
+    Raises:
+        InputError: a field is unknown or out of range.
+    """
+    try:
+        return QueryRequest(**fields)
+    except ValidationError as error:
+        raise InputError(
+            "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+        ) from error

@@ -1,0 +1,42 @@
+"""One request inside the engine: what it wants, what became of it, and how the outside hears of it."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from ragkv.clock import Stopwatch
+from ragkv.plan import PromptPlan
+from ragkv.prefill import SpanOutcome
+from ragkv.sampling import Sampler
+from ragkv.types import FinishReason
+
+
+@dataclass
+class Generation:
+    """A planned request on its way through the engine.
+
+    The engine thread calls ``on_token`` for every token and then exactly one of ``on_finish`` and
+    ``on_error``; these must not block. ``stop`` may be set from any thread at any moment.
+    """
+
+    id: str
+    plan: PromptPlan
+    strategy: str
+    ratio: float
+    sampler: Sampler
+    max_tokens: int
+    stop_ids: frozenset[int]
+    watch: Stopwatch
+    on_token: Callable[[int], None]
+    on_finish: Callable[[FinishReason], None]
+    on_error: Callable[[Exception], None]
+    seed: int = 0
+    outcomes: list[SpanOutcome] = field(default_factory=list)
+    ttft_ms: float = 0.0
+    stop: threading.Event = field(default_factory=threading.Event)
+
+    @property
+    def cancelled(self) -> bool:
+        return self.stop.is_set()

@@ -1,0 +1,323 @@
+"""Documents into a collection, their chunks' KV into the store."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Literal
+
+from ragkv.checkpoint import Checkpoint
+from ragkv.chunks import ChunkTokenizer, ChunkTokens, EncodeGroup
+from ragkv.config import Settings
+from ragkv.encode import EncodedChunk
+from ragkv.errors import DocumentError, EngineClosedError, RagkvError, StoreFullError
+from ragkv.loop import EngineLoop
+from ragkv.plan import Span
+from ragkv.retrievers import Catalog, Collection, Document, Splitter
+from ragkv.store import ChunkStore, Geometry
+from ragkv.types import ContextPolicy, IngestEstimate, IngestReport, RejectedDocument
+
+Progress = Callable[[str, int, int], None]
+Encode = Literal["eager", "lazy"]
+_IN_FLIGHT = 8
+_BATCH = 256
+
+
+@dataclass
+class _Tally:
+    added: int = 0
+    replaced: int = 0
+    unchanged: int = 0
+    chunks: int = 0
+    reused: int = 0
+    deferred: int = 0
+    rejected: list[RejectedDocument] = field(default_factory=list)
+
+
+class Writer:
+    """Computes and stores chunk entries: groups go to the engine thread, results to a thread that writes."""
+
+    def __init__(self, checkpoint: Checkpoint, loop: EngineLoop, store: ChunkStore, dtype: str) -> None:
+        shape = checkpoint.runner.shape
+        self._loop, self._store = loop, store
+        self._model = checkpoint.model_fingerprint
+        self._geometry = Geometry(shape.layers, shape.kv_heads, shape.head_dim, dtype)
+        self._threads = ThreadPoolExecutor(2, thread_name_prefix="ragkv-writer")
+
+    def submit(self, group: EncodeGroup, done: Callable[[int, Exception | None], None]) -> None:
+        """Encode and store ``group``; ``done(bytes written, error)`` is called once, on some thread."""
+
+        def encoded(result: list[EncodedChunk] | Exception) -> None:
+            if isinstance(result, Exception):
+                done(0, result)
+                return
+            try:
+                self._threads.submit(self._store_all, result, done)
+            except RuntimeError:
+                done(0, EngineClosedError("the engine was closed before the chunks were stored"))
+
+        self._loop.submit_encode(group, encoded)
+
+    def close(self) -> None:
+        self._threads.shutdown()
+
+    def _store_all(self, chunks: list[EncodedChunk], done: Callable[[int, Exception | None], None]) -> None:
+        written = 0
+        try:
+            for chunk in chunks:
+                stored = self._store.put(
+                    chunk.key,
+                    self._geometry,
+                    chunk.slabs,
+                    tokens=chunk.tokens,
+                    model=self._model,
+                    context_tokens=chunk.context_tokens,
+                    context_policy=chunk.context_policy,
+                )
+                written += sum(slab.nbytes for slab in chunk.slabs) if stored else 0
+        except Exception as error:  # noqa: BLE001  (reported to whoever waits)
+            done(written, error)
+        else:
+            done(written, None)
+
+
+class Encoding:
+    """One ingest's encoding: keeps a few groups in flight, counts, and remembers why it stopped."""
+
+    def __init__(self, writer: Writer, progress: Callable[[int], None]) -> None:
+        self._writer, self._progress = writer, progress
+        self._slots = threading.Semaphore(_IN_FLIGHT)
+        self._lock = threading.Lock()
+        self.encoded = self.bytes_written = self.given_up = 0
+        self.error: Exception | None = None
+
+    def add(self, group: EncodeGroup) -> None:
+        """Encode ``group``, waiting while enough is in flight; after an error only counts it as given up."""
+        self._slots.acquire()
+        if self.error:
+            self.given_up += group.wanted
+            self._slots.release()
+            return
+        try:
+            self._writer.submit(group, lambda written, error: self._done(group, written, error))
+        except RagkvError as error:
+            self._done(group, 0, error)
+
+    def wait(self) -> None:
+        """Until nothing is in flight."""
+        for _ in range(_IN_FLIGHT):
+            self._slots.acquire()
+
+    def _done(self, group: EncodeGroup, written: int, error: Exception | None) -> None:
+        with self._lock:
+            self.bytes_written += written
+            if error:
+                self.error = self.error or error
+                self.given_up += group.wanted
+            else:
+                self.encoded += group.wanted
+            done = self.encoded
+        self._slots.release()
+        self._progress(done)
+
+
+class Ingestor:
+    """Adds documents, encodes what the store lacks, eagerly or when a query first needs it."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        catalog: Catalog,
+        splitter: Splitter,
+        chunk_tokenizer: ChunkTokenizer,
+        store: ChunkStore,
+        writer: Writer,
+        settings: Settings,
+    ) -> None:
+        self._bytes_per_token = checkpoint.runner.shape.bytes_per_token
+        self._catalog, self._splitter, self._chunk_tokenizer = catalog, splitter, chunk_tokenizer
+        self._store, self._writer, self._settings = store, writer, settings
+        self._pending: set[bytes] = set()
+        self._lock = threading.Lock()
+
+    @property
+    def pending(self) -> int:
+        """Chunks being encoded in the background."""
+        return len(self._pending)
+
+    def estimate(self, documents: Iterable[Document]) -> IngestEstimate:
+        """Bytes and work that ingesting ``documents`` will take; computes no KV."""
+        count = chunks = tokens = new_tokens = encode_tokens = 0
+        for document in documents:
+            count += 1
+            if not document.text.strip():
+                continue
+            texts = self._splitter.split(document.full_text)
+            parts = self._chunk_tokenizer.document(texts, self._settings.context_policy)
+            missing = self._missing(parts)
+            chunks += len(parts)
+            tokens += sum(len(part.ids) for part in parts)
+            new_tokens += sum(len(part.ids) for part in parts if part.key in missing)
+            encode_tokens += sum(group.tokens for group in self._chunk_tokenizer.groups(parts, missing))
+        return IngestEstimate(
+            documents=count,
+            chunks=chunks,
+            tokens=tokens,
+            kv_bytes=tokens * self._bytes_per_token,
+            new_kv_bytes=new_tokens * self._bytes_per_token,
+            encode_tokens=encode_tokens,
+            capacity_bytes=self._settings.store_bytes,
+        )
+
+    def ingest(
+        self,
+        name: str,
+        documents: Iterable[Document],
+        *,
+        encode: Encode,
+        policy: ContextPolicy,
+        progress: Progress | None,
+    ) -> IngestReport:
+        """Add ``documents`` to collection ``name``. A bad document is rejected alone, the rest goes in.
+
+        Raises:
+            DocumentError: every single document was rejected.
+            EngineClosedError: the engine was closed meanwhile; what was done stays.
+        """
+        say = progress or (lambda stage, done, total: None)
+        started = time.perf_counter()
+        tally = _Tally()
+        given = list(documents)
+        good = [document for document in given if self._acceptable(document, tally)]
+        if given and not good:
+            first = tally.rejected[0]
+            raise DocumentError(first.message, document_id=first.document_id, rejected=len(given))
+        collection = self._catalog.get_or_create(name)
+        for batch in _batches(good):
+            self._add(collection, batch, tally)
+            say("split", tally.added + tally.replaced + tally.unchanged, len(good))
+        say("index", 0, 1)
+        collection.refresh()  # or the first query would wait for it
+        say("index", 1, 1)
+        encoding = self._encode(self._groups(collection, good, policy, tally), encode, tally, say)
+        if isinstance(encoding.error, EngineClosedError):
+            raise encoding.error
+        return IngestReport(
+            collection=name,
+            added=tally.added,
+            replaced=tally.replaced,
+            unchanged=tally.unchanged,
+            rejected=tally.rejected,
+            chunks=tally.chunks,
+            encoded=encoding.encoded,
+            reused=tally.reused,
+            deferred=tally.deferred + encoding.given_up,
+            kv_bytes_written=encoding.bytes_written,
+            seconds=time.perf_counter() - started,
+            warnings=_warnings(encoding),
+        )
+
+    def encode_later(self, spans: Sequence[Span]) -> None:
+        """Encode chunks a prefill had to compute, in the background; called on the engine thread."""
+        for span in spans:
+            tokens = span.chunk.tokens
+            with self._lock:
+                if tokens.key in self._pending:
+                    continue
+                self._pending.add(tokens.key)
+            self._writer.submit(
+                self._chunk_tokenizer.single(tokens),
+                lambda written, error, key=tokens.key: self._settled(key),
+            )
+
+    def forget(self, collection: Collection, document_id: str) -> None:
+        """Remove a document's chunks from the store. Other documents with the same chunks re-encode them."""
+        texts = [chunk.text for chunk in collection.chunks(document_id)]
+        self._store.delete(
+            [t.key for policy in ("document", "alone") for t in self._chunk_tokenizer.document(texts, policy)]
+        )
+
+    def _settled(self, key: bytes) -> None:
+        with self._lock:
+            self._pending.discard(key)
+
+    def _acceptable(self, document: Document, tally: _Tally) -> bool:
+        size, limit = len(document.text.encode("utf-8", "surrogatepass")), self._settings.max_document_bytes
+        message = None
+        if not document.text.strip():
+            message = f"document {document.id!r} is empty; nothing can be retrieved from it"
+        elif size > limit:
+            message = f"document {document.id!r} has {size} bytes, the limit is {limit}; split it or raise max_document_bytes"
+        elif any("\ud800" <= c <= "\udfff" for c in document.text):
+            message = f"document {document.id!r} holds lone surrogates, which are not text; send valid UTF-8"
+        if message:
+            tally.rejected.append(
+                RejectedDocument(document_id=document.id, error=DocumentError.code, message=message)
+            )
+        return message is None
+
+    def _add(self, collection: Collection, batch: Sequence[Document], tally: _Tally) -> None:
+        """Add a batch; where it holds a document the collection refuses, add its documents one by one."""
+        try:
+            report = collection.add(batch)
+        except DocumentError as error:
+            if len(batch) == 1:
+                tally.rejected.append(
+                    RejectedDocument(document_id=batch[0].id, error=error.code, message=error.message)
+                )
+                return
+            for document in batch:
+                self._add(collection, [document], tally)
+            return
+        tally.added += len(report.added)
+        tally.replaced += len(report.replaced)
+        tally.unchanged += len(report.unchanged)
+
+    def _groups(
+        self, collection: Collection, documents: Sequence[Document], policy: ContextPolicy, tally: _Tally
+    ) -> list[EncodeGroup]:
+        """What must be computed, with what is stored already counted."""
+        todo: list[EncodeGroup] = []
+        for document_id in dict.fromkeys(document.id for document in documents):
+            if document_id not in collection:
+                continue
+            texts = [chunk.text for chunk in collection.chunks(document_id)]
+            parts = self._chunk_tokenizer.document(texts, policy)
+            missing = self._missing(parts)
+            tally.chunks += len(parts)
+            tally.reused += sum(part.key not in missing for part in parts)
+            todo += self._chunk_tokenizer.groups(parts, missing)
+        return todo
+
+    def _encode(self, todo: Sequence[EncodeGroup], encode: Encode, tally: _Tally, say: Progress) -> Encoding:
+        total = sum(group.wanted for group in todo)
+        encoding = Encoding(self._writer, lambda done: say("encode", done, total))
+        if encode == "lazy":
+            tally.deferred = total
+            return encoding
+        for group in todo:
+            encoding.add(group)
+        encoding.wait()
+        return encoding
+
+    def _missing(self, parts: Sequence[ChunkTokens]) -> set[bytes]:
+        infos = self._store.lookup([part.key for part in parts])
+        return {part.key for part, info in zip(parts, infos, strict=True) if info is None}
+
+
+def _batches(documents: Sequence[Document]) -> Iterator[Sequence[Document]]:
+    for at in range(0, len(documents), _BATCH):
+        yield documents[at : at + _BATCH]
+
+
+def _warnings(encoding: Encoding) -> list[str]:
+    if encoding.error is None:
+        return []
+    hint = "; raise store_bytes or free disk space" if isinstance(encoding.error, StoreFullError) else ""
+    return [
+        f"{encoding.given_up} chunks were not stored and will be computed when a query needs them: "
+        f"{encoding.error}{hint}"
+    ]

@@ -1,0 +1,290 @@
+"""The engine thread: the only thread that touches the model.
+
+Each turn it advances the prefill in hand for a slice of time, then gives every running request one token, so
+that a long prompt never stalls the others; with no prefill to do, it encodes chunks for the store. It never
+waits for the disk except where a layer it needs next is still being read, and never tokenises, detokenises or
+talks to a client.
+
+Seams: *which* request is next is decided in :meth:`EngineLoop._admit` (today first come, first served; a
+scheduler takes its place); *where KV lies* is hidden in :class:`~ragkv.kv.RequestKV`; *how far* a prefill gets
+before others have their turn is one constant here.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Generator
+from dataclasses import dataclass
+
+import torch
+
+from ragkv.chunks import EncodeGroup
+from ragkv.encode import EncodedChunk, encode
+from ragkv.errors import EngineClosedError, QueueFullError, RagkvError
+from ragkv.generation import Generation
+from ragkv.kv import RequestKV
+from ragkv.plan import Span
+from ragkv.prefill import Prefill, PrefillResult
+from ragkv.runner import ModelRunner
+from ragkv.store import ChunkStore
+from ragkv.types import FinishReason
+
+PREFILL_SLICE_S = 0.05
+_IDLE_S = 0.5
+log = logging.getLogger("ragkv")
+
+OnEncoded = Callable[[list[EncodedChunk] | Exception], None]
+
+
+@dataclass
+class _Running:
+    generation: Generation
+    kv: RequestKV
+    position: int
+    token: int
+    produced: int = 1
+
+
+@dataclass
+class _Encoding:
+    steps: Generator[None, None, list[EncodedChunk]]
+    on_encoded: OnEncoded
+
+
+class EngineLoop:
+    """Serves :class:`Generation` requests and encodes chunks, until closed.
+
+    Args:
+        on_missing: called with the spans of a prefill whose chunks the store lacks.
+    """
+
+    def __init__(
+        self,
+        runner: ModelRunner,
+        store: ChunkStore,
+        *,
+        max_running: int,
+        max_queued: int,
+        on_missing: Callable[[list[Span]], None],
+        blending_off: str | None = None,
+    ) -> None:
+        self._runner, self._store = runner, store
+        self._max_running, self._max_queued = max_running, max_queued
+        self._on_missing = on_missing
+        self.blending_off = blending_off
+        self._wake = threading.Condition()
+        self._waiting: deque[Generation] = deque()
+        self._encodes: deque[tuple[EncodeGroup, OnEncoded]] = deque()
+        self._running: list[_Running] = []
+        self._prefill: tuple[Generation, Generator[None, None, PrefillResult]] | None = None
+        self._encoding: _Encoding | None = None
+        self._closed = False
+        self.failure: str | None = None
+        self._thread = threading.Thread(target=self._run, name="ragkv-engine", daemon=True)
+        self._thread.start()
+
+    # Called from other threads.
+
+    def submit(self, generation: Generation, accepted: Callable[[], None]) -> None:
+        """Queue a request; ``accepted`` is called before anything of it is.
+
+        Raises:
+            QueueFullError: as many requests wait as are allowed to.
+            EngineClosedError: the engine was closed or has failed.
+        """
+        with self._wake:
+            self._refuse_when_closed()
+            if len(self._waiting) >= self._max_queued:
+                raise QueueFullError(
+                    f"{len(self._waiting)} requests are waiting already; try again later",
+                    limit=self._max_queued,
+                )
+            accepted()
+            self._waiting.append(generation)
+            self._wake.notify()
+
+    def submit_encode(self, group: EncodeGroup, on_encoded: OnEncoded) -> None:
+        """Queue chunks to encode; ``on_encoded`` is called on the engine thread and must not block."""
+        with self._wake:
+            self._refuse_when_closed()
+            self._encodes.append((group, on_encoded))
+            self._wake.notify()
+
+    @property
+    def running(self) -> int:
+        return len(self._running) + (self._prefill is not None)
+
+    @property
+    def queued(self) -> int:
+        return len(self._waiting)
+
+    def close(self) -> None:
+        """Stop after the current layer; requests in flight get an :class:`EngineClosedError`."""
+        with self._wake:
+            self._closed = True
+            self._wake.notify()
+        self._thread.join()
+
+    def _refuse_when_closed(self) -> None:
+        if self._closed:
+            raise EngineClosedError(self.failure or "the engine was closed")
+
+    # On the engine thread.
+
+    def _run(self) -> None:
+        try:
+            with torch.inference_mode():
+                while self._wait():
+                    self._turn()
+        except BaseException as error:  # noqa: BLE001  (the thread must not die silently: health reports it)
+            log.exception("the engine thread failed")
+            self.failure = f"the engine failed: {error!r}"
+        finally:
+            self._abort_all()
+
+    def _wait(self) -> bool:
+        with self._wake:
+            while not self._closed and not self._has_work():
+                self._wake.wait(_IDLE_S)
+            return not self._closed
+
+    def _has_work(self) -> bool:
+        return bool(self._waiting or self._running or self._prefill or self._encodes or self._encoding)
+
+    def _turn(self) -> None:
+        self._admit()
+        if self._prefill:
+            self._advance_prefill()
+        elif self._encodes or self._encoding:
+            self._advance_encoding()
+        for request in list(self._running):
+            self._decode(request)
+
+    def _admit(self) -> None:
+        while self._prefill is None and self._waiting and len(self._running) < self._max_running:
+            generation = self._waiting.popleft()
+            generation.watch.lap("queue")
+            if generation.cancelled:
+                generation.on_finish("cancelled")
+                continue
+            prefill = Prefill(
+                self._runner,
+                self._store,
+                generation.plan,
+                strategy=generation.strategy,
+                ratio=generation.ratio,
+                seed=generation.seed,
+                room=generation.max_tokens,
+                watch=generation.watch,
+                blending_off=self.blending_off,
+            )
+            self._prefill = generation, prefill.run()
+
+    def _advance_prefill(self) -> None:
+        if self._prefill is None:
+            return
+        generation, steps = self._prefill
+        deadline = time.perf_counter() + PREFILL_SLICE_S
+        try:
+            while not generation.cancelled:
+                next(steps)
+                if self._closed or (self._running and time.perf_counter() > deadline):
+                    return
+            self._prefill = None
+            steps.close()
+            generation.on_finish("cancelled")
+        except StopIteration as done:
+            self._prefill = None
+            self._first_token(generation, done.value)
+        except Exception as error:  # noqa: BLE001  (one request's failure must not take the others along)
+            self._prefill = None
+            self._fail(generation, error)
+
+    def _first_token(self, generation: Generation, result: PrefillResult) -> None:
+        token = generation.sampler(result.logits)
+        self._runner.synchronize()
+        generation.watch.lap("first_token")
+        generation.ttft_ms = generation.watch.total_ms
+        generation.outcomes = result.outcomes
+        request = _Running(generation, result.kv, len(generation.plan.ids), token)
+        self._running.append(request)
+        self._deliver(request)
+        if result.to_encode:
+            self._on_missing(result.to_encode)
+
+    def _decode(self, request: _Running) -> None:
+        generation = request.generation
+        if generation.cancelled:
+            self._finish(request, "cancelled")
+            return
+        try:
+            logits = self._runner.decode(request.token, request.position, request.kv)
+            request.token = generation.sampler(logits)
+        except Exception as error:  # noqa: BLE001  (as above)
+            self._running.remove(request)
+            self._fail(generation, error)
+            return
+        request.position += 1
+        request.produced += 1
+        self._deliver(request)
+
+    def _deliver(self, request: _Running) -> None:
+        generation = request.generation
+        if request.token in generation.stop_ids:
+            self._finish(request, "stop")
+            return
+        generation.on_token(request.token)
+        if request.produced >= generation.max_tokens:
+            self._finish(request, "length")
+
+    def _finish(self, request: _Running, reason: FinishReason) -> None:
+        self._running.remove(request)
+        request.generation.watch.lap("decode")
+        request.generation.on_finish(reason)
+
+    def _fail(self, generation: Generation, error: Exception) -> None:
+        if not isinstance(error, RagkvError):
+            log.error("request %s failed", generation.id, exc_info=error)
+        generation.on_error(error)
+
+    def _advance_encoding(self) -> None:
+        if self._encoding is None:
+            group, on_encoded = self._encodes.popleft()
+            self._encoding = _Encoding(encode(self._runner, group), on_encoded)
+        job = self._encoding
+        deadline = time.perf_counter() + PREFILL_SLICE_S
+        try:
+            while True:
+                next(job.steps)
+                if self._closed or ((self._running or self._waiting) and time.perf_counter() > deadline):
+                    return
+        except StopIteration as done:
+            self._encoding = None
+            job.on_encoded(done.value)
+        except Exception as error:  # noqa: BLE001  (as above)
+            self._encoding = None
+            job.on_encoded(error)
+
+    def _abort_all(self) -> None:
+        with self._wake:
+            self._closed = True
+            waiting, encodes = list(self._waiting), list(self._encodes)
+            self._waiting.clear()
+            self._encodes.clear()
+        error = EngineClosedError(self.failure or "the engine was closed while the request ran")
+        if self._prefill:
+            generation, steps = self._prefill
+            steps.close()
+            waiting.append(generation)
+        for generation in [*waiting, *(request.generation for request in self._running)]:
+            generation.on_error(error)
+        jobs = [on_encoded for _, on_encoded in encodes]
+        if self._encoding:
+            jobs.append(self._encoding.on_encoded)
+        for on_encoded in jobs:
+            on_encoded(error)
+        self._running.clear()
+        self._prefill = self._encoding = None

@@ -1,0 +1,84 @@
+"""The self-check at load: is KV that was stored, moved and read back worth what the model itself computes?
+
+A family, a rope or a window handled wrongly does not crash: it answers worse. So a model's blending is only on
+after its own forward (the library's, nothing of ours) was reproduced from moved KV, without and with repair.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from ragkv.attention import NAME, AttentionStep
+from ragkv.kv import RequestKV
+from ragkv.runner import ModelRunner
+
+DOCUMENT, QUESTION, SHIFT = 48, 16, 96
+_TOLERANCE = {torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 8e-2}
+
+
+@torch.inference_mode()
+def find_fault(runner: ModelRunner) -> str | None:
+    """Why KV of this model cannot be reused, or None when it can."""
+    if runner.rope.refusal:
+        return runner.rope.refusal
+    if runner.max_positions < SHIFT + DOCUMENT + QUESTION:
+        return f"the model has only {runner.max_positions} positions, too few to move chunks about"
+    generator = torch.Generator().manual_seed(0)
+    size = (DOCUMENT + QUESTION,)
+    ids = torch.randint(int(runner.config.vocab_size), size, generator=generator).to(runner.device)
+    expected = _library_logits(runner, ids)
+    tolerance = _TOLERANCE[runner.shape.dtype]
+    poison = torch.zeros(len(ids), dtype=torch.bool)
+    poison[:DOCUMENT:3] = True
+    for what, poisoned in (("moved KV", None), ("moved KV with repaired tokens", poison)):
+        error = _relative_error(_reused_logits(runner, ids, poisoned), expected)
+        if not error <= tolerance:
+            return (
+                f"self-check failed: the answer from {what} is off by {error:.2%} of the model's own "
+                f"(at most {tolerance:.1%} is rounding); every prompt is prefilled in full"
+            )
+    return None
+
+
+def _library_logits(runner: ModelRunner, ids: torch.Tensor) -> torch.Tensor:
+    positions = torch.arange(SHIFT, SHIFT + len(ids), device=runner.device)
+    runner.model.set_attn_implementation("eager")
+    try:
+        logits = runner.model(ids[None], position_ids=positions[None], use_cache=False).logits
+    finally:
+        runner.model.set_attn_implementation(NAME)
+    return logits[0, -1].float()  # type: ignore[no-any-return]
+
+
+def _reused_logits(runner: ModelRunner, ids: torch.Tensor, poisoned: torch.Tensor | None) -> torch.Tensor:
+    """Next-token logits from a document's KV made at 0, stored as bytes, placed at SHIFT."""
+    made = runner.new_kv(DOCUMENT)
+    runner.prefill(ids[:DOCUMENT], made)
+    moved = runner.new_kv(len(ids), base=SHIFT)
+    for layer in range(runner.shape.layers):
+        _move(runner, made, moved, layer)
+    computed = torch.arange(len(ids)) >= DOCUMENT
+    if poisoned is not None:
+        for layer in range(runner.shape.layers):
+            keys, values = moved.read(layer, DOCUMENT)
+            rows = poisoned[:DOCUMENT].to(runner.device)
+            moved.write(layer, rows.nonzero()[:, 0], keys[rows] + 1, values[rows] + 1)
+        computed |= poisoned
+    positions = computed.nonzero()[:, 0].to(runner.device)
+    rows_ = runner.rows(ids[positions], AttentionStep(moved, positions + SHIFT, len(ids), contiguous=False))
+    for layer in range(runner.shape.layers):
+        runner.run_layer(layer, rows_)
+    return runner.logits(rows_)
+
+
+def _move(runner: ModelRunner, made: RequestKV, moved: RequestKV, layer: int) -> None:
+    old = runner.rope.angles(torch.arange(DOCUMENT, device=runner.device))
+    new = runner.rope.angles(torch.arange(SHIFT, SHIFT + DOCUMENT, device=runner.device))
+    keys, values = made.read(layer, DOCUMENT)
+    stored = runner.rope.lift(keys, old, layer).cpu().view(torch.uint8).numpy().tobytes()
+    back = torch.frombuffer(bytearray(stored), dtype=keys.dtype).reshape(keys.shape).to(runner.device)
+    moved.write(layer, slice(0, DOCUMENT), runner.rope.place(back, new, layer), values)
+
+
+def _relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((actual - expected).norm() / expected.norm())
