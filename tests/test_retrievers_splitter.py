@@ -17,7 +17,7 @@ def bytes_of(text: str) -> int:
 
 
 def quarters(text: str) -> int:
-    """Joined text counts more than the sum of its parts: rounding down hides up to three characters a part."""
+    """Joined text counts more than the sum of its parts: rounding down hides characters of each part."""
     return len(text) // 4
 
 
