@@ -71,7 +71,7 @@ class LayerLoader:
         self._fill(stage.view(torch.uint8).flatten(2).numpy(), slabs)
         device = stage.to(self._runner.device, non_blocking=True)
         if self._cuda:
-            event = torch.cuda.Event()
+            event = torch.cuda.Event()  # type: ignore[no-untyped-call]
             event.record()
             self._copied[turn] = event
         keys = self._runner.rope.place(device[0], self._angles, layer)

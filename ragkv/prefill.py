@@ -135,7 +135,7 @@ class Prefill:
         repaired = int(blend.computed[span.start : span.end].sum())
         dense = blend.dense_layers if span.context_present else 0
         return SpanOutcome(
-            entry.tier,
+            "ram" if entry.tier == "ram" else "ssd",
             None if span.context_present else "not repaired: its document context is not in this prompt",
             span.length if dense else repaired,
             span.length * dense + repaired * (layers - dense),
