@@ -76,9 +76,7 @@ def drop_collection(name: str) -> Call[None]:
     return Call("DELETE", _collection(name), _nothing)
 
 
-def add_documents(
-    collection: str, documents: Iterable[DocumentLike], encode: Encode | None
-) -> Call[IngestReport]:
+def add_documents(collection: str, documents: Iterable[DocumentLike], encode: Encode | None) -> Call[IngestReport]:
     body = {
         "documents": [_document_in(d).model_dump(exclude_unset=True) for d in documents],
         "encode": encode,
@@ -186,9 +184,7 @@ def opened(paths: Iterable[str | PathLike[str]]) -> Iterator[list[NamedFile]]:
         try:
             handles: list[NamedFile] = [(n, stack.enter_context(p.open("rb"))) for n, p in files.items()]
         except OSError as error:
-            raise InputError(
-                f"cannot read {error.filename}: {error.strerror}", path=error.filename
-            ) from error
+            raise InputError(f"cannot read {error.filename}: {error.strerror}", path=error.filename) from error
         yield handles
 
 

@@ -91,9 +91,7 @@ def _resolve(name: str) -> Path:
 
 def _read_config(name: str, folder: Path) -> Any:
     if not (folder / "config.json").is_file():
-        raise NotAModelError(
-            f"{folder} holds no config.json, so it is not a Hugging Face checkpoint", model=name
-        )
+        raise NotAModelError(f"{folder} holds no config.json, so it is not a Hugging Face checkpoint", model=name)
     try:
         declared = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         kind = declared["model_type"]
@@ -134,9 +132,7 @@ def _dtype(wanted: str, device: torch.device) -> torch.dtype:
     if wanted != "auto":
         chosen: torch.dtype = getattr(torch, wanted)
         return chosen
-    fast_bf16 = (
-        device.type == "cuda" or torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
-    )
+    fast_bf16 = device.type == "cuda" or torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
     return torch.bfloat16 if fast_bf16 else torch.float32
 
 

@@ -55,9 +55,7 @@ class EncodeGroup:
 class ChunkTokenizer:
     """Turns a document's chunk texts into :class:`ChunkTokens` for one model and one context policy."""
 
-    def __init__(
-        self, tokenizer: Tokenizer, *, model_fingerprint: str, dtype: str, context_tokens: int
-    ) -> None:
+    def __init__(self, tokenizer: Tokenizer, *, model_fingerprint: str, dtype: str, context_tokens: int) -> None:
         self._tokenizer, self._limit = tokenizer, context_tokens
         self._model, self._dtype = model_fingerprint, dtype
 
@@ -94,9 +92,7 @@ class ChunkTokenizer:
 
     def single(self, tokens: ChunkTokens) -> EncodeGroup:
         """The group that encodes one chunk on its own, behind its context."""
-        return EncodeGroup(
-            (*self._tokenizer.bos, *tokens.context), (tokens.ids,), (tokens.key,), tokens.policy
-        )
+        return EncodeGroup((*self._tokenizer.bos, *tokens.context), (tokens.ids,), (tokens.key,), tokens.policy)
 
     def groups(self, chunks: Sequence[ChunkTokens], missing: set[bytes]) -> list[EncodeGroup]:
         """The fewest forward passes that encode the ``missing`` chunks of one document.

@@ -70,9 +70,7 @@ class Client:
         """
         return self._send(calls.add_documents(collection, documents, encode))
 
-    def upload(
-        self, collection: str, *paths: str | PathLike[str], encode: Encode | None = None
-    ) -> IngestReport:
+    def upload(self, collection: str, *paths: str | PathLike[str], encode: Encode | None = None) -> IngestReport:
         """Upload files and folders in one request. Documents are named by file, or path in the folder."""
         with calls.opened(paths) as files:
             return self._send(calls.upload(collection, files, encode))
@@ -162,9 +160,7 @@ class AsyncClient:
     ) -> IngestReport:
         return await self._send(calls.add_documents(collection, documents, encode))
 
-    async def upload(
-        self, collection: str, *paths: str | PathLike[str], encode: Encode | None = None
-    ) -> IngestReport:
+    async def upload(self, collection: str, *paths: str | PathLike[str], encode: Encode | None = None) -> IngestReport:
         with calls.opened(paths) as files:
             return await self._send(calls.upload(collection, files, encode))
 

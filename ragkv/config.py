@@ -31,9 +31,7 @@ class Settings(BaseSettings):
         env_prefix=ENV_PREFIX, extra="forbid", frozen=True, env_ignore_empty=True, protected_namespaces=()
     )
 
-    model: str = Field(
-        "bundled", description="`bundled`, a folder with a Hugging Face checkpoint, or a hub id"
-    )
+    model: str = Field("bundled", description="`bundled`, a folder with a Hugging Face checkpoint, or a hub id")
     device: str = Field("auto", description="`auto`, `cpu`, `cuda` or `cuda:N`")
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
         "auto", description="computing and KV type; `auto`: bfloat16 where the hardware multiplies it fast"
@@ -45,9 +43,7 @@ class Settings(BaseSettings):
     context_policy: ContextPolicy = Field(
         "document", description="encode a chunk behind its document's preceding chunks, or `alone`"
     )
-    context_tokens: int = Field(
-        1024, ge=0, description="most tokens of document context a chunk is encoded behind"
-    )
+    context_tokens: int = Field(1024, ge=0, description="most tokens of document context a chunk is encoded behind")
     encode: Literal["eager", "lazy"] = Field("eager", description="compute KV at ingest, or at first use")
     embedder: str = Field("svd", description="`svd` (fitted per collection), a local path, or a hub id")
     max_document_bytes: int = Field(16 * 2**20, ge=1, description="larger documents are refused")
@@ -103,9 +99,7 @@ def load_settings(**flags: Any) -> Settings:
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{_config_file()} is not valid TOML: {error}", path=str(_config_file())) from error
     except OSError as error:
-        raise ConfigError(
-            f"cannot read {_config_file()}: {error.strerror}", path=str(_config_file())
-        ) from error
+        raise ConfigError(f"cannot read {_config_file()}: {error.strerror}", path=str(_config_file())) from error
 
 
 def _config_file() -> Path:

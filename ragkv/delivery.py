@@ -113,9 +113,7 @@ class Delivery:
 
     def _answer(self, generation: Generation, reason: FinishReason) -> Answer:
         prepared, plan = self._prepared, self._prepared.plan
-        chunks = [
-            _report(span, outcome) for span, outcome in zip(plan.spans, generation.outcomes, strict=False)
-        ]
+        chunks = [_report(span, outcome) for span, outcome in zip(plan.spans, generation.outcomes, strict=False)]
         context = plan.context_tokens
         recomputed = sum(chunk.recomputed_token_layers for chunk in chunks)
         return Answer(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Generator
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -49,7 +50,7 @@ def encode(runner: ModelRunner, group: EncodeGroup) -> Generator[None, None, lis
 
 def _spans(group: EncodeGroup) -> list[tuple[int, int]]:
     ends = np.cumsum([len(group.lead), *map(len, group.parts)])
-    return [(int(a), int(b)) for a, b in zip(ends[:-1], ends[1:], strict=True)]
+    return [(int(a), int(b)) for a, b in pairwise(ends)]
 
 
 def _bytes(kv: torch.Tensor) -> np.ndarray:

@@ -9,7 +9,7 @@ import threading
 import uuid
 from collections.abc import AsyncIterator, Iterable, Iterator
 from contextlib import suppress
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from pydantic import ValidationError
@@ -64,9 +64,7 @@ class Engine:
         self.settings = settings = _settings(settings, overrides)
         if settings.threads:
             torch.set_num_threads(settings.threads)
-        self._store = ChunkStore(
-            settings.store_dir, capacity_bytes=settings.store_bytes, ram_bytes=settings.ram_bytes
-        )
+        self._store = ChunkStore(settings.store_dir, capacity_bytes=settings.store_bytes, ram_bytes=settings.ram_bytes)
         try:
             self._start(settings)
         except BaseException:
@@ -253,6 +251,7 @@ class Engine:
 
     def health(self) -> Health:
         loop = self._loop
+        status: Literal["ok", "degraded", "failed"]
         status = "failed" if loop.failure else "degraded" if loop.blending_off else "ok"
         return Health(
             status=status,
@@ -397,6 +396,4 @@ def make_request(**fields: Any) -> QueryRequest:
     try:
         return QueryRequest(**fields)
     except ValidationError as error:
-        raise InputError(
-            "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
-        ) from error
+        raise InputError("; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())) from error

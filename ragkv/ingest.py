@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Literal
 
 from ragkv.checkpoint import Checkpoint
@@ -20,6 +22,7 @@ from ragkv.retrievers import Catalog, Collection, Document, Splitter
 from ragkv.store import ChunkStore, Geometry
 from ragkv.types import ContextPolicy, IngestEstimate, IngestReport, RejectedDocument
 
+log = logging.getLogger("ragkv")
 Progress = Callable[[str, int, int], None]
 Encode = Literal["eager", "lazy"]
 _IN_FLIGHT = 8
@@ -78,7 +81,7 @@ class Writer:
                     context_policy=chunk.context_policy,
                 )
                 written += sum(slab.nbytes for slab in chunk.slabs) if stored else 0
-        except Exception as error:  # noqa: BLE001  (reported to whoever waits)
+        except Exception as error:  # reported to whoever waits
             done(written, error)
         else:
             done(written, None)
@@ -228,10 +231,7 @@ class Ingestor:
                 if tokens.key in self._pending:
                     continue
                 self._pending.add(tokens.key)
-            self._writer.submit(
-                self._chunk_tokenizer.single(tokens),
-                lambda written, error, key=tokens.key: self._settled(key),
-            )
+            self._writer.submit(self._chunk_tokenizer.single(tokens), partial(self._settled, tokens.key))
 
     def forget(self, collection: Collection, document_id: str) -> None:
         """Remove a document's chunks from the store. Other documents with the same chunks re-encode them."""
@@ -240,9 +240,11 @@ class Ingestor:
             [t.key for policy in ("document", "alone") for t in self._chunk_tokenizer.document(texts, policy)]
         )
 
-    def _settled(self, key: bytes) -> None:
+    def _settled(self, key: bytes, _written: int, error: Exception | None) -> None:
         with self._lock:
             self._pending.discard(key)
+        if error and not isinstance(error, EngineClosedError):
+            log.warning("a chunk could not be stored and will be computed again: %s", error)
 
     def _acceptable(self, document: Document, tally: _Tally) -> bool:
         size, limit = len(document.text.encode("utf-8", "surrogatepass")), self._settings.max_document_bytes
@@ -250,13 +252,13 @@ class Ingestor:
         if not document.text.strip():
             message = f"document {document.id!r} is empty; nothing can be retrieved from it"
         elif size > limit:
-            message = f"document {document.id!r} has {size} bytes, the limit is {limit}; split it or raise max_document_bytes"
+            message = (
+                f"document {document.id!r} has {size} bytes, the limit is {limit}; split it or raise max_document_bytes"
+            )
         elif any("\ud800" <= c <= "\udfff" for c in document.text):
             message = f"document {document.id!r} holds lone surrogates, which are not text; send valid UTF-8"
         if message:
-            tally.rejected.append(
-                RejectedDocument(document_id=document.id, error=DocumentError.code, message=message)
-            )
+            tally.rejected.append(RejectedDocument(document_id=document.id, error=DocumentError.code, message=message))
         return message is None
 
     def _add(self, collection: Collection, batch: Sequence[Document], tally: _Tally) -> None:

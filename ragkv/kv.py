@@ -39,9 +39,7 @@ class RequestKV:
             (shape.layers, 2, capacity, shape.kv_heads, shape.head_dim), dtype=shape.dtype, device=device
         )
 
-    def write(
-        self, layer: int, slots: torch.Tensor | slice, keys: torch.Tensor, values: torch.Tensor
-    ) -> None:
+    def write(self, layer: int, slots: torch.Tensor | slice, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Store rows of rotated ``keys`` and ``values``, each (n, kv_heads, head_dim), at ``slots``."""
         self._data[layer, 0, slots] = keys
         self._data[layer, 1, slots] = values

@@ -139,7 +139,7 @@ class EngineLoop:
             with torch.inference_mode():
                 while self._wait():
                     self._turn()
-        except BaseException as error:  # noqa: BLE001  (the thread must not die silently: health reports it)
+        except BaseException as error:  # the thread must not die silently: health reports it
             log.exception("the engine thread failed")
             self.failure = f"the engine failed: {error!r}"
         finally:
@@ -199,7 +199,7 @@ class EngineLoop:
         except StopIteration as done:
             self._prefill = None
             self._first_token(generation, done.value)
-        except Exception as error:  # noqa: BLE001  (one request's failure must not take the others along)
+        except Exception as error:  # one request's failure must not take the others along
             self._prefill = None
             self._fail(generation, error)
 
@@ -223,7 +223,7 @@ class EngineLoop:
         try:
             logits = self._runner.decode(request.token, request.position, request.kv)
             request.token = generation.sampler(logits)
-        except Exception as error:  # noqa: BLE001  (as above)
+        except Exception as error:  # as above
             self._running.remove(request)
             self._fail(generation, error)
             return
@@ -264,7 +264,7 @@ class EngineLoop:
         except StopIteration as done:
             self._encoding = None
             job.on_encoded(done.value)
-        except Exception as error:  # noqa: BLE001  (as above)
+        except Exception as error:  # as above
             self._encoding = None
             job.on_encoded(error)
 

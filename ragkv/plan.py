@@ -102,8 +102,6 @@ def _prompt_order(chunks: list[PlannedChunk]) -> list[PlannedChunk]:
 
 
 def _context_present(chunk: PlannedChunk, before: list[Span]) -> bool:
-    present = {
-        span.chunk.chunk.ordinal for span in before if span.chunk.chunk.document_id == chunk.chunk.document_id
-    }
+    present = {span.chunk.chunk.ordinal for span in before if span.chunk.chunk.document_id == chunk.chunk.document_id}
     first = chunk.chunk.ordinal - chunk.tokens.context_chunks
     return present.issuperset(range(first, chunk.chunk.ordinal))

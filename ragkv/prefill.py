@@ -96,9 +96,7 @@ class Prefill:
         for span, entry in zip(wanted, opened, strict=True):
             if isinstance(entry, RagkvError):
                 missing = entry.context.get("reason") == "missing"
-                self._why[span] = (
-                    "not stored yet" if missing else f"its stored KV was unreadable: {entry.message}"
-                )
+                self._why[span] = "not stored yet" if missing else f"its stored KV was unreadable: {entry.message}"
             else:
                 entries[span] = leases.enter_context(entry)
         self._watch.lap("lookup")

@@ -35,9 +35,7 @@ class Rope:
         radians = positions[:, None].float() * self.inv_freq
         return radians.cos()[:, None], radians.sin()[:, None]
 
-    def place(
-        self, keys: torch.Tensor, angles: tuple[torch.Tensor, torch.Tensor], layer: int
-    ) -> torch.Tensor:
+    def place(self, keys: torch.Tensor, angles: tuple[torch.Tensor, torch.Tensor], layer: int) -> torch.Tensor:
         """Position-free ``keys`` (n, kv_heads, head_dim) rotated to the positions behind ``angles``."""
         return _rotate(keys, *angles) if self.rotates[layer] else keys
 

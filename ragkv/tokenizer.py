@@ -52,9 +52,7 @@ class Tokenizer:
         return tuple(self._inner(text, add_special_tokens=False)["input_ids"])
 
     def decode(self, ids: Sequence[int]) -> str:
-        return str(
-            self._inner.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        )
+        return str(self._inner.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
     def count(self, text: str) -> int:
         return len(self._inner(text, add_special_tokens=False, split_special_tokens=True)["input_ids"])

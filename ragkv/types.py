@@ -74,9 +74,7 @@ class ChunkReport(Wire):
     rank: int
     score: float
     tokens: int
-    kv: KvSource = Field(
-        description="where its KV came from; `computed`: prefilled here; `dropped`: left out"
-    )
+    kv: KvSource = Field(description="where its KV came from; `computed`: prefilled here; `dropped`: left out")
     why: str | None = Field(description="why it was computed or dropped, or was not repaired")
     context_tokens: int = Field(description="tokens of its own document its stored KV was encoded behind")
     position: int | None = Field(description="index of its first token in the prompt")
