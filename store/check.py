@@ -85,9 +85,14 @@ def recover(folder: Folder, txn: IndexTxn) -> None:
         temp.unlink()
 
 
-def rebuild(folder: Folder, index: Index) -> None:
-    """Fill an empty index from the headers of the entry files, oldest first; damaged ones are quarantined."""
-    keys = sorted(folder.entry_keys(), key=lambda key: _modified(folder.entry_path(key)))
+def adopt_orphans(folder: Folder, index: Index) -> None:
+    """Index the entry files that have no row by their headers, oldest first; damaged ones are quarantined.
+
+    On an empty index this rebuilds all of it.
+    """
+    known = set(index.read(lambda txn: txn.keys()))
+    orphans = [key for key in folder.entry_keys() if key not in known]
+    keys = sorted(orphans, key=lambda key: _modified(folder.entry_path(key)))
     for start in range(0, len(keys), ROWS_PER_TRANSACTION):
         some = keys[start : start + ROWS_PER_TRANSACTION]
         index.write(partial(_adopt_all, folder, some))

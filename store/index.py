@@ -197,11 +197,16 @@ class Index:
                 self._env.set_mapsize(map_bytes)
 
 
+def is_clean(path: Path) -> bool:
+    """Whether the index is, byte for byte, as it was when last closed."""
+    try:
+        return (path / "clean").read_bytes() == _fingerprint(path)
+    except OSError:
+        return False
+
+
 def is_sound(path: Path) -> bool:
-    """Whether an index can be opened without harm: it is as it was left, or a child process could walk it."""
-    with contextlib.suppress(OSError):
-        if (path / "clean").read_bytes() == _fingerprint(path):
-            return True
+    """Whether a child process could walk all of the index; LMDB may crash on a damaged one."""
     # -P, and the paths by hand: the script's own folder must not shadow other packages.
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
     command = [sys.executable, "-P", rows.__file__, str(path)]

@@ -57,7 +57,7 @@ def walk(path: str) -> bool:
     """Whether every row of the index can be read, matches its checksum, its rank and its model's tally."""
     with lmdb.open(path, mode=0o600, readonly=True, max_dbs=len(DATABASES), create=False, lock=True) as env:
         if env.info()["last_txnid"] == 0:
-            return True
+            return False  # created, and never written to
         entries, order, models = (env.open_db(name, create=False) for name in DATABASES)
         count: Counter[bytes] = Counter()
         nbytes: Counter[bytes] = Counter()

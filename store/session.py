@@ -8,9 +8,9 @@ import shutil
 import threading
 
 from ragkv.errors import StoreError, StoreFormatError
-from ragkv.store.check import rebuild
+from ragkv.store.check import adopt_orphans
 from ragkv.store.files import Folder, disk_errors
-from ragkv.store.index import Index, is_sound, move_aside
+from ragkv.store.index import Index, is_clean, is_sound, move_aside
 from ragkv.store.lease import lock
 
 _indexes: dict[str, tuple[Index, int]] = {}  # LMDB allows one environment per process and file
@@ -70,16 +70,20 @@ class Session:
         if sole:
             # Stale readers, and a damaged lock file, go with it; nobody else has it open.
             (self._folder.index / "lock.mdb").unlink(missing_ok=True)
-        if not self._usable():
+        clean = is_clean(self._folder.index)
+        if not clean and not self._usable():
             self._repair()
         index = Index(self._folder.index, read_only=self._read_only)
+        if sole and not clean:
+            # A flipped bit can make LMDB fall back to its last transaction but one, which is sound as well.
+            adopt_orphans(self._folder, index)
         _indexes[self._name] = (index, 1)
         lock(self._fd, exclusive=False)
         return index
 
     def _usable(self) -> bool:
         data = self._folder.index / "data.mdb"
-        if data.exists():
+        if data.exists() and data.stat().st_size:
             return is_sound(self._folder.index)
         return not self._read_only and next(self._folder.entry_keys(), None) is None
 
@@ -98,6 +102,6 @@ class Session:
             shutil.rmtree(fresh, ignore_errors=True)
             index = Index(fresh, read_only=False)
             with contextlib.closing(index):
-                rebuild(self._folder, index)
+                adopt_orphans(self._folder, index)
             move_aside(self._folder.index)
             fresh.rename(self._folder.index)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -75,3 +78,10 @@ def disk_usage(root: Path) -> int:
             if path.is_file():
                 files[stat.st_ino] = stat.st_blocks * 512
     return sum(files.values())
+
+
+def python(script: str, *args: object) -> subprocess.Popen[str]:
+    """Another process that finds the same packages."""
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), *sys.path])}
+    command = [sys.executable, "-c", script, *map(str, args)]
+    return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stdin=subprocess.PIPE, text=True)

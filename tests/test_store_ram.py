@@ -4,10 +4,10 @@ import threading
 
 import numpy as np
 import pytest
-from tests.store_kit import GEOMETRY, TOKENS, key_for
 
 from ragkv.store import EntryHeader
 from ragkv.store.ram import RamEntry, RamTier, read_only
+from tests.store_kit import GEOMETRY, TOKENS, key_for
 
 
 def add(ram: RamTier, i: int, nbytes: int = 100) -> bool:
