@@ -25,7 +25,7 @@ def media_type(request: Request) -> str:
 
 
 async def limited(request: Request, limit: int) -> AsyncIterator[bytes]:
-    """The body, piece by piece. Raises BodyTooLargeError once more than ``limit`` bytes are announced or came."""
+    """The body, piece by piece. Raises BodyTooLargeError once over ``limit`` bytes are announced or came."""
     announced = request.headers.get("content-length", "")
     if announced.isdecimal() and int(announced) > limit:
         raise _too_large(limit, int(announced))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Iterable
+from collections.abc import AsyncIterator, Iterable
 from typing import Literal, Protocol
 
 from ragkv.config import Settings
@@ -28,7 +28,7 @@ class EngineAPI(Protocol):
 
     Plain methods block and are thread-safe; the server calls them from worker threads. ``aquery`` and
     ``astream`` run on the event loop and never block it. Cancelling the task that awaits them, or closing the
-    generator, stops the generation. ``astream`` raises what is wrong with a request (unknown collection, full
+    iterator, stops the generation. ``astream`` raises what is wrong with a request (unknown collection, full
     queue, …) before its first event.
     """
 
@@ -45,7 +45,7 @@ class EngineAPI(Protocol):
     def delete_document(self, collection: str, document_id: str) -> None: ...
 
     async def aquery(self, request: QueryRequest) -> Answer: ...
-    def astream(self, request: QueryRequest) -> AsyncGenerator[Event, None]: ...
+    def astream(self, request: QueryRequest) -> AsyncIterator[Event]: ...
 
     def health(self) -> Health: ...
     def metrics(self) -> dict[str, float]: ...

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable
-from contextlib import aclosing, suppress
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from contextlib import suppress
 
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
@@ -28,7 +28,7 @@ class EventStream(Response):
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: AsyncGenerator[Event, None], observe: Callable[[Answer], None]) -> None:
+    def __init__(self, events: AsyncIterator[Event], observe: Callable[[Answer], None]) -> None:
         super().__init__(headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
         del self.headers["content-length"]
         self._events = events
@@ -43,24 +43,30 @@ class EventStream(Response):
                 raise
 
     async def _run(self, send: Send) -> None:
-        async with aclosing(self._events) as events:
-            first = await anext(events)
+        try:
+            first = await anext(self._events)
             self._started = True
             await send(
                 {"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers}
             )
-            beat = asyncio.create_task(_keep_alive(send))
-            try:
-                await self._write(send, first)
-                async for event in events:
-                    await self._write(send, event)
-            except Exception as error:
-                await _send_piece(send, encode("error", _described(error)))
-            finally:
-                beat.cancel()
-                with suppress(asyncio.CancelledError):
-                    await beat
+            await self._send_all(send, first)
+        finally:
+            if isinstance(self._events, AsyncGenerator):
+                await self._events.aclose()
         await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def _send_all(self, send: Send, first: Event) -> None:
+        beat = asyncio.create_task(_keep_alive(send))
+        try:
+            await self._write(send, first)
+            async for event in self._events:
+                await self._write(send, event)
+        except Exception as error:
+            await _send_piece(send, encode("error", _described(error)))
+        finally:
+            beat.cancel()
+            with suppress(asyncio.CancelledError):
+                await beat
 
     async def _write(self, send: Send, event: Event) -> None:
         if isinstance(event, DoneEvent):

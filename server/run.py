@@ -58,17 +58,19 @@ def url_of(sock: socket.socket) -> str:
 
 
 def serve(
-    settings: Settings,
-    sock: socket.socket,
-    engine: EngineAPI,
-    *,
-    announce: Callable[[str], None] | None = None,
+    sock: socket.socket, engine: EngineAPI, *, announce: Callable[[str], None] | None = None
 ) -> None:
-    """Serve ``engine`` on a bound socket until SIGINT or SIGTERM, then let running requests finish for
-       GRACE_SECONDS.
-    ``announce`` (default: print) is told the URL once connections are answered. Closes the socket; the
-    engine is the caller's to close, which is why a signal makes this return instead of ending the process.
+    """Serve ``engine`` on a bound socket until SIGINT or SIGTERM; running requests get GRACE_SECONDS to finish.
+
+    ``announce`` (default: print) is told the URL once connections are answered. Closes the socket. The engine
+    is the caller's to close, which is why a signal makes this return instead of ending the process.
     """
+    with sock, _signals_return():
+        server_for(engine, announce=announce or _print_url).run(sockets=[sock])
+
+
+def server_for(engine: EngineAPI, *, announce: Callable[[str], None]) -> uvicorn.Server:
+    """The HTTP server of an engine, to be run on bound sockets; it stops when its ``should_exit`` is set."""
     config = uvicorn.Config(
         create_app(engine),
         log_config=None,
@@ -79,8 +81,7 @@ def serve(
         timeout_keep_alive=_IDLE_SECONDS,
         timeout_graceful_shutdown=GRACE_SECONDS,
     )
-    with sock, _signals_return():
-        _Server(config, announce or _print_url).run(sockets=[sock])
+    return _Server(config, announce)
 
 
 class _Server(uvicorn.Server):

@@ -7,17 +7,21 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import aiofiles
 from aiofiles.tempfile import TemporaryDirectory
 from aiofiles.threadpool.binary import AsyncBufferedIOBase
 from python_multipart.exceptions import FormParserError
-from python_multipart.multipart import MultipartCallbacks, MultipartParser, parse_options_header
+from python_multipart.multipart import MultipartParser, parse_options_header
 from starlette.requests import Request
 
 from ragkv.errors import DocumentError, InputError
 from ragkv.server.body import limited
 from ragkv.server.contract import EncodeMode
+
+if TYPE_CHECKING:
+    from python_multipart.multipart import MultipartCallbacks
 
 # All files of one request together, as a multiple of what one may have.
 UPLOAD_FACTOR = 16
