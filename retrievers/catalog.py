@@ -45,9 +45,7 @@ class Catalog:
         if not self.root.is_dir():
             return []
         return sorted(
-            entry.name
-            for entry in self.root.iterdir()
-            if _NAME.fullmatch(entry.name) and (entry / DATABASE).is_file()
+            entry.name for entry in self.root.iterdir() if _NAME.fullmatch(entry.name) and (entry / DATABASE).is_file()
         )
 
     def open(self, name: str) -> Collection:

@@ -134,9 +134,7 @@ class Collection:
     def documents(self, offset: int = 0, limit: int = 100) -> list[DocumentInfo]:
         """Documents in order of first arrival. Raises InputError for a negative offset or limit."""
         if offset < 0 or limit < 0:
-            raise InputError(
-                f"offset = {offset} and limit = {limit} must not be negative", offset=offset, limit=limit
-            )
+            raise InputError(f"offset = {offset} and limit = {limit} must not be negative", offset=offset, limit=limit)
         with self._database.read():
             return self._database.infos(offset, limit)
 
@@ -154,9 +152,7 @@ class Collection:
         size = sum(_size(self.folder / name) for name in (DATABASE, f"{DATABASE}-wal", _INDEX))
         return CollectionStats(documents, chunks, characters, self.embedder, size)
 
-    def retrieve(
-        self, query: str, k: int, *, mode: Mode = "fused", filters: Filters | None = None
-    ) -> list[Hit]:
+    def retrieve(self, query: str, k: int, *, mode: Mode = "fused", filters: Filters | None = None) -> list[Hit]:
         """At most ``k`` chunks, best first; see ``Retriever`` for the contract.
 
         ``bm25`` ranks chunks that share a word with the query, ``dense`` by cosine, ``fused`` merges the
@@ -164,9 +160,7 @@ class Collection:
         InputError for ``k`` under 1 or an unknown mode, FilterError for a malformed filter.
         """
         if mode not in get_args(Mode):
-            raise InputError(
-                f"unknown retrieval mode {mode!r}; choose from {', '.join(get_args(Mode))}", mode=mode
-            )
+            raise InputError(f"unknown retrieval mode {mode!r}; choose from {', '.join(get_args(Mode))}", mode=mode)
         if isinstance(k, bool) or not isinstance(k, int) or k < 1:
             raise InputError(f"k = {k!r} is not a positive whole number", k=repr(k))
         compile_filters(filters)  # a malformed filter is an error even where there is nothing to search

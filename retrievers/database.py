@@ -66,9 +66,7 @@ class Database:
         self.path = path
         self._lock = threading.RLock()
         with self._errors():
-            self._sql = sqlite3.connect(
-                path, timeout=_BUSY_SECONDS, isolation_level=None, check_same_thread=False
-            )
+            self._sql = sqlite3.connect(path, timeout=_BUSY_SECONDS, isolation_level=None, check_same_thread=False)
         try:
             with self._errors():
                 self._prepare()
@@ -167,9 +165,7 @@ class Database:
         (version,) = self._sql.execute("PRAGMA user_version").fetchone()
         (tables,) = self._sql.execute("SELECT count(*) FROM sqlite_master").fetchone()
         if tables and application != _APPLICATION_ID:
-            raise CollectionError(
-                f"{self.path} is not a ragkv collection; choose another folder", path=str(self.path)
-            )
+            raise CollectionError(f"{self.path} is not a ragkv collection; choose another folder", path=str(self.path))
         if version > _FORMAT:
             raise CollectionError(
                 f"{self.path} has format {version}, this version reads up to {_FORMAT}; upgrade ragkv",
@@ -207,10 +203,7 @@ class Database:
 
 
 def make_chunks(info: DocumentInfo, texts: Sequence[str]) -> list[Chunk]:
-    return [
-        Chunk(chunk_id(info.id, i), info.id, i, text, info.metadata, info.title)
-        for i, text in enumerate(texts)
-    ]
+    return [Chunk(chunk_id(info.id, i), info.id, i, text, info.metadata, info.title) for i, text in enumerate(texts)]
 
 
 def _info(row: tuple[str, str | None, str, int, int]) -> DocumentInfo:

@@ -133,10 +133,7 @@ class SentenceTransformerEmbedder:
                 setting="embedder",
                 value=path_or_id,
             ) from error
-
-    @property
-    def dim(self) -> int:
-        return int(self._model.get_sentence_embedding_dimension())
+        self.dim = len(self.embed_query("dimension"))  # the method that tells it was renamed between versions
 
     def embed_documents(self, texts: Sequence[str]) -> Vectors:
         if not texts:

@@ -61,15 +61,11 @@ def _operator(field: str, name: Any, wanted: Any) -> Callable[[Any], bool]:
             operator=str(name),
         )
     if name in ("$in", "$nin") and not isinstance(wanted, list | tuple):
-        raise FilterError(
-            f"{name} for field {field!r} needs a list, not {wanted!r}", field=field, operator=name
-        )
+        raise FilterError(f"{name} for field {field!r} needs a list, not {wanted!r}", field=field, operator=name)
     if name == "$exists" and not isinstance(wanted, bool):
         raise FilterError(f"$exists for field {field!r} needs true or false, not {wanted!r}", field=field)
     if name in ("$gt", "$gte", "$lt", "$lte") and _kind(wanted) not in ("number", "str"):
-        raise FilterError(
-            f"{name} for field {field!r} needs a number or a string, not {wanted!r}", field=field
-        )
+        raise FilterError(f"{name} for field {field!r} needs a number or a string, not {wanted!r}", field=field)
     return lambda value: test(value, wanted)
 
 
@@ -112,9 +108,7 @@ def _ordered(compare: Callable[[Any, Any], bool]) -> Callable[[Any, Any], bool]:
 
 
 _OPERATORS: dict[str, Callable[[Any, Any], bool]] = {
-    "$eq": lambda value, wanted: (
-        _any_of(value, [wanted]) or (value is not _MISSING and _equal(value, wanted))
-    ),
+    "$eq": lambda value, wanted: _any_of(value, [wanted]) or (value is not _MISSING and _equal(value, wanted)),
     "$ne": lambda value, wanted: not _any_of(value, [wanted]),
     "$gt": _ordered(operator.gt),
     "$gte": _ordered(operator.ge),

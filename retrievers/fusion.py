@@ -23,9 +23,6 @@ def reciprocal_rank_fusion(
         for rank, item in enumerate(ranking, start=1):
             ranks.setdefault(item, {})[name] = rank
     votes = dict.fromkeys(rankings, 1.0) | dict(weights or {})
-    fused = [
-        (item, sum(votes[name] / (k + rank) for name, rank in own.items()), own)
-        for item, own in ranks.items()
-    ]
+    fused = [(item, sum(votes[name] / (k + rank) for name, rank in own.items()), own) for item, own in ranks.items()]
     # The sort is stable, and ``ranks`` was filled ranking by ranking.
     return sorted(fused, key=lambda entry: (-entry[1], min(entry[2].values())))

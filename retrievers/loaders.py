@@ -7,21 +7,25 @@ import json
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ragkv.errors import DocumentError, NotFoundError
 from ragkv.retrievers.types import MAX_TITLE, Document
+
+if TYPE_CHECKING:
+    from bs4 import BeautifulSoup
 
 MAX_BYTES = 50_000_000
 KNOWN_TYPES = (".txt", ".md", ".markdown", ".html", ".htm", ".jsonl")
 
 _HEADING = re.compile(r"^#{1,6}[ \t]+(\S.*)$", re.M)
 _EXTRACT_FIRST = {".pdf", ".doc", ".docx", ".odt", ".ppt", ".pptx", ".epub", ".rtf"}
-_INVISIBLE = ("script", "style", "noscript", "template", "head", "svg", "iframe", "object")
-_BLOCK_TAGS = re.compile(
-    "^(address|article|aside|blockquote|br|d[dlt]|details|div|fieldset|figcaption|figure|footer|form|h[1-6r]"
-    "|header|li|main|nav|ol|p|pre|section|summary|table|tr|ul)$"
+_INVISIBLE = frozenset(("script", "style", "noscript", "template", "title", "svg", "iframe", "object"))
+_BLOCK = re.compile(
+    "address|article|aside|blockquote|body|br|d[dlt]|details|div|fieldset|figcaption|figure|footer|form|h[1-6r]"
+    "|header|li|main|nav|ol|p|pre|section|summary|table|tr|ul"
 )
+_CELLS = frozenset(("td", "th"))
 
 
 def load_path(
@@ -98,11 +102,7 @@ def _checked_suffix(name: str, path: str | None = None) -> str:
     if suffix in KNOWN_TYPES:
         return suffix
     known = ", ".join(KNOWN_TYPES)
-    hint = (
-        f"extract its text first and add that as one of {known}"
-        if suffix in _EXTRACT_FIRST
-        else f"use {known}"
-    )
+    hint = f"extract its text first and add that as one of {known}" if suffix in _EXTRACT_FIRST else f"use {known}"
     raise DocumentError(
         f"{path or name} is of an unknown type ({suffix or 'no extension'}); {hint}",
         path=path or name,
@@ -167,9 +167,7 @@ def _json_document(name: str, number: int, line: str) -> Document:
     own_id = entry.get("id")
     if own_id is not None and (isinstance(own_id, bool) or not isinstance(own_id, str | int) or own_id == ""):
         raise bad("id must be a non-empty string or an integer")
-    return Document(
-        _content_id(entry) if own_id is None else str(own_id), body, title or None, metadata or {}
-    )
+    return Document(_content_id(entry) if own_id is None else str(own_id), body, title or None, metadata or {})
 
 
 def _content_id(entry: dict[str, Any]) -> str:
@@ -198,12 +196,30 @@ def _html(name: str, text: str) -> Document:
     except (ValueError, RecursionError) as error:
         raise DocumentError(f"{name} cannot be parsed as HTML: {error}", path=name) from error
     title = " ".join(soup.title.get_text().split()) if soup.title else ""
-    for tag in soup.find_all(_INVISIBLE):
-        tag.decompose()
-    for tag in soup.find_all(_BLOCK_TAGS):
-        tag.insert_before("\0")
-        tag.insert_after("\0")
-    for cell in soup.find_all(("td", "th")):
-        cell.insert_after(" ")
-    paragraphs = (" ".join(part.split()) for part in re.split("\0+", soup.get_text()))
+    paragraphs = (" ".join(part.split()) for part in "".join(_visible(soup)).split("\0"))
     return Document(name, "\n\n".join(part for part in paragraphs if part), _usable(title))
+
+
+def _visible(soup: BeautifulSoup) -> Iterator[str]:
+    """The visible strings, with a NUL wherever a block begins or ends.
+
+    One walk that leaves the tree as it is: editing it, as bs4's own tools would, is quadratic in the page.
+    """
+    from bs4.element import NavigableString, Tag
+
+    places: dict[int, tuple[int, bool]] = {id(soup): (0, False)}  # tag: (innermost block around it, hidden)
+    last = 0
+    for element in soup.descendants:
+        block, hidden = places[id(element.parent)]
+        if isinstance(element, Tag):
+            if _BLOCK.fullmatch(element.name):
+                block = id(element)
+                yield "\0"
+            elif element.name in _CELLS:
+                yield " "
+            places[id(element)] = block, hidden or element.name in _INVISIBLE
+        elif type(element) is NavigableString and not hidden:  # its subclasses are comments, scripts and the like
+            if block != last:
+                yield "\0"
+            last = block
+            yield element

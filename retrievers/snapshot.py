@@ -33,9 +33,7 @@ from ragkv.retrievers.types import Chunk, Hit, Metadata
 log = logging.getLogger(__name__)
 
 _FORMAT = "1"
-_DEPTH = (
-    100  # candidates each ranking brings to the fusion; fixed, so that a larger k only lengthens the list
-)
+_DEPTH = 100  # candidates each ranking brings to the fusion; fixed, so that a larger k only lengthens the list
 _REFIT_BELOW = 4096  # chunks; under this a fit takes under a second
 _REFIT_SHARE = 8  # a larger corpus is refitted when an eighth of its chunks is new to the fit
 _CACHED_MASKS = 64
@@ -75,10 +73,7 @@ class Snapshot:
             {name: [i for i, _ in ranking] for name, ranking in rankings.items()},
             weights={"dense": self.embedder.weight},
         )
-        return [
-            Hit(self.chunks[i], score, rank, ranks)
-            for rank, (i, score, ranks) in enumerate(fused[:k], start=1)
-        ]
+        return [Hit(self.chunks[i], score, rank, ranks) for rank, (i, score, ranks) in enumerate(fused[:k], start=1)]
 
     def _mask(self, filters: Filters) -> Mask:
         """``(chunks,)`` of what the filter permits. The same few access filters come again and again."""
@@ -107,9 +102,7 @@ def load_or_build(
     try:
         indexes = _load(cache, key, len(chunks), embedder)
     except Exception as error:  # whatever damaged bytes can cause: the cache is never worth a failed query
-        log.warning(
-            "index cache %s cannot be used (%s: %s); building it anew", cache, type(error).__name__, error
-        )
+        log.warning("index cache %s cannot be used (%s: %s); building it anew", cache, type(error).__name__, error)
         indexes = None
     bm25, dense, fitted = indexes or _build(cache, key, [chunk.index_text for chunk in chunks], embedder)
     return Snapshot(stamp, chunks, [metadata for metadata, _ in documents], owner, bm25, dense, fitted)
@@ -212,9 +205,7 @@ def _write(cache: Path, arrays: Arrays) -> None:
                     os.unlink(file.name)
                 raise
     except OSError as error:
-        log.warning(
-            "cannot cache the index at %s (%s); it will be built again on the next start", cache, error
-        )
+        log.warning("cannot cache the index at %s (%s); it will be built again on the next start", cache, error)
 
 
 def _part(arrays: Arrays, prefix: str) -> dict[str, NDArray[Any]]:

@@ -76,9 +76,7 @@ def test_filters_leave_room_for_what_is_permitted(pets: Collection) -> None:
 
 
 def test_filters_that_look_alike_are_told_apart(pets: Collection) -> None:
-    pets.add(
-        [Document("bool", "cats flag", None, {"flag": True}), Document("one", "cats flag", None, {"flag": 1})]
-    )
+    pets.add([Document("bool", "cats flag", None, {"flag": True}), Document("one", "cats flag", None, {"flag": 1})])
     assert found(pets, "cats flag", filters={"flag": True}) == ["bool"]
     assert found(pets, "cats flag", filters={"flag": 1}) == ["one"]
     assert found(pets, "cats flag", filters={"flag": "1"}) == []
@@ -206,9 +204,7 @@ def test_progress_is_told_by_batches(tmp_path: Path) -> None:
     assert done == [256, 512, 600]
 
 
-def test_reopening_gives_the_same_hits_without_building(
-    pets: Collection, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_reopening_gives_the_same_hits_without_building(pets: Collection, monkeypatch: pytest.MonkeyPatch) -> None:
     before = pets.retrieve("cats and mice", 3)
     monkeypatch.setattr(snapshot, "_build", None)
     with Collection(pets.folder, splitter()) as again:
@@ -235,9 +231,7 @@ def test_a_damaged_index_is_rebuilt(pets: Collection, damage: str) -> None:
         assert again.retrieve("cats and mice", 3) == before
 
 
-def test_a_folder_without_room_for_the_index_still_answers(
-    pets: Collection, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_folder_without_room_for_the_index_still_answers(pets: Collection, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
@@ -251,9 +245,6 @@ def test_a_small_change_embeds_only_what_is_new(tmp_path: Path, monkeypatch: pyt
 
     class Model:
         def __init__(self, *_: object, **__: object) -> None: ...
-
-        def get_sentence_embedding_dimension(self) -> int:
-            return 3
 
         def encode_document(self, texts: list[str], **_: object) -> np.ndarray:
             embedded.extend(texts)
@@ -283,9 +274,7 @@ def test_a_small_change_embeds_only_what_is_new(tmp_path: Path, monkeypatch: pyt
         assert again.retrieve("cats", 3) == fresh
 
 
-def test_a_large_collection_folds_in_a_few_new_chunks(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_large_collection_folds_in_a_few_new_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(snapshot, "_REFIT_BELOW", 10)
     fits = []
     fit = SvdEmbedder.fit

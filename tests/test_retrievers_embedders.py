@@ -82,9 +82,6 @@ class FakeModel:
             raise OSError("no such model")
         assert trust_remote_code is False
 
-    def get_sentence_embedding_dimension(self) -> int:
-        return 2
-
     def encode_document(self, texts: list[str], **_: Any) -> np.ndarray:
         return np.array([[3.0, 4.0]] * len(texts))
 

@@ -46,6 +46,23 @@ def test_html_keeps_visible_text_in_paragraphs() -> None:
     assert document.text == "Head\n\nOne bold word.\n\nfirst\n\nsecond\n\na b\n\ntail"
 
 
+@pytest.mark.parametrize(
+    ("page", "text"),
+    [
+        ("<head><title>T<body>never closed", ""),
+        ("<head><meta><body>text<br>next", "text\n\nnext"),
+        ("<p>in <i>line</i>d <p>outer <div>inner</div> rest", "in lined\n\nouter\n\ninner\n\nrest"),
+        ("1 &lt; 2 &amp; caf&eacute;<template>no</template><noscript>no</noscript>", "1 < 2 & café"),
+    ],
+)
+def test_untidy_html(page: str, text: str) -> None:
+    if text:
+        assert load_bytes("a.htm", page.encode())[0].text == text
+    else:
+        with pytest.raises(DocumentError, match="no text"):
+            load_bytes("a.htm", page.encode())
+
+
 def test_json_lines_hold_a_document_each() -> None:
     lines = [
         {"id": "x", "text": "one\u2028two", "title": "T", "metadata": {"year": 2020}},

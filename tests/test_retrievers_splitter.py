@@ -102,13 +102,9 @@ def test_initials_and_decimals_do_not_end_a_sentence() -> None:
 
 
 def test_an_edit_changes_only_its_neighbourhood() -> None:
-    paragraphs = [
-        f"Paragraph {i} tells a story of {i} words. It goes on for long enough.\n\n" for i in range(40)
-    ]
+    paragraphs = [f"Paragraph {i} tells a story of {i} words. It goes on for long enough.\n\n" for i in range(40)]
     before = Splitter(words, 24).split("".join(paragraphs))
-    paragraphs[3] = (
-        "Paragraph 3 was rewritten and is now much longer than it had been before, by a few words.\n\n"
-    )
+    paragraphs[3] = "Paragraph 3 was rewritten and is now much longer than it had been before, by a few words.\n\n"
     after = Splitter(words, 24).split("".join(paragraphs))
     assert len(set(after) - set(before)) <= 3
 
