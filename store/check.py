@@ -82,7 +82,7 @@ def recover(folder: Folder, txn: IndexTxn) -> None:
             with contextlib.suppress(FileNotFoundError):
                 if os.path.samefile(temp, path):
                     _adopt(folder, txn, key)
-        temp.unlink()
+        temp.unlink(missing_ok=True)  # its writer may just have finished
 
 
 def adopt_orphans(folder: Folder, index: Index) -> None:

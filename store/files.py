@@ -42,9 +42,7 @@ def disk_errors(path: str | os.PathLike[str]) -> Iterator[None]:
             message = f"the disk of {path} is full; free some space, or lower the store's capacity"
             raise StoreFullError(message, **facts) from error
         if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
-            message = (
-                f"{path} cannot be written ({error.strerror}); make it writable or open with read_only=True"
-            )
+            message = f"{path} cannot be written ({error.strerror}); make it writable or open with read_only=True"
             raise StoreReadOnlyError(message, **facts) from error
         raise StoreError(f"{path}: {error.strerror}; check the disk", **facts) from error
 
@@ -110,8 +108,8 @@ class Folder:
         """The keys that the files under ``entries`` are named by, in no order."""
         for shard in sorted(self.entries.iterdir()) if self.entries.is_dir() else ():
             with contextlib.suppress(NotADirectoryError):
-                for file in os.scandir(shard):
-                    key = key_of(file.name)
+                for name in os.listdir(shard):
+                    key = key_of(name)
                     if key is not None:
                         yield key
 
@@ -138,10 +136,11 @@ class Folder:
             with contextlib.suppress(FileNotFoundError):
                 fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
                 try:
-                    if lock(fd, exclusive=True):
-                        yield path
+                    stale = lock(fd, exclusive=True)
                 finally:
                     os.close(fd)
+                if stale:
+                    yield path
 
 
 class TempFile:

@@ -70,9 +70,7 @@ class Geometry:
         for name in ("layers", "kv_heads", "head_dim"):
             value = getattr(self, name)
             if type(value) is not int or value < 1:
-                raise StoreFormatError(
-                    f"geometry: {name} must be a positive integer, not {value!r}", name=name
-                )
+                raise StoreFormatError(f"geometry: {name} must be a positive integer, not {value!r}", name=name)
 
     @property
     def numpy_dtype(self) -> np.dtype[Any]:
@@ -125,9 +123,7 @@ class EntryHeader:
         if not 0 < len(self.model.encode()) <= 255:
             raise StoreFormatError("a model fingerprint has 1 to 255 bytes", model=self.model[:64])
         if self.tokens < 1 or self.context_tokens < 0:
-            raise StoreFormatError(
-                "an entry has at least one token, and no negative context", tokens=self.tokens
-            )
+            raise StoreFormatError("an entry has at least one token, and no negative context", tokens=self.tokens)
 
     @property
     def slab_bytes(self) -> int:

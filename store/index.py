@@ -121,10 +121,14 @@ class Index:
                 self._env.reader_check()
             self._dbs = [self._env.open_db(name, create=not read_only) for name in DATABASES]
 
-    @property
-    def forked(self) -> bool:
-        """Whether this process only inherited it: LMDB must not be used then."""
-        return os.getpid() != self._pid
+    def check_process(self) -> None:
+        """LMDB can be neither used nor opened again in a process that inherited it through ``fork``."""
+        if os.getpid() != self._pid:
+            raise StoreError(
+                f"the store {self.path.parent} was opened before this process was forked; open it in the child "
+                "only, or start the child with the spawn method",
+                path=str(self.path.parent),
+            )
 
     def get_many(self, keys: Sequence[bytes]) -> list[Row | None]:
         """Look all ``keys`` up in one read transaction. A damaged row counts as missing."""
@@ -148,25 +152,22 @@ class Index:
             StoreReadOnlyError: the index was opened for reading only.
         """
         if self.read_only:
-            raise StoreReadOnlyError(
-                f"{self.path.parent} was opened with read_only=True", path=str(self.path)
-            )
+            raise StoreReadOnlyError(f"{self.path.parent} was opened with read_only=True", path=str(self.path))
         return self._run(lambda txn: work(IndexTxn(txn, *self._dbs)), write=True)
 
     def close(self) -> None:
         """Close, and leave a checksum by which the next opening knows the file to be sound."""
         with self._idle:
             self._idle.wait_for(lambda: not self._active)
-            if self.forked:
-                return
+            if os.getpid() != self._pid:
+                return  # the parent's to close
             self._env.close()
         if not self.read_only:
             with contextlib.suppress(OSError):
                 (self.path / "clean").write_bytes(_fingerprint(self.path))
 
     def _run(self, work: Callable[[Any], T], *, write: bool) -> T:
-        if self.forked:
-            raise StoreError("a store cannot be used across fork(); open it in the child process")
+        self.check_process()
         with _lmdb_errors(self.path):
             while True:
                 try:

@@ -38,9 +38,7 @@ class Row(NamedTuple):
 
 
 def pack_row(key: bytes, row: Row) -> bytes:
-    body = (
-        _ROW.pack(row.nbytes, row.rank, row.created, row.tokens, row.layers, row.flags) + row.model.encode()
-    )
+    body = _ROW.pack(row.nbytes, row.rank, row.created, row.tokens, row.layers, row.flags) + row.model.encode()
     return body + _SUM.pack(xxhash.xxh3_64_intdigest(key + body))
 
 

@@ -52,8 +52,9 @@ class Session:
 
     def _shared(self) -> Index | None:
         index, users = _indexes.get(self._name, (None, 0))
-        if index is None or index.forked:
+        if index is None:
             return None
+        index.check_process()
         if index.read_only and not self._read_only:
             raise StoreError(
                 f"this process has {self._folder.root} open with read_only=True; close that first",
@@ -90,9 +91,7 @@ class Session:
     def _repair(self) -> None:
         root = self._folder.root
         if self._read_only:
-            message = (
-                f"the index of {root} is damaged or missing; open it once without read_only to rebuild it"
-            )
+            message = f"the index of {root} is damaged or missing; open it once without read_only to rebuild it"
             raise StoreFormatError(message, path=str(root))
         if not lock(self._fd, exclusive=True):
             message = f"the index of {root} is damaged and another process has it open; close that first"

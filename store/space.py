@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -51,9 +50,7 @@ class Space:
     called with each key that had to leave.
     """
 
-    def __init__(
-        self, folder: Folder, capacity: int, recency: Recency, on_evict: Callable[[bytes], None]
-    ) -> None:
+    def __init__(self, folder: Folder, capacity: int, recency: Recency, on_evict: Callable[[bytes], None]) -> None:
         self.capacity = capacity
         self._folder = folder
         self._recency = recency
@@ -83,11 +80,11 @@ class Space:
     def _used(self, txn: IndexTxn) -> int:
         """Bytes of indexed entries, of those being written, and of the quarantine."""
         used = txn.nbytes() + sum(disk_bytes(path) for path in self._folder.quarantined.iterdir())
-        for temp in os.scandir(self._folder.tmp):
+        for temp in self._folder.tmp.iterdir():
             key = key_of(temp.name)
             # Published, but its temporary name not yet dropped: the index counts it.
-            if key is None or disk_bytes(temp.path, names=2) == 0 or txn.get(key) is None:
-                used += disk_bytes(temp.path)
+            if key is None or disk_bytes(temp, names=2) == 0 or txn.get(key) is None:
+                used += disk_bytes(temp)
         return used
 
     def _evict(self, txn: IndexTxn, excess: int) -> None:
@@ -98,7 +95,5 @@ class Space:
                 excess -= row.nbytes
             if excess <= 0:
                 return
-        message = (
-            f"{excess} bytes are lacking and all entries left are open; close some or raise the capacity"
-        )
+        message = f"{excess} bytes are lacking and all entries left are open; close some or raise the capacity"
         raise StoreFullError(message, need=excess, capacity_bytes=self.capacity)

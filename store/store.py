@@ -301,17 +301,13 @@ class ChunkStore:
         return self._index_open()
 
     def _open(self, key: bytes, row: Row | None) -> OpenEntry | StoreError:
-        missing = StoreError(
-            "the chunk is not in the store; encode it again", key=key.hex(), reason="missing"
-        )
+        missing = StoreError("the chunk is not in the store; encode it again", key=key.hex(), reason="missing")
         if row is None:
             return missing
         try:
             fd = lease(self.folder.entry_path(key))
         except OSError as error:
-            return StoreError(
-                f"the entry cannot be opened: {error.strerror}", key=key.hex(), errno=error.errno
-            )
+            return StoreError(f"the entry cannot be opened: {error.strerror}", key=key.hex(), errno=error.errno)
         if fd is None:
             self._forget_missing(key)
             return missing
@@ -349,9 +345,7 @@ class ChunkStore:
                 digest.update(part)
             checksums.append(digest.intdigest())
         if len(checksums) != header.geometry.layers:
-            raise StoreFormatError(
-                f"{len(checksums)} slabs were given, {header.geometry} means another number"
-            )
+            raise StoreFormatError(f"{len(checksums)} slabs were given, {header.geometry} means another number")
         temp.write([memoryview(header.with_checksums(checksums).pack())], 0)
         temp.sync()
 
@@ -381,9 +375,7 @@ class ChunkStore:
         self._ram.drop(key)
         if not self.read_only:
             with contextlib.suppress(StoreError):
-                self._index.write(
-                    lambda txn: not os.path.exists(self.folder.entry_path(key)) and txn.delete(key)
-                )
+                self._index.write(lambda txn: not os.path.exists(self.folder.entry_path(key)) and txn.delete(key))
 
     def _count_hits(self, infos: Sequence[EntryInfo | None]) -> None:
         tiers = Counter("miss" if info is None else info.tier for info in infos)

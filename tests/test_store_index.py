@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import os
 import threading
 
 import numpy as np
@@ -188,21 +187,3 @@ def test_what_passes_the_probe_reads_right(tmp_path):
             noticed += 1
         (path / "data.mdb").write_bytes(whole)
     assert noticed
-
-
-def test_after_fork_the_child_is_refused(index):
-    fill(index)
-    read_end, write_end = os.pipe()
-    pid = os.fork()
-    if pid == 0:
-        try:
-            index.get_many(KEYS)
-            os.write(write_end, b"read")
-        except StoreError:
-            os.write(write_end, b"refused")
-        finally:
-            os._exit(0)
-    os.waitpid(pid, 0)
-    assert os.read(read_end, 10) == b"refused"
-    os.close(read_end)
-    os.close(write_end)
