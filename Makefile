@@ -1,0 +1,44 @@
+# `make demo` and `make test` each work as the first command on a fresh clone.
+PYTHON ?= python3.11
+VENV := .venv
+STAMP := $(VENV)/.installed
+
+.PHONY: install demo test check format slow gpu coverage wheel clean
+
+install: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	@test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV) || python3 -m venv $(VENV)
+	$(VENV)/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $(STAMP)
+
+demo: install
+	$(VENV)/bin/ragkv demo
+
+test: install
+	$(VENV)/bin/python -m pytest
+
+slow: install
+	$(VENV)/bin/python -m pytest -m slow
+
+gpu: install
+	$(VENV)/bin/python -m pytest -m gpu
+
+check: install
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy -p ragkv
+	$(VENV)/bin/lint-imports
+
+format: install
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+coverage: install
+	$(VENV)/bin/python -m pytest --cov --cov-report=term-missing
+
+wheel: install
+	$(VENV)/bin/python -m build
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

@@ -1,0 +1,378 @@
+"""The command line. The one module of ``ragkv`` that reaches up to server and eval, and only when asked to."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+from rich.console import Console
+
+from ragkv import terminal
+from ragkv.config import Settings, load_settings
+from ragkv.errors import ConfigError, InputError, RagkvError
+from ragkv.types import Answer, DoneEvent, Message, TokenEvent
+from ragkv.version import __version__
+
+if TYPE_CHECKING:
+    from ragkv.engine import Engine
+    from ragkv.retrievers import Document
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Answer questions from documents, reusing the KV caches of their chunks.",
+)
+cache_app = typer.Typer(no_args_is_help=True, help="Look after the chunk store.")
+app.add_typer(cache_app, name="cache")
+out = Console()
+err = Console(stderr=True)
+
+Model = Annotated[str | None, typer.Option(help="`bundled`, a folder with a Hugging Face checkpoint, or a hub id.")]
+Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+DataDir = Annotated[Path | None, typer.Option(help="Holds the chunk store and the collections.")]
+Sets = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any other setting; may be repeated.")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
+Collection = Annotated[str, typer.Option("--collection", "-c", help="Name of the collection.")]
+MethodOption = Annotated[
+    str | None, typer.Option("--method", help="default, none, hkvd, epic, question, random or full.")
+]
+Ratio = Annotated[float | None, typer.Option(help="Share of context tokens a repair recomputes.")]
+TopK = Annotated[int | None, typer.Option(help="Chunks to retrieve.")]
+Filters = Annotated[
+    list[str] | None, typer.Option("--filter", metavar="FIELD=VALUE", help="Only documents with this metadata.")
+]
+Url = Annotated[str | None, typer.Option(help="Ask a running server instead of loading the model here.")]
+
+
+def main() -> None:
+    """Run the command line; expected errors end in one line on stderr and exit status 1."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    try:
+        _add_eval()
+        app()
+    except RagkvError as error:
+        _fail(error)
+    except BrokenPipeError:
+        sys.stderr.close()
+        raise SystemExit(1) from None
+
+
+def _fail(error: RagkvError) -> NoReturn:
+    if "--json" in sys.argv:
+        print(
+            json.dumps({"error": {"code": error.code, "message": error.message, "context": error.context}}, default=str)
+        )
+    else:
+        err.print(f"[bold red]error[/] ({error.code}): ", end="")
+        err.print(error.message, markup=False, highlight=False)
+    raise SystemExit(1)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    return
+
+
+@app.command()
+def demo(model: Model = None, device: Device = None, sets: Sets = None, json_: Json = False) -> None:
+    """Ask the bundled model questions over bundled documents: full prefill, plain reuse and blend, side by side."""
+    from ragkv.demo.run import run_demo
+
+    settings = _settings(sets, model=model, device=device)
+    with terminal.progress(err, quiet=json_) as say:
+        result = run_demo(settings, say)
+    _print_json(result) if json_ else terminal.show_demo(out, result)
+
+
+@app.command()
+def ingest(
+    paths: Annotated[list[Path], typer.Argument(help="Files or folders: .txt, .md, .html, .jsonl.")],
+    collection: Collection = "default",
+    lazy: Annotated[bool, typer.Option("--lazy", help="Compute KV when a query first needs it.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what it would take.")] = False,
+    model: Model = None,
+    device: Device = None,
+    data_dir: DataDir = None,
+    sets: Sets = None,
+    json_: Json = False,
+) -> None:
+    """Add documents to a collection and compute their chunks' KV."""
+    settings = _settings(sets, model=model, device=device, data_dir=data_dir)
+    documents, rejected = _load(paths, settings)
+    with _engine(settings) as engine:
+        estimate = engine.estimate(documents)
+        if not json_:
+            terminal.show_estimate(err, estimate)
+        if dry_run:
+            if json_:
+                _print_json({"estimate": estimate.model_dump(), "rejected": rejected})
+            return
+        with terminal.progress(err, quiet=json_) as say:
+            report = engine.ingest(collection, documents, encode="lazy" if lazy else None, progress=say)
+    if json_:
+        _print_json(
+            {
+                **report.model_dump(),
+                "rejected": rejected + [one.model_dump() for one in report.rejected],
+                "estimate": estimate.model_dump(),
+            }
+        )
+    else:
+        terminal.show_ingest(out, report, rejected)
+
+
+@app.command()
+def query(
+    question: Annotated[str, typer.Argument(help="The question.")],
+    collection: Collection = "default",
+    filters: Filters = None,
+    top_k: TopK = None,
+    method: MethodOption = None,
+    ratio: Ratio = None,
+    max_tokens: Annotated[int | None, typer.Option(help="Most tokens to generate.")] = None,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    url: Url = None,
+    model: Model = None,
+    device: Device = None,
+    data_dir: DataDir = None,
+    sets: Sets = None,
+    json_: Json = False,
+) -> None:
+    """Ask one question and see the answer, its sources and where the time went."""
+    fields = {
+        "collection": collection,
+        "filters": _filters(filters),
+        "top_k": top_k,
+        "method": method,
+        "ratio": ratio,
+        "max_tokens": max_tokens,
+        "temperature": temperature,
+    }
+    with _door(url, sets, model=model, device=device, data_dir=data_dir) as door:
+        answer = _ask(door, question, fields, quiet=json_)
+    _print_json(answer.model_dump()) if json_ else terminal.show_answer(out, answer)
+
+
+@app.command()
+def chat(
+    collection: Annotated[str | None, typer.Option("--collection", "-c", help="Answer from this collection.")] = None,
+    filters: Filters = None,
+    top_k: TopK = None,
+    method: MethodOption = None,
+    url: Url = None,
+    model: Model = None,
+    device: Device = None,
+    data_dir: DataDir = None,
+    sets: Sets = None,
+    json_: Json = False,
+) -> None:
+    """Ask question after question; earlier turns stay in the prompt. Ends with /exit or end of input."""
+    history: list[Message] = []
+    fields = {"collection": collection, "filters": _filters(filters), "top_k": top_k, "method": method}
+    with _door(url, sets, model=model, device=device, data_dir=data_dir) as door:
+        for line in _lines():
+            try:
+                answer = _ask(door, line, {**fields, "history": history}, quiet=json_)
+            except InputError as error:
+                err.print(f"[red]{error.code}[/]: ", end="")
+                err.print(error.message, markup=False)
+                continue
+            history += [Message(role="user", content=line), Message(role="assistant", content=answer.text)]
+            _print_json(answer.model_dump()) if json_ else terminal.show_footer(out, answer)
+
+
+@app.command()
+def serve(
+    host: Annotated[str | None, typer.Option(help="Address to bind.")] = None,
+    port: Annotated[int | None, typer.Option(help="Port to bind; 0 picks a free one.")] = None,
+    model: Model = None,
+    device: Device = None,
+    data_dir: DataDir = None,
+    sets: Sets = None,
+) -> None:
+    """Serve the REST API."""
+    from ragkv.server import bind
+    from ragkv.server import serve as run_server
+
+    settings = _settings(sets, host=host, port=port, model=model, device=device, data_dir=data_dir)
+    logging.getLogger("ragkv").setLevel(logging.INFO)
+    sock = bind(settings)  # before the model is loaded, so that a port in use is told at once
+    with sock, _engine(settings) as engine:
+        run_server(sock, engine)
+
+
+@cache_app.command()
+def stats(data_dir: DataDir = None, sets: Sets = None, json_: Json = False) -> None:
+    """What the chunk store holds."""
+    from ragkv.engine import store_info
+
+    with _store(sets, data_dir) as store:
+        info = store_info(store)
+    _print_json(info.model_dump()) if json_ else terminal.show_fields(out, info.model_dump())
+
+
+@cache_app.command()
+def check(
+    fix: Annotated[bool, typer.Option("--fix", help="Repair what is found.")] = False,
+    data_dir: DataDir = None,
+    sets: Sets = None,
+    json_: Json = False,
+) -> None:
+    """Compare index and files, verify every checksum. Exit status 1 when something is wrong."""
+    from ragkv.engine import store_check
+
+    with _store(sets, data_dir) as store:
+        report = store_check(store, fix=fix)
+    _print_json(report.model_dump()) if json_ else terminal.show_fields(out, report.model_dump())
+    if not report.ok:
+        raise typer.Exit(1)
+
+
+@cache_app.command()
+def clear(
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    data_dir: DataDir = None,
+    sets: Sets = None,
+    json_: Json = False,
+) -> None:
+    """Remove all chunk KV that is not in use. Collections stay; KV is computed again when needed."""
+    if not yes and not typer.confirm("Remove all stored chunk KV?", err=True):
+        raise typer.Exit(1)
+    with _store(sets, data_dir) as store:
+        removed = store.clear()
+    _print_json({"removed": removed}) if json_ else out.print(f"removed {removed} entries")
+
+
+def _settings(sets: list[str] | None, **flags: Any) -> Settings:
+    extra = dict(_pair(text, "--set") for text in sets or [])
+    return load_settings(**{**extra, **{key: value for key, value in flags.items() if value is not None}})
+
+
+def _pair(text: str, option: str) -> tuple[str, str]:
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"{option} wants KEY=VALUE, got {text!r}")
+    return key.strip(), value
+
+
+def _filters(given: list[str] | None) -> dict[str, Any] | None:
+    """FIELD=VALUE pairs; a value that is JSON counts as such (numbers, true, operators in braces)."""
+    if not given:
+        return None
+    filters: dict[str, Any] = {}
+    for text in given:
+        key, value = _pair(text, "--filter")
+        try:
+            filters[key] = json.loads(value)
+        except ValueError:
+            filters[key] = value
+    return filters
+
+
+def _load(paths: Iterable[Path], settings: Settings) -> tuple[list[Document], list[dict[str, str]]]:
+    from ragkv.retrievers import load_path
+
+    rejected: list[dict[str, str]] = []
+
+    def note(error: RagkvError) -> None:
+        path = str(error.context.get("path", ""))
+        rejected.append({"document_id": path, "error": error.code, "message": error.message})
+
+    documents = [
+        document for path in paths for document in load_path(path, max_bytes=settings.max_document_bytes, on_error=note)
+    ]
+    if not documents and rejected:
+        raise InputError("; ".join(one["message"] for one in rejected[:3]), rejected=len(rejected))
+    if not documents:
+        raise InputError("no documents found: give .txt, .md, .html or .jsonl files, or folders of them")
+    return documents, rejected
+
+
+@contextmanager
+def _engine(settings: Settings) -> Iterator[Engine]:
+    with err.status(f"loading {settings.model}"):
+        from ragkv.engine import Engine
+
+        engine = Engine(settings)
+    with engine:
+        yield engine
+
+
+@contextmanager
+def _door(url: str | None, sets: list[str] | None, **flags: Any) -> Iterator[Any]:
+    """A client of a running server, or an engine of our own; both have ``stream``."""
+    settings = _settings(sets, **flags)
+    if url is None:
+        with _engine(settings) as engine:
+            yield engine
+        return
+    from ragkv.client import Client
+
+    with Client(url, api_key=settings.api_key) as client:
+        yield client
+
+
+@contextmanager
+def _store(sets: list[str] | None, data_dir: Path | None) -> Iterator[Any]:
+    from ragkv.store import ChunkStore
+
+    settings = _settings(sets, data_dir=data_dir)
+    with ChunkStore(settings.store_dir, capacity_bytes=settings.store_bytes, ram_bytes=0) as store:
+        yield store
+
+
+def _ask(door: Any, question: str, fields: dict[str, Any], *, quiet: bool) -> Answer:
+    given = {key: value for key, value in fields.items() if value is not None}
+    for event in door.stream(question, **given):
+        if isinstance(event, TokenEvent) and not quiet:
+            out.print(event.text, end="", markup=False, highlight=False, style="bold", soft_wrap=True)
+        if isinstance(event, DoneEvent):
+            if not quiet:
+                out.print()
+            return event.answer
+    raise RagkvError("the answer broke off; see the server's log")
+
+
+def _lines() -> Iterator[str]:
+    while True:
+        try:
+            line = input("> " if sys.stdin.isatty() else "").strip()
+        except (EOFError, KeyboardInterrupt):
+            return
+        if line in ("/exit", "/quit"):
+            return
+        if line:
+            yield line
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(value, ensure_ascii=False, default=str))
+
+
+def _add_eval() -> None:
+    """``ragkv eval``, loaded with its own imports only when it is what was asked for."""
+    if len(sys.argv) > 1 and sys.argv[1] == "eval":
+        from ragkv.eval.cli import app as eval_app
+
+        app.add_typer(eval_app, name="eval")
+    else:
+        app.add_typer(typer.Typer(help="Measure TTFT, answer quality and retrieval."), name="eval")

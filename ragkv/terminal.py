@@ -1,0 +1,158 @@
+"""What people see on a terminal: progress, answers, tables."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from ragkv.types import Answer, IngestEstimate, IngestReport
+
+STAGES = {
+    "load": "loading the model",
+    "split": "splitting documents",
+    "index": "indexing chunks",
+    "encode": "computing chunk KV",
+    "ask": "asking questions",
+}
+Say = Callable[[str, int, int], None]
+
+
+@contextmanager
+def progress(console: Console, *, quiet: bool) -> Iterator[Say]:
+    """A bar per stage; call it with stage, done, total from any thread."""
+    if quiet:
+        yield lambda stage, done, total: None
+        return
+    columns = (TextColumn("{task.description:<20}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    tasks: dict[str, TaskID] = {}
+    lock = threading.Lock()
+    with Progress(*columns, console=console) as bars:
+
+        def say(stage: str, done: int, total: int) -> None:
+            with lock:
+                if stage not in tasks:
+                    tasks[stage] = bars.add_task(STAGES.get(stage, stage), total=total)
+                bars.update(tasks[stage], completed=done, total=total)
+
+        yield say
+
+
+def show_answer(console: Console, answer: Answer) -> None:
+    """Sources, where each chunk's KV came from, where the time went. The text was streamed already."""
+    if answer.chunks:
+        table = Table("rank", "source", "tokens", "KV from", "recomputed", "note", box=None, header_style="dim")
+        for chunk in answer.chunks:
+            table.add_row(
+                str(chunk.rank),
+                Text(f"{chunk.chunk_id}  {chunk.title or ''}"[:60]),
+                str(chunk.tokens),
+                chunk.kv,
+                str(chunk.repaired_tokens),
+                Text(chunk.why or "", style="dim"),
+            )
+        console.print()
+        console.print(table)
+    show_footer(console, answer)
+    timing = answer.timing
+    parts = ("retrieve", "plan", "queue", "lookup", "load", "select", "recompute", "first_token")
+    spent = "  ".join(f"{part} {getattr(timing, part + '_ms'):.1f}" for part in parts)
+    console.print(f"[dim]ms: {spent}[/]", highlight=False)
+
+
+def show_footer(console: Console, answer: Answer) -> None:
+    usage = answer.usage
+    for warning in answer.warnings:
+        console.print(f"[yellow]note:[/] {warning}", highlight=False)
+    console.print(
+        f"[dim]first token after {answer.timing.ttft_ms:.0f} ms · {answer.method}, "
+        f"{answer.recomputed_share:.1%} of {usage.context_tokens} context tokens recomputed · "
+        f"{usage.completion_tokens} tokens, {answer.finish_reason}[/]",
+        highlight=False,
+    )
+
+
+def show_estimate(console: Console, estimate: IngestEstimate) -> None:
+    console.print(
+        f"{estimate.documents} documents, {estimate.chunks} chunks, {estimate.tokens:,} tokens: their KV takes "
+        f"{size(estimate.kv_bytes)}, {size(estimate.new_kv_bytes)} of it still to be computed "
+        f"({estimate.encode_tokens:,} tokens to prefill)",
+        highlight=False,
+    )
+    if estimate.kv_bytes > estimate.capacity_bytes:
+        console.print(
+            f"[yellow]note:[/] that is more than the store's {size(estimate.capacity_bytes)}: the least used will "
+            "be evicted and computed again; raise store_bytes to keep all",
+            highlight=False,
+        )
+
+
+def show_ingest(console: Console, report: IngestReport, rejected: list[dict[str, str]]) -> None:
+    console.print(
+        f"{report.collection}: {report.added} documents added, {report.replaced} replaced, {report.unchanged} "
+        f"unchanged; {report.chunks} chunks: {report.encoded} computed, {report.reused} already stored, "
+        f"{report.deferred} left for first use; {size(report.kv_bytes_written)} written in {report.seconds:.1f} s",
+        highlight=False,
+    )
+    for message in [one["message"] for one in rejected] + [one.message for one in report.rejected]:
+        console.print(Text(f"rejected: {message}", style="yellow"))
+    for warning in report.warnings:
+        console.print(Text(f"note: {warning}", style="yellow"))
+
+
+def show_fields(console: Console, fields: dict[str, Any]) -> None:
+    table = Table(box=None, show_header=False)
+    for name, value in fields.items():
+        shown = f"{value:,} ({size(value)})" if "bytes" in name and isinstance(value, int) else str(value)
+        table.add_row(name, Text(shown))
+    console.print(table)
+
+
+def show_demo(console: Console, result: dict[str, Any]) -> None:
+    ways = list(result["summary"])
+    table = Table("kind", "question", "gold", *ways, title=f"ragkv demo · model {result['model']}", show_lines=True)
+    for one in result["questions"]:
+        table.add_row(one["kind"], one["question"], one["gold"], *(_cell(one["runs"][way]) for way in ways))
+    console.print(table)
+    sources = Table("question", "sources of the blended answer, best first", box=None, header_style="dim")
+    for one in result["questions"]:
+        found = one["runs"]["blend"]["sources"]
+        more = f" … and {len(found) - 3} more" if len(found) > 3 else ""
+        sources.add_row(one["question"], ", ".join(found[:3]) + more)
+    console.print(sources)
+    _show_summary(console, result["summary"])
+
+
+def _cell(run: dict[str, Any]) -> Text:
+    mark = ("✓ ", "green") if run["correct"] else ("✗ ", "red")
+    detail = f"\n{run['ttft_ms']:.0f} ms, {run['recomputed_share']:.0%} recomputed"
+    return Text.assemble(mark, run["answer"], (detail, "dim"))
+
+
+def _show_summary(console: Console, summary: dict[str, Any]) -> None:
+    slowest = max(way["median_ttft_ms"] for way in summary.values())
+    console.print()
+    for name, way in summary.items():
+        bar = "█" * max(1, round(40 * way["median_ttft_ms"] / slowest))
+        console.print(
+            f"{name:>6} {bar:<40} {way['median_ttft_ms']:7.0f} ms to the first token (median), "
+            f"{way['accuracy']:.0%} right",
+            highlight=False,
+        )
+    ratio = summary["full"]["median_ttft_ms"] / summary["blend"]["median_ttft_ms"]
+    console.print(f"\nblend starts answering [bold]{ratio:.1f}×[/] sooner than full prefill", highlight=False)
+
+
+def size(count: float) -> str:
+    """Bytes for people: ``134.2 GB``."""
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "bytes" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"
