@@ -45,9 +45,7 @@ async def read_json(request: Request, model: type[M], *, limit: int) -> M:
     """
     if media_type(request) != "application/json":
         sent = media_type(request) or "none"
-        raise MediaTypeError(
-            f"send a JSON body with 'Content-Type: application/json', not {sent}", content_type=sent
-        )
+        raise MediaTypeError(f"send a JSON body with 'Content-Type: application/json', not {sent}", content_type=sent)
     body = b"".join([piece async for piece in limited(request, limit)])
     try:
         data = from_json(body, allow_inf_nan=False)

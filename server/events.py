@@ -46,9 +46,7 @@ class EventStream(Response):
         try:
             first = await anext(self._events)
             self._started = True
-            await send(
-                {"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers}
-            )
+            await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
             await self._send_all(send, first)
         finally:
             if isinstance(self._events, AsyncGenerator):

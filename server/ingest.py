@@ -58,8 +58,7 @@ def ingest(engine: EngineAPI, collection: str, batch: Batch, encode: EncodeMode 
         raise _nothing_left(batch)
     report = engine.ingest(collection, batch.documents, encode=encode)
     rejected = [
-        RejectedDocument(document_id=name, error=error.code, message=error.message)
-        for name, error in batch.refused
+        RejectedDocument(document_id=name, error=error.code, message=error.message) for name, error in batch.refused
     ]
     report = report.model_copy(update={"rejected": rejected + report.rejected})
     if report.rejected and not report.added + report.replaced + report.unchanged:
@@ -68,9 +67,7 @@ def ingest(engine: EngineAPI, collection: str, batch: Batch, encode: EncodeMode 
 
 
 def _document(sent: DocumentIn, max_bytes: int) -> Document:
-    document = Document(
-        _content_id(sent) if sent.id is None else sent.id, sent.text, sent.title, sent.metadata
-    )
+    document = Document(_content_id(sent) if sent.id is None else sent.id, sent.text, sent.title, sent.metadata)
     size = len(sent.text.encode())
     if not document.id:
         raise DocumentError("the document's id is empty; leave it out to have one derived from the content")
@@ -102,16 +99,12 @@ def _nothing_left(batch: Batch) -> RagkvError:
         return batch.refused[0][1]
     if not batch.refused:
         return InputError("the request holds no document; send at least one")
-    return _none_of(
-        [RejectedDocument(document_id=n, error=e.code, message=e.message) for n, e in batch.refused]
-    )
+    return _none_of([RejectedDocument(document_id=n, error=e.code, message=e.message) for n, e in batch.refused])
 
 
 def _none_of(rejected: list[RejectedDocument]) -> DocumentError:
     first = f"{rejected[0].document_id}: {rejected[0].message}"
     return DocumentError(
-        first
-        if len(rejected) == 1
-        else f"none of {len(rejected)} documents could be used; the first: {first}",
+        first if len(rejected) == 1 else f"none of {len(rejected)} documents could be used; the first: {first}",
         rejected=[r.model_dump() for r in rejected],
     )

@@ -40,9 +40,7 @@ def install(app: FastAPI, *, bearer: bool) -> None:
 
     def describe() -> dict[str, Any]:
         if app.openapi_schema is None:
-            schema = get_openapi(
-                title=app.title, version=app.version, description=app.description, routes=app.routes
-            )
+            schema = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
             bodies = [(model, "validation") for model in (QueryBody, DocumentsBody, CheckBody)]
             definitions = models_json_schema(bodies, ref_template=_REF)[1]["$defs"]  # type: ignore[arg-type]
             schema["components"]["schemas"] = definitions | schema["components"]["schemas"]

@@ -47,9 +47,7 @@ async def add_documents(collection: str, request: Request, service: ServiceDep) 
 
 
 @router.get("/{collection}/documents")
-async def documents(
-    collection: str, service: ServiceDep, offset: Offset = 0, limit: Limit = 100
-) -> DocumentList:
+async def documents(collection: str, service: ServiceDep, offset: Offset = 0, limit: Limit = 100) -> DocumentList:
     """A page of a collection's documents, without their texts."""
     page = await service.short(service.engine.documents, collection, offset=offset, limit=limit)
     return DocumentList(documents=page, offset=offset, limit=limit)

@@ -57,9 +57,7 @@ def url_of(sock: socket.socket) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-def serve(
-    sock: socket.socket, engine: EngineAPI, *, announce: Callable[[str], None] | None = None
-) -> None:
+def serve(sock: socket.socket, engine: EngineAPI, *, announce: Callable[[str], None] | None = None) -> None:
     """Serve ``engine`` on a bound socket until SIGINT or SIGTERM; running requests get GRACE_SECONDS to finish.
 
     ``announce`` (default: print) is told the URL once connections are answered. Closes the socket. The engine
@@ -117,9 +115,7 @@ def _resolve(host: str, port: int) -> tuple[socket.AddressFamily, tuple[str, int
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     except (OSError, UnicodeError) as error:
-        raise ConfigError(
-            f"host {host!r} is not a name or address; pass --host 127.0.0.1", setting="host"
-        ) from error
+        raise ConfigError(f"host {host!r} is not a name or address; pass --host 127.0.0.1", setting="host") from error
     family, _, _, _, address = found[0]
     return family, address  # type: ignore[return-value]
 
@@ -128,11 +124,7 @@ def _cannot_bind(error: OSError, host: str, port: int) -> ConfigError:
     if error.errno == errno.EADDRINUSE:
         return ConfigError(f"port {port} is in use; pass --port", setting="port", port=port)
     if error.errno == errno.EACCES:
-        return ConfigError(
-            f"no permission to bind port {port}; pass --port 1024 or higher", setting="port", port=port
-        )
+        return ConfigError(f"no permission to bind port {port}; pass --port 1024 or higher", setting="port", port=port)
     if error.errno == errno.EADDRNOTAVAIL:
-        return ConfigError(
-            f"host {host!r} is not an address of this machine; pass --host", setting="host", host=host
-        )
+        return ConfigError(f"host {host!r} is not an address of this machine; pass --host", setting="host", host=host)
     return ConfigError(f"cannot bind {host}:{port}: {error.strerror}", setting="host", host=host, port=port)

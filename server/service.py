@@ -42,9 +42,7 @@ class Service:
 
     async def probe(self, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """For health checks: cancelled at once even where the call hangs."""
-        return await to_thread.run_sync(
-            partial(call, *args, **kwargs), limiter=self.probes, abandon_on_cancel=True
-        )
+        return await to_thread.run_sync(partial(call, *args, **kwargs), limiter=self.probes, abandon_on_cancel=True)
 
 
 async def _service(request: Request) -> Service:

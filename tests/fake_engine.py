@@ -68,9 +68,7 @@ class FakeEngine:
         self.hung.set()
         self.fixed: list[bool] = []
 
-    def ingest(
-        self, collection: str, documents: Iterable[Document], *, encode: str | None = None
-    ) -> IngestReport:
+    def ingest(self, collection: str, documents: Iterable[Document], *, encode: str | None = None) -> IngestReport:
         if self.fail is not None:
             raise self.fail
         self.ingesting.set()

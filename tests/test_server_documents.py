@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from urllib.parse import quote
 
 import pytest
 
 from ragkv.errors import DocumentError, StoreFullError
-from ragkv.server import upload
+from ragkv.server import create_app, upload
 from tests.fake_engine import FakeEngine, local
 
 pytestmark = pytest.mark.anyio
@@ -59,8 +60,6 @@ async def test_an_id_is_derived_from_the_content(engine):
 @pytest.mark.parametrize("name", ["docs/deep/a.md", "a b.txt", "ü?#.txt", "../up.txt", "%2F.txt"])
 async def test_ids_may_be_any_file_path(engine, name):
     assert (await add(engine, {"id": name, "text": "x"})).status_code == 200
-    from urllib.parse import quote
-
     async with local(engine) as http:
         url = f"{DOCUMENTS}/{quote(name, safe='')}"
         assert (await http.get(url)).json()["id"] == name
@@ -255,3 +254,36 @@ async def test_running_ingests_keep_nothing_else_waiting(engine):
             assert {r.status_code for r in await asyncio.gather(*ingests)} == {200}
     finally:
         engine.hold.set()
+
+
+async def test_hanging_up_in_mid_upload_ingests_nothing_and_is_no_failure_of_ours(engine, caplog):
+    messages = [
+        {"type": "http.disconnect"},
+        {"type": "http.request", "body": _FILE, "more_body": True},
+    ]
+    sent = []
+
+    async def receive():
+        return messages.pop()
+
+    async def send(message):
+        sent.append(message)
+
+    scope = {
+        "type": "http",
+        "method": "POST",
+        "path": DOCUMENTS,
+        "query_string": b"",
+        "headers": [(b"host", b"localhost"), (b"content-type", b"multipart/form-data; boundary=B")],
+    }
+    await create_app(engine)(scope, receive, send)
+    assert sent[0]["status"] == 499
+    assert engine.store == {}
+    assert caplog.records == []
+
+
+async def test_numbers_json_cannot_say_do_not_break_an_answer(engine):
+    await send_files(engine, ("a.jsonl", b'{"id": "a", "text": "x", "metadata": {"n": NaN}}'))
+    async with local(engine) as http:
+        response = await http.get(f"{DOCUMENTS}/a")
+    assert response.status_code in (200, 404)

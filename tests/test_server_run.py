@@ -12,7 +12,7 @@ import httpx
 import pytest
 
 from ragkv.client import Client
-from ragkv.errors import ConfigError
+from ragkv.errors import ConfigError, RagkvError
 from ragkv.server import bind, url_of
 from tests.fake_engine import KEY, FakeEngine, serving, settings
 
@@ -35,7 +35,7 @@ def test_a_port_in_use_is_told_before_anything_is_loaded():
             bind(settings(port=port))
 
 
-@pytest.mark.parametrize("host", ["0.0.0.0", "::", ""])
+@pytest.mark.parametrize("host", ["0.0.0.0", "::"])
 def test_other_machines_are_only_let_in_with_a_key(host):
     with pytest.raises(ConfigError, match="api_key") as caught:
         bind(settings(host=host))
@@ -47,7 +47,7 @@ def test_with_a_key_any_address_can_be_bound():
         assert url_of(sock) == f"http://127.0.0.1:{sock.getsockname()[1]}"
 
 
-@pytest.mark.parametrize("host", ["no.such.host.invalid", "a" * 300, "192.0.2.1"])
+@pytest.mark.parametrize("host", ["no.such.host.invalid", "a" * 300, "", "192.0.2.1"])
 def test_a_host_that_is_not_ours_names_the_setting(host):
     with pytest.raises(ConfigError) as caught:
         bind(settings(host=host, api_key=KEY))
@@ -61,7 +61,7 @@ def test_the_url_is_the_one_bound():
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_ends_streams_and_returns_to_the_caller(number, monkeypatch):
+def test_a_signal_ends_streams_and_returns_to_the_caller(number):
     program = PROGRAM.replace("import bind", "import run, bind").replace(
         "engine =", "run.GRACE_SECONDS = 1\nengine =", 1
     )
@@ -74,7 +74,7 @@ def test_a_signal_ends_streams_and_returns_to_the_caller(number, monkeypatch):
             events = client.stream("go on")
             assert next(events).type == "sources"
             process.send_signal(number)
-            with pytest.raises(Exception, match=r"."):
+            with pytest.raises(RagkvError):
                 list(events)
         assert process.stdout.read() == "closed the engine\n"
         assert process.wait(10) == 0
