@@ -27,7 +27,7 @@ class Blend:
 
     Args:
         reused: spans whose stored KV the loader brings; the other spans are computed.
-        ratio: share of the context tokens a strategy may select.
+        ratio: share of the repairable context tokens a strategy selects.
         seed: of the ``random`` strategy.
     """
 
@@ -61,7 +61,7 @@ class Blend:
     @property
     def budget(self) -> int:
         """How many tokens the strategy may select."""
-        return min(round(self.ratio * self.plan.context_tokens), int(self.repairable.sum()))
+        return round(self.ratio * int(self.repairable.sum()))
 
     def run(self) -> Generator[None, None, Rows]:
         """Yields between layers; returns the rows after the last one, the prompt's last token last.

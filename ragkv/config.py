@@ -54,7 +54,7 @@ class Settings(BaseSettings):
     retrieval: RetrievalMode = Field("fused", description="`bm25`, `dense`, or `fused` by reciprocal rank")
     top_k: int = Field(10, ge=1, le=1000, description="chunks to retrieve")
     method: Method = Field("default", description="how stored KV is repaired; `full` prefills everything")
-    ratio: float = Field(0.15, ge=0.0, le=1.0, description="share of context tokens a repair recomputes")
+    ratio: float = Field(0.15, ge=0.0, le=1.0, description="share of the repairable context tokens to recompute")
     system_prompt: str = Field(DEFAULT_SYSTEM_PROMPT, description="system text in front of every prompt")
     max_tokens: int = Field(64, ge=1, description="most tokens to generate when a request names no limit")
 
