@@ -1,4 +1,4 @@
-"""The self-describing header of an entry file. ``Layout`` below is the format, byte by byte.
+"""The self-describing header of an entry file. The table below is the format, byte by byte.
 
 All integers are little endian. The header is a whole number of 4 KiB blocks; slabs follow, each on a 4 KiB
 boundary, and the file ends on one.

@@ -83,7 +83,7 @@ class _Source:
         self.header = header
         self.fd = fd
         self.ram = ram
-        self.error: CorruptEntryError | None = None
+        self._failed: tuple[int, CorruptEntryError] | None = None
         self.reserved = 0
         self.kept: dict[int, Array] = {}
         self._lock = threading.Lock()
@@ -92,32 +92,61 @@ class _Source:
         """The layer's bytes, verified unless they were in RAM already."""
         if self.ram is not None:
             return self.ram.slabs[layer]
-        if self.error is not None:
-            return self.error
+        earlier = self.error_at(layer)
+        if earlier is not None:
+            return earlier
         try:
             return self._read(layer, allocate)
         except CorruptEntryError as error:
             error.context.update(key=self.header.key.hex(), layer=layer)
             return error
 
-    def fail(self, error: CorruptEntryError) -> bool:
-        """Give up on the entry. True for the first error only: two layers may fail at once."""
+    def fail(self, layer: int, error: CorruptEntryError) -> bool:
+        """Give up on the entry from ``layer`` on. True the first time: layers are read at once, in no order."""
         with self._lock:
-            first, self.error = self.error is None, self.error or error
+            first = self._failed is None
+            if self._failed is None or layer < self._failed[0]:
+                self._failed = (layer, error)
         return first
 
+    def error_at(self, layer: int) -> CorruptEntryError | None:
+        """What the entry's layers from the first bad one on answer."""
+        failed = self._failed
+        return failed[1] if failed is not None and failed[0] <= layer else None
+
+    @property
+    def failed(self) -> bool:
+        return self._failed is not None
+
     def _read(self, layer: int, allocate: Allocate | None) -> Array:
-        _, nbytes, checksum = place = self.header.slabs[layer]
-        buffer = aligned_empty(nbytes) if allocate is None else allocate(nbytes)
-        if buffer.nbytes != nbytes or buffer.dtype != np.uint8:
+        nbytes = self.header.slabs[layer].nbytes
+        if allocate is None:
+            buffer = self._verified(layer, aligned_empty(nbytes))
+            if self.reserved:
+                self.kept[layer] = buffer
+            return buffer
+        given = allocate(nbytes)
+        if given.shape != (nbytes,) or given.dtype != np.uint8:
             raise StoreError(f"allocate({nbytes}) must return a uint8 array of that size")
-        read_into(self.fd, buffer, place.offset)
-        if xxhash.xxh3_64_intdigest(buffer.data) != checksum:
-            raise CorruptEntryError("the slab does not match its checksum; its chunk must be encoded again")
         if self.reserved:
-            # A caller's own buffer will be used again, so RAM needs a copy.
-            self.kept[layer] = read_only(buffer if allocate is None else buffer.copy())
-        return buffer if allocate is not None else read_only(buffer)
+            # RAM needs bytes of its own, verified where the caller cannot reach them.
+            self.kept[layer] = self._verified(layer, aligned_empty(nbytes))
+            given[:] = self.kept[layer]
+        elif not self._fill(layer, given):
+            # Good entries must not pay for a buffer that was handed out twice.
+            self._verified(layer, aligned_empty(nbytes))
+            raise StoreError("a buffer from allocate() was written to while it was being filled")
+        return given
+
+    def _verified(self, layer: int, buffer: Array) -> Array:
+        if not self._fill(layer, buffer):
+            raise CorruptEntryError("the slab does not match its checksum; encode its chunk again")
+        return read_only(buffer)
+
+    def _fill(self, layer: int, buffer: Array) -> bool:
+        slab = self.header.slabs[layer]
+        read_into(self.fd, buffer, slab.offset)
+        return xxhash.xxh3_64_intdigest(buffer.data) == slab.checksum
 
 
 class LayerReader(Iterator[list[SlabOrError]]):
@@ -170,10 +199,10 @@ class LayerReader(Iterator[list[SlabOrError]]):
             raise
         self._ahead.popleft()
         self._results.popleft()
+        layer = self._next - len(self._ahead) - 1
         if not self._ahead:
             self._promote()
-        # A slab read before its entry failed elsewhere is dropped too: from the first error on, only errors.
-        return [self._answer(source, slab) for source, slab in zip(self._sources, result, strict=True)]
+        return [self._answer(source, layer, slab) for source, slab in zip(self._sources, result, strict=True)]
 
     def close(self) -> None:
         """Stop reading. No buffer is written to afterwards."""
@@ -226,19 +255,21 @@ class LayerReader(Iterator[list[SlabOrError]]):
         for i in lane:
             source = self._sources[i]
             answer = result[i] = source.slab(layer, self._allocate)
-            if isinstance(answer, CorruptEntryError) and source.fail(answer):
+            if isinstance(answer, CorruptEntryError) and source.fail(layer, answer):
                 self._on_corrupt(answer, source.header, source.fd)
 
-    def _answer(self, source: _Source, slab: SlabOrError | None) -> SlabOrError:
-        if source.error is not None:
-            return source.error
+    def _answer(self, source: _Source, layer: int, slab: SlabOrError | None) -> SlabOrError:
+        # A later layer may have been read well before an earlier one failed.
+        error = source.error_at(layer)
+        if error is not None:
+            return error
         if slab is None:
             raise StoreError("a layer was not read; this is a bug in ragkv", key=source.header.key.hex())
         return slab
 
     def _promote(self) -> None:
         for source in self._sources:
-            if source.reserved and source.error is None:
+            if source.reserved and not source.failed:
                 slabs = tuple(source.kept[layer] for layer in range(self._layers))
                 self._ram.commit(source.header.key, RamEntry(source.header, slabs))
                 source.reserved = 0

@@ -6,11 +6,11 @@ import struct
 import numpy as np
 import pytest
 import xxhash
-from tests.store_kit import GEOMETRY, TOKENS, key_for
 
 from ragkv.errors import CorruptEntryError, StoreError, StoreFormatError
 from ragkv.store import EntryHeader, Geometry
 from ragkv.store.header import header_size, unpack_header
+from tests.store_kit import GEOMETRY, TOKENS, key_for
 
 
 def header() -> EntryHeader:

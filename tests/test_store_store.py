@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import stat
@@ -170,6 +171,25 @@ def test_a_bad_allocator_is_the_callers_error(store):
         list(store.open_layers([entry], allocate=lambda n: np.empty(n - 1, np.uint8)))
     assert store.stats().corrupt == 0
     assert holds(store, 1)
+
+
+@pytest.mark.parametrize("ram_bytes", [0, MIB])
+def test_a_buffer_handed_out_twice_harms_no_entry(root, ram_bytes):
+    big = Geometry(24, 4, 64, "bfloat16")
+    rng = np.random.default_rng(0)
+    slabs = list(rng.integers(0, 256, (24, big.slab_bytes(40)), dtype=np.uint8))
+    with ChunkStore(root, capacity_bytes=8 * MIB, ram_bytes=ram_bytes) as store:
+        for i in range(4):
+            store.put(key_for(i), big, slabs[i:] + slabs[:i], tokens=40, model="m")
+        one = np.empty(big.slab_bytes(40), np.uint8)
+        entries = store.open([key_for(i) for i in range(4)])
+        with contextlib.suppress(StoreError):
+            list(store.open_layers(entries, depth=8, allocate=lambda n: one))
+        assert store.stats().corrupt == 0
+        for n, got in enumerate(store.open_layers(entries)):
+            assert all(np.array_equal(got[i], (slabs[i:] + slabs[:i])[n]) for i in range(4))
+        for entry in entries:
+            entry.close()
 
 
 def test_closing_early_stops_reading_and_leaks_nothing(store):
