@@ -96,7 +96,7 @@ def load_settings(**flags: Any) -> Settings:
         return Settings(**{k: v for k, v in flags.items() if v is not None})
     except ValidationError as error:
         raise ConfigError("; ".join(_explain(e) for e in error.errors())) from error
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{_config_file()} is not valid TOML: {error}", path=str(_config_file())) from error
     except OSError as error:
         raise ConfigError(f"cannot read {_config_file()}: {error.strerror}", path=str(_config_file())) from error

@@ -231,7 +231,11 @@ class Ingestor:
                 if tokens.key in self._pending:
                     continue
                 self._pending.add(tokens.key)
-            self._writer.submit(self._chunk_tokenizer.single(tokens), partial(self._settled, tokens.key))
+            settled = partial(self._settled, tokens.key)
+            try:
+                self._writer.submit(self._chunk_tokenizer.single(tokens), settled)
+            except EngineClosedError as error:
+                settled(0, error)
 
     def forget(self, collection: Collection, document_id: str) -> None:
         """Remove a document's chunks from the store. Other documents with the same chunks re-encode them."""

@@ -204,7 +204,11 @@ class EngineLoop:
             self._fail(generation, error)
 
     def _first_token(self, generation: Generation, result: PrefillResult) -> None:
-        token = generation.sampler(result.logits)
+        try:
+            token = generation.sampler(result.logits)
+        except Exception as error:  # as above
+            self._fail(generation, error)
+            return
         self._runner.synchronize()
         generation.watch.lap("first_token")
         generation.ttft_ms = generation.watch.total_ms

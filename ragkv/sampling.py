@@ -25,7 +25,9 @@ class Sampler:
         """Token id drawn from float32 ``logits`` (vocab,)."""
         if self._temperature == 0.0:
             return int(logits.argmax())
-        values, tokens = (logits.cpu() / self._temperature).sort(descending=True)
+        values, tokens = logits.cpu().sort(descending=True)
+        # From the highest down, in float64: a temperature near 0 must end in the greedy token, not in infinities.
+        values = (values - values[0]).double() / self._temperature
         probabilities = values[: self._top_k or None].softmax(0)
         # A token is kept while the mass before it is below top_p, so the first always is.
         kept = probabilities[probabilities.cumsum(0) - probabilities < self._top_p]

@@ -7,6 +7,7 @@ looks like a special token in it stays text.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -14,12 +15,16 @@ from typing import Any
 
 from blake3 import blake3
 from jinja2 import TemplateError
+from tokenizers import Tokenizer as Backend
 from transformers import AutoTokenizer
 
-from ragkv.errors import NotAModelError
+from ragkv.errors import InputError, NotAModelError
 from ragkv.types import Message
 
-_SYSTEM, _USER, _ASSISTANT = "RAGKVSYSTEMSLOT", "RAGKVUSERSLOT", "RAGKVASSISTANTSLOT"
+# One sentinel per turn, so that a template may move, repeat or drop turns: Mistral's puts the system text last.
+_SLOT = "RAGKV{}SLOT"
+_SLOTS = re.compile(r"(RAGKV\w+?SLOT)")
+_SYSTEM, _LAST = _SLOT.format("SYSTEM"), _SLOT.format("LAST")
 _BASE_QUESTION_END = "\nAnswer:"
 
 
@@ -28,6 +33,10 @@ class Tokenizer:
 
     def __init__(self, inner: Any) -> None:
         self._inner = inner
+        # Two backends, each set once: the library's wrapper switches a flag of the one it holds, and a thread
+        # that asks for a template's special tokens would turn those in another thread's document into real ones.
+        self._plain_backend = _backend(inner, special=False)
+        self._special_backend = _backend(inner, special=True)
         self.plain = lru_cache(maxsize=65536)(self._plain)
         self.eos_ids = frozenset(i for i in [inner.eos_token_id] if i is not None)
         self.vocab_size = len(inner)
@@ -45,23 +54,21 @@ class Tokenizer:
         return cls(inner)
 
     def _plain(self, text: str) -> tuple[int, ...]:
-        return tuple(self._inner(text, add_special_tokens=False, split_special_tokens=True)["input_ids"])
+        return tuple(self._plain_backend.encode(_encodable(text), add_special_tokens=False).ids)
 
     def special(self, text: str) -> tuple[int, ...]:
         """Ids of a template's own text, where special tokens count as such."""
-        return tuple(self._inner(text, add_special_tokens=False)["input_ids"])
+        return tuple(self._special_backend.encode(text, add_special_tokens=False).ids)
 
     def decode(self, ids: Sequence[int]) -> str:
         return str(self._inner.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
     def count(self, text: str) -> int:
-        return len(self._inner(text, add_special_tokens=False, split_special_tokens=True)["input_ids"])
+        return len(self._plain_backend.encode(_encodable(text), add_special_tokens=False).ids)
 
     def count_many(self, texts: Sequence[str]) -> list[int]:
-        if not texts:
-            return []
-        batch = self._inner(list(texts), add_special_tokens=False, split_special_tokens=True)["input_ids"]
-        return [len(ids) for ids in batch]
+        batch = self._plain_backend.encode_batch([_encodable(text) for text in texts], add_special_tokens=False)
+        return [len(encoding.ids) for encoding in batch]
 
     def frame(self, system: str, history: Sequence[Message]) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """The ids before and after the last user message, which holds chunks and question.
@@ -69,41 +76,45 @@ class Tokenizer:
         The chat template is rendered around sentinels and cut there; what stands between two cuts is the
         template's own text. A template that refuses a system message gets the system text in front of the
         first user message. A checkpoint without a template gets a plain completion prompt.
+
+        Raises:
+            InputError: the template refuses this conversation, e.g. turns that do not alternate.
         """
         if not self._inner.chat_template:
             return self._base_frame(system, history)
-        rendered, contents = self._render(system, history)
-        head, _, tail = rendered.rpartition(_USER)
+        try:
+            rendered, contents = self._render(system, history)
+        except TemplateError as error:
+            raise InputError(f"the model's chat template refuses this conversation: {error}") from error
+        head, _, tail = rendered.rpartition(_LAST)
         return self._fill(head, contents), self.special(tail)
 
-    def _render(self, system: str, history: Sequence[Message]) -> tuple[str, list[str]]:
-        turns = [{"role": m.role, "content": _USER if m.role == "user" else _ASSISTANT} for m in history]
-        turns.append({"role": "user", "content": _USER})
-        contents = [m.content for m in history]
+    def _render(self, system: str, history: Sequence[Message]) -> tuple[str, dict[str, str]]:
+        """The template's text around sentinels, and what each sentinel stands for."""
+        turns = [{"role": m.role, "content": _SLOT.format(i)} for i, m in enumerate(history)]
+        turns.append({"role": "user", "content": _LAST})
+        contents = {_SLOT.format(i): m.content for i, m in enumerate(history)}
         if not system:
             return self._template(turns), contents
+        contents[_SYSTEM] = system
         try:
             rendered = self._template([{"role": "system", "content": _SYSTEM}, *turns])
             if _SYSTEM in rendered:
-                return rendered, [system, *contents]
+                return rendered, contents
         except TemplateError:
             pass  # the template refuses a system message; fall through to the first user turn
         turns[0] = {"role": turns[0]["role"], "content": f"{_SYSTEM}\n\n{turns[0]['content']}"}
-        return self._template(turns), [system, *contents]
+        return self._template(turns), contents
 
     def _template(self, messages: list[dict[str, str]]) -> str:
         return str(self._inner.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
 
-    def _fill(self, head: str, contents: list[str]) -> tuple[int, ...]:
-        """Ids of ``head`` with its sentinels replaced, in order, by the plain ids of ``contents``."""
+    def _fill(self, head: str, contents: dict[str, str]) -> tuple[int, ...]:
+        """Ids of ``head`` with its sentinels replaced by the plain ids of ``contents``."""
         ids: list[int] = []
-        for content in contents:
-            cuts = [(at, s) for s in (_SYSTEM, _USER, _ASSISTANT) if (at := head.find(s)) >= 0]
-            at, sentinel = min(cuts)
-            ids += self.special(head[:at])
-            ids += self.plain(content)
-            head = head[at + len(sentinel) :]
-        return (*ids, *self.special(head))
+        for piece in _SLOTS.split(head):
+            ids += self.plain(contents[piece]) if piece in contents else self.special(piece)
+        return tuple(ids)
 
     def _base_frame(self, system: str, history: Sequence[Message]) -> tuple[tuple[int, ...], tuple[int, ...]]:
         ids = [*self.bos, *(self.plain(system + "\n\n") if system else ())]
@@ -124,6 +135,19 @@ class Tokenizer:
     def _begins_with(self, bos: int) -> bool:
         head, _ = self.frame("", [])
         return head[:1] == (bos,)
+
+
+def _backend(inner: Any, *, special: bool) -> Backend:
+    backend = Backend.from_str(inner.backend_tokenizer.to_str())
+    backend.no_truncation()
+    backend.no_padding()
+    backend.encode_special_tokens = not special
+    return backend
+
+
+def _encodable(text: str) -> str:
+    """``text`` with lone surrogates, which no tokenizer takes, replaced by question marks."""
+    return text.encode("utf-8", "replace").decode()
 
 
 def chunk_text(text: str) -> str:

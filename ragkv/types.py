@@ -83,7 +83,7 @@ class ChunkReport(Wire):
 
 
 class Timing(Wire):
-    """Where the time to first token went. The parts from ``queue`` to ``first_token`` add up to ``ttft_ms``.
+    """Where the time to first token went. The parts from ``retrieve`` to ``first_token`` add up to ``ttft_ms``.
 
     Loading overlaps computing: ``load_ms`` is only what the computation had to wait for.
     """
