@@ -21,6 +21,7 @@ from ragkv.tokenizer import Tokenizer
 SUPPORTED = ("llama", "mistral", "olmo2", "phi3", "qwen2", "qwen3", "smollm3")
 BUNDLED = "bundled"
 BUNDLED_DIR = Path(__file__).parent / "demo" / "model"
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 HUB_FILES = ("*.json", "*.safetensors", "*.model", "*.jinja", "*.txt")
 
 
@@ -52,27 +53,53 @@ def load_checkpoint(name: str, *, device: str = "auto", dtype: str = "auto", cac
     folder = _resolve(name)
     config = _read_config(name, folder)
     where = _device(device)
-    kind = _dtype(dtype, where)
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            folder, config=config, dtype=kind, use_safetensors=True, attn_implementation=attention.NAME
-        )
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
-        raise NotAModelError(f"the checkpoint {name!r} could not be loaded: {error}", model=name) from error
-    tokenizer = Tokenizer.load(folder)
+    tokenizer = _load_tokenizer(name, folder)
+    model = _load_model(name, folder, config, _dtype(dtype, where))
     runner = ModelRunner(model.to(where))
     fingerprint = _fingerprint(folder, config, cache_dir / "fingerprints.json")
     return Checkpoint(name, runner, tokenizer, fingerprint)
 
 
+def _load_tokenizer(name: str, folder: Path) -> Tokenizer:
+    # Without any of these the library makes up an empty vocabulary and says nothing.
+    if not any((folder / file).is_file() for file in TOKENIZER_FILES):
+        raise NotAModelError(f"{folder} holds no tokenizer ({', '.join(TOKENIZER_FILES)})", model=name)
+    return Tokenizer.load(folder)
+
+
+def _load_model(name: str, folder: Path, config: Any, dtype: torch.dtype) -> Any:
+    try:
+        model, report = AutoModelForCausalLM.from_pretrained(
+            folder,
+            config=config,
+            dtype=dtype,
+            use_safetensors=True,
+            attn_implementation=attention.NAME,
+            output_loading_info=True,
+        )
+    except Exception as error:  # the library raises whatever it trips over in a broken checkpoint
+        raise NotAModelError(f"the checkpoint {name!r} could not be loaded: {error}", model=name) from error
+    if missing := sorted(report["missing_keys"]):
+        # The library fills them with random numbers and goes on.
+        raise NotAModelError(
+            f"the checkpoint {name!r} lacks {len(missing)} of its weights, {missing[0]!r} first; download it again",
+            model=name,
+        )
+    return model
+
+
 def _resolve(name: str) -> Path:
     if name == BUNDLED:
         return BUNDLED_DIR
-    folder = Path(name).expanduser()
-    if folder.is_dir():
+    try:
+        folder = Path(name).expanduser()
+        is_folder, is_there = folder.is_dir(), folder.exists()
+    except (OSError, RuntimeError) as error:
+        raise NotAModelError(f"{name!r} is not a model: {error}", model=name) from error
+    if is_folder:
         return folder
     looks_local = name.startswith((".", "/", "~")) or name.count("/") != 1
-    if looks_local or folder.exists():
+    if looks_local or is_there:
         raise NotAModelError(
             f"{name!r} is not a model: give a folder with config.json and *.safetensors, a hub id "
             f"(owner/name), or {BUNDLED!r}",
@@ -95,7 +122,7 @@ def _read_config(name: str, folder: Path) -> Any:
     try:
         declared = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         kind = declared["model_type"]
-    except (ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise NotAModelError(f"{folder / 'config.json'} names no model_type: {error}", model=name) from error
     if kind not in SUPPORTED:
         raise UnsupportedArchitectureError(
@@ -108,7 +135,7 @@ def _read_config(name: str, folder: Path) -> Any:
         )
     try:
         return AutoConfig.from_pretrained(folder)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except Exception as error:  # as in _load_model
         raise NotAModelError(f"{folder / 'config.json'} cannot be used: {error}", model=name) from error
 
 
@@ -138,7 +165,11 @@ def _dtype(wanted: str, device: torch.device) -> torch.dtype:
 
 def _fingerprint(folder: Path, config: Any, cache: Path) -> str:
     """blake3 over configuration and weights; the weights' part is remembered by path, size and mtime."""
-    digest = blake3(config.to_json_string(use_diff=False).encode())
+    facts = config.to_dict()
+    # Where it lies and which library reads it says nothing of the model: a copy or an update keeps its entries.
+    for name in ("_name_or_path", "transformers_version"):
+        facts.pop(name, None)
+    digest = blake3(json.dumps(facts, sort_keys=True, default=str).encode())
     known = _read_cache(cache)
     for path in sorted(folder.glob("*.safetensors")):
         stat = path.stat()
