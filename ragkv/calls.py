@@ -7,7 +7,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
-from typing import IO, Annotated, Any, Generic, Literal, NoReturn, TypeVar
+from typing import IO, Annotated, Any, Generic, Literal, TypeVar
 from urllib.parse import quote
 
 import httpx
@@ -29,6 +29,8 @@ from ragkv.types import (
     QueryRequest,
     StoreCheck,
     StoreInfo,
+    make_request,
+    validated,
 )
 
 Encode = Literal["eager", "lazy"]
@@ -107,13 +109,13 @@ def delete_document(collection: str, document_id: str) -> Call[None]:
 
 
 def query(question: str | QueryRequest, fields: Mapping[str, Any]) -> Call[Answer]:
-    body = request_of(question, fields).model_dump(exclude_unset=True)
+    body = make_request(question, fields).model_dump(exclude_unset=True)
     return Call("POST", "/v1/query", Answer.model_validate, _json(body))
 
 
 def stream(question: str | QueryRequest, fields: Mapping[str, Any]) -> Call[None]:
     """Its answer is read with EventReader."""
-    body = request_of(question, fields).model_dump(exclude_unset=True) | {"stream": True}
+    body = make_request(question, fields).model_dump(exclude_unset=True) | {"stream": True}
     return Call("POST", "/v1/query", _nothing, _json(body))
 
 
@@ -156,12 +158,6 @@ class EventReader:
             return _EVENT.validate_json(sent.data)
         except ValidationError as error:
             raise ServerError(f"unreadable {sent.name!r} event: {error}") from error
-
-
-def request_of(question: str | QueryRequest, fields: Mapping[str, Any]) -> QueryRequest:
-    """The request a question, or a request, and more fields make. Raises InputError naming a bad field."""
-    base = {"question": question} if isinstance(question, str) else question.model_dump(exclude_unset=True)
-    return _valid(QueryRequest, base | dict(fields))
 
 
 @contextmanager
@@ -269,19 +265,7 @@ def _json(body: dict[str, Any]) -> dict[str, Any]:
 def _document_in(document: DocumentLike) -> DocumentIn:
     if isinstance(document, DocumentIn):
         return document
-    return _valid(DocumentIn, {"text": document} if isinstance(document, str) else dict(document))
-
-
-def _valid(model: type[M], data: dict[str, Any]) -> M:
-    try:
-        return model.model_validate(data)
-    except ValidationError as error:
-        _refuse(model, error)
-
-
-def _refuse(model: type[BaseModel], error: ValidationError) -> NoReturn:
-    problems = [f"{'.'.join(map(str, e['loc'])) or model.__name__}: {e['msg']}" for e in error.errors()]
-    raise InputError("; ".join(problems)) from error
+    return validated(DocumentIn, {"text": document} if isinstance(document, str) else dict(document))
 
 
 def _named(path: Path) -> Iterator[tuple[str, Path]]:

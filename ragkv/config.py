@@ -21,6 +21,7 @@ from ragkv.types import ContextPolicy, Method, RetrievalMode
 
 ENV_PREFIX = "RAGKV_"
 CONFIG_FILE_VARIABLE = "RAGKV_CONFIG"
+_SECRET = ("api_key",)
 DEFAULT_SYSTEM_PROMPT = "Answer the question from the documents. Reply with the answer only."
 
 
@@ -124,7 +125,8 @@ def _explain(error: Any) -> str:
     key = ".".join(str(part) for part in error["loc"]) or "settings"
     if error["type"] == "extra_forbidden":
         return f"unknown setting {key!r}{_suggest(key, set(Settings.model_fields))}"
-    return f"setting {key!r}: {error['msg']}, got {error['input']!r}"
+    value = "" if key in _SECRET else f", got {error['input']!r}"
+    return f"setting {key!r}: {error['msg']}{value}"
 
 
 def _suggest(key: str, known: set[str]) -> str:

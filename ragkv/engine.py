@@ -12,7 +12,6 @@ from contextlib import suppress
 from typing import Any, Literal
 
 import torch
-from pydantic import ValidationError
 
 from ragkv.checkpoint import load_checkpoint
 from ragkv.chunks import ChunkTokenizer
@@ -20,7 +19,7 @@ from ragkv.clock import Stopwatch
 from ragkv.config import Settings, load_settings
 from ragkv.delivery import Delivery, Emit, OutputThread
 from ragkv.detokenize import Detokenizer
-from ragkv.errors import CancelledError, InputError, NotFoundError
+from ragkv.errors import CancelledError, NotFoundError
 from ragkv.generation import Generation
 from ragkv.ingest import Encode, Ingestor, Progress, Writer
 from ragkv.loop import EngineLoop
@@ -43,6 +42,7 @@ from ragkv.types import (
     QueryRequest,
     StoreCheck,
     StoreInfo,
+    make_request,
 )
 from ragkv.version import __version__
 
@@ -206,7 +206,7 @@ class Engine:
         """
         events: queue.SimpleQueue[Event | Exception] = queue.SimpleQueue()
         stop = threading.Event()
-        self._submit(_request(request, fields), events.put, stop)
+        self._submit(make_request(request, fields), events.put, stop)
         try:
             while True:
                 event = events.get()
@@ -236,7 +236,7 @@ class Engine:
                 loop.call_soon_threadsafe(events.put_nowait, event)
 
         try:
-            await asyncio.to_thread(self._submit, _request(request, fields), emit, stop)
+            await asyncio.to_thread(self._submit, make_request(request, fields), emit, stop)
             while True:
                 event = await events.get()
                 if isinstance(event, Exception):
@@ -379,21 +379,3 @@ def _settings(settings: Settings | None, overrides: dict[str, Any]) -> Settings:
     if overrides:
         return load_settings(**{**settings.model_dump(), **overrides})
     return settings
-
-
-def _request(request: QueryRequest | str, fields: dict[str, Any]) -> QueryRequest:
-    if isinstance(request, str):
-        return make_request(question=request, **fields)
-    return make_request(**{**request.model_dump(exclude_unset=True), **fields}) if fields else request
-
-
-def make_request(**fields: Any) -> QueryRequest:
-    """A checked request.
-
-    Raises:
-        InputError: a field is unknown or out of range.
-    """
-    try:
-        return QueryRequest(**fields)
-    except ValidationError as error:
-        raise InputError("; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())) from error

@@ -14,6 +14,7 @@ RagkvError
 │   ├── StoreFormatError      written by another version, or not a ragkv store
 │   ├── StoreFullError        the disk is full or the capacity is too small for one entry
 │   ├── StoreReadOnlyError    the folder cannot be written
+│   ├── MissingEntryError     the chunk is not in the store
 │   └── CorruptEntryError     bytes on disk do not match their checksum (served as a miss)
 ├── CollectionError           a collection's files cannot be read or written
 ├── MissingExtraError         an optional package is needed; the message names the pip command
@@ -91,6 +92,10 @@ class StoreFullError(StoreError):
 
 class StoreReadOnlyError(StoreError):
     code = "store_read_only"
+
+
+class MissingEntryError(StoreError):
+    code = "missing_entry"
 
 
 class CorruptEntryError(StoreError):

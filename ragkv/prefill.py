@@ -10,7 +10,7 @@ import torch
 
 from ragkv.blend import Blend
 from ragkv.clock import Stopwatch
-from ragkv.errors import RagkvError
+from ragkv.errors import MissingEntryError, RagkvError
 from ragkv.kv import RequestKV
 from ragkv.loading import ChunkLostError, LayerLoader
 from ragkv.plan import PromptPlan, Span
@@ -95,7 +95,7 @@ class Prefill:
         entries: dict[Span, OpenEntry] = {}
         for span, entry in zip(wanted, opened, strict=True):
             if isinstance(entry, RagkvError):
-                missing = entry.context.get("reason") == "missing"
+                missing = isinstance(entry, MissingEntryError)
                 self._why[span] = "not stored yet" if missing else f"its stored KV was unreadable: {entry.message}"
             else:
                 entries[span] = leases.enter_context(entry)

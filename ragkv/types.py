@@ -6,9 +6,12 @@ returns. Times are milliseconds, sizes bytes or tokens as the name says.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from ragkv.errors import InputError
 
 Method = Literal["default", "none", "hkvd", "epic", "question", "random", "full"]
 ContextPolicy = Literal["document", "alone"]
@@ -270,3 +273,25 @@ class Health(Wire):
     running: int
     queued: int
     encoding: int = Field(description="chunks waiting to be encoded in the background")
+
+
+M = TypeVar("M", bound=BaseModel)
+
+
+def validated(model: type[M], data: dict[str, Any]) -> M:
+    """``data`` as a ``model``.
+
+    Raises:
+        InputError: a field is unknown, missing or out of range; names each.
+    """
+    try:
+        return model.model_validate(data)
+    except ValidationError as error:
+        problems = [f"{'.'.join(map(str, e['loc'])) or model.__name__}: {e['msg']}" for e in error.errors()]
+        raise InputError("; ".join(problems)) from error
+
+
+def make_request(question: str | QueryRequest, fields: Mapping[str, Any]) -> QueryRequest:
+    """The request that a question, or a request, and more fields make. Raises InputError naming a bad field."""
+    base = {"question": question} if isinstance(question, str) else question.model_dump(exclude_unset=True)
+    return validated(QueryRequest, base | dict(fields))

@@ -16,7 +16,14 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from ragkv.errors import CorruptEntryError, StoreError, StoreFormatError, StoreFullError, StoreReadOnlyError
+from ragkv.errors import (
+    CorruptEntryError,
+    MissingEntryError,
+    StoreError,
+    StoreFormatError,
+    StoreFullError,
+    StoreReadOnlyError,
+)
 from ragkv.store import check as checks
 from ragkv.store.files import Folder, TempFile, disk_errors, read_header
 from ragkv.store.header import EntryHeader, Geometry
@@ -123,7 +130,10 @@ class ChunkStore:
     # Reading
 
     def lookup(self, keys: Sequence[bytes]) -> list[EntryInfo | None]:
-        """Say of each key where it would be read from, None if it is not here; one index transaction."""
+        """Say of each key where it would be read from, None if it is not here; one index transaction.
+
+        Only asking: it counts as no use of the entry, neither for eviction nor in the statistics.
+        """
         rows = self._index_open().get_many(keys)
         ram = self._ram
         infos: list[EntryInfo | None] = []
@@ -133,14 +143,15 @@ class ChunkStore:
                 infos.append(None)
             else:
                 infos.append(EntryInfo("ram" if key in ram else "ssd", row.tokens, row.nbytes))
-        self._count_hits(infos)
-        self._touch([key for key, row in zip(keys, rows, strict=True) if row is not None])
         return infos
 
     def open(self, keys: Sequence[bytes]) -> list[OpenEntry | StoreError]:
         """Lease the entries of ``keys``. One that is missing or corrupt comes back as an error."""
         rows = self._index_open().get_many(keys)
-        return [self._open(key, row) for key, row in zip(keys, rows, strict=True)]
+        opened = [self._open(key, row) for key, row in zip(keys, rows, strict=True)]
+        self._count_hits(opened)
+        self._touch([entry.key for entry in opened if isinstance(entry, OpenEntry)])
+        return opened
 
     def open_layers(
         self, entries: Sequence[OpenEntry], *, depth: int = 2, allocate: Allocate | None = None
@@ -301,7 +312,7 @@ class ChunkStore:
         return self._index_open()
 
     def _open(self, key: bytes, row: Row | None) -> OpenEntry | StoreError:
-        missing = StoreError("the chunk is not in the store; encode it again", key=key.hex(), reason="missing")
+        missing = MissingEntryError("the chunk is not in the store; encode it again", key=key.hex())
         if row is None:
             return missing
         try:
@@ -377,8 +388,8 @@ class ChunkStore:
             with contextlib.suppress(StoreError):
                 self._index.write(lambda txn: not os.path.exists(self.folder.entry_path(key)) and txn.delete(key))
 
-    def _count_hits(self, infos: Sequence[EntryInfo | None]) -> None:
-        tiers = Counter("miss" if info is None else info.tier for info in infos)
+    def _count_hits(self, opened: Sequence[OpenEntry | StoreError]) -> None:
+        tiers = Counter(entry.tier if isinstance(entry, OpenEntry) else "miss" for entry in opened)
         with self._lock:
             self._counts.update(tiers)
 

@@ -102,7 +102,7 @@ def test_lookup_names_the_tier(store):
     assert holds(store, 1)
     assert [info and info.tier for info in store.lookup([key_for(2), key_for(1)])] == ["ssd", "ram"]
     stats = store.stats()
-    assert (stats.hits_ssd, stats.hits_ram, stats.misses) == (2, 1, 1)
+    assert (stats.hits_ssd, stats.hits_ram, stats.misses) == (1, 0, 0)
     assert (stats.ram_entries, stats.ram_bytes) == (1, 3 * SLAB)
     assert holds(store, 1)
     assert key_for(1) in store
@@ -235,7 +235,7 @@ def test_the_least_recently_used_entry_leaves_the_disk(tmp_path, root):
     with ChunkStore(root, capacity_bytes=3 * FILE + 4096, ram_bytes=0) as store:
         for i in range(3):
             put(store, i)
-        store.lookup([key_for(0)])
+        assert holds(store, 0)
         put(store, 3)
         assert [key_for(i) in store for i in range(4)] == [True, False, True, True]
         assert store.stats().evictions == 1
@@ -246,7 +246,7 @@ def test_the_order_of_use_survives_closing(root):
     with ChunkStore(root, capacity_bytes=3 * FILE + 4096, ram_bytes=0) as store:
         for i in range(3):
             put(store, i)
-        store.lookup([key_for(0)])
+        assert holds(store, 0)
     with ChunkStore(root, capacity_bytes=3 * FILE + 4096, ram_bytes=0) as store:
         put(store, 3)
         assert [key_for(i) in store for i in range(4)] == [True, False, True, True]
@@ -274,8 +274,8 @@ def test_open_entries_are_neither_evicted_nor_deleted(root):
             assert disk_usage(root) == 2 * FILE
             assert holds(store, 0)
         put(store, 2)
-        assert key_for(0) not in store
-        assert store.delete([key_for(1), key_for(1), key_for(9)]) == 1
+        assert key_for(1) not in store
+        assert store.delete([key_for(0), key_for(0), key_for(9)]) == 1
         assert store.clear() == 1
         assert store.stats().bytes == disk_usage(root) == 0
 
