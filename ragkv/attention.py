@@ -66,8 +66,8 @@ class AttentionStep:
         return self._masks[window]
 
     def collect(self, weights: torch.Tensor) -> None:
-        """Add one layer's attention (heads, rows, length) of the scored rows."""
-        total = weights[:, -self.score_rows :].float().sum(dim=(0, 1))
+        """Add one layer's attention (heads, score_rows, length) of the scored rows."""
+        total = weights.sum(dim=(0, 1))
         self.scores = total if self.scores is None else self.scores + total
 
 
@@ -90,8 +90,9 @@ def attention(
     k = key.transpose(0, 1).expand(-1, group, -1, -1)
     v = value.transpose(0, 1).expand(-1, group, -1, -1)
     if step.score_rows:
-        out = _scored(q, k, v, step, scaling, window)
-    elif step.contiguous and window is None:
+        scored = q[:, :, -step.score_rows :]
+        step.collect(_weights(scored, k, step.mask(window)[-step.score_rows :], scaling))
+    if step.contiguous and window is None:
         out = sdpa(q, k, v, is_causal=True, scale=scaling)
     elif step.rows == 1 and window is None:
         out = sdpa(q, k, v, scale=scaling)
@@ -100,19 +101,11 @@ def attention(
     return out.reshape(1, -1, *out.shape[2:]).transpose(1, 2), None
 
 
-def _scored(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    step: AttentionStep,
-    scaling: float | None,
-    window: int | None,
-) -> torch.Tensor:
+def _weights(q: torch.Tensor, k: torch.Tensor, mask: torch.Tensor, scaling: float | None) -> torch.Tensor:
+    """float32 (heads, rows, length): what the fused kernels do not give away."""
     scale = scaling if scaling is not None else q.shape[-1] ** -0.5
     logits = (q @ k.transpose(-1, -2)).float() * scale
-    weights = logits.masked_fill_(~step.mask(window), float("-inf")).softmax(dim=-1)
-    step.collect(weights.flatten(0, 1))
-    return weights.to(v.dtype) @ v
+    return logits.masked_fill_(~mask, float("-inf")).softmax(dim=-1).flatten(0, 1)
 
 
 AttentionInterface.register(NAME, attention)

@@ -68,6 +68,7 @@ class Prefill:
         self._strategy, self._ratio, self._seed, self._room = strategy, ratio, seed, room
         self._watch, self._off = watch, blending_off
         self._why: dict[Span, str] = {}
+        self._opened: set[Span] = set()
 
     def run(self) -> Generator[None, None, PrefillResult]:
         """Yields between layers. Leases on stored entries end with the generator, however it ends."""
@@ -85,7 +86,7 @@ class Prefill:
                     result = yield from self._blend(entries)
                     break
                 except ChunkLostError as lost:
-                    self._why[lost.span] = f"its stored KV was unreadable: {lost.cause}"
+                    self._why[lost.span] = _unreadable(lost.cause)
         result.to_encode = [span for span in self._plan.spans if span in self._why]
         return result
 
@@ -95,10 +96,12 @@ class Prefill:
         entries: dict[Span, OpenEntry] = {}
         for span, entry in zip(wanted, opened, strict=True):
             if isinstance(entry, RagkvError):
-                missing = isinstance(entry, MissingEntryError)
-                self._why[span] = "not stored yet" if missing else f"its stored KV was unreadable: {entry.message}"
+                # What is gone after it was open a moment ago was found damaged as well, in layers read ahead.
+                missing = isinstance(entry, MissingEntryError) and span not in self._opened
+                self._why[span] = "not stored yet" if missing else _unreadable(entry)
             else:
                 entries[span] = leases.enter_context(entry)
+                self._opened.add(span)
         self._watch.lap("lookup")
         return entries
 
@@ -151,3 +154,9 @@ class Prefill:
         logits = self._runner.logits(rows)
         outcomes = [SpanOutcome("computed", self._why[s], s.length, s.length * layers) for s in plan.spans]
         return PrefillResult(logits, kv, outcomes)
+
+
+def _unreadable(cause: RagkvError) -> str:
+    if isinstance(cause, MissingEntryError):
+        return "its stored KV was unreadable, or evicted meanwhile"
+    return f"its stored KV was unreadable: {cause.message}"

@@ -1,0 +1,116 @@
+"""Layers of stored chunks on their way into a request's KV."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from ragkv.errors import CorruptEntryError
+from ragkv.loading import ChunkLostError, LayerLoader
+from ragkv.plan import Span
+from ragkv.runner import ModelRunner
+from tests.blend_kit import close
+from tests.families import make_model, make_runner
+
+
+def spans(*places):
+    return [Span(None, start, end, True) for start, end in places]
+
+
+def slabs_of(runner, spans, seed=0):
+    """For each layer, for each span, float tensors (2, tokens, kv_heads, head_dim)."""
+    generator = torch.Generator().manual_seed(seed)
+    shape = runner.shape
+    return [
+        [torch.randn(2, s.length, shape.kv_heads, shape.head_dim, generator=generator).to(shape.dtype) for s in spans]
+        for _ in range(shape.layers)
+    ]
+
+
+def as_bytes(layers):
+    for slabs in layers:
+        yield [slab.view(torch.uint8).numpy().reshape(-1) for slab in slabs]
+
+
+def sentinel(runner, capacity, base=0):
+    kv = runner.new_kv(capacity, base)
+    for layer in range(runner.shape.layers):
+        for part in kv.read(layer, capacity):
+            part.fill_(777.0)
+    return kv
+
+
+@pytest.mark.parametrize("places", [[(3, 10), (10, 12)], [(3, 10), (15, 22)], [(0, 1)], [(29, 30)]])
+@pytest.mark.parametrize(("family", "base"), [("llama", 0), ("smollm3", 0), ("phi3-partial", 0), ("llama", -5)])
+def test_every_span_lands_in_its_slots_and_nowhere_else(family, base, places):
+    runner, places = make_runner(family), spans(*places)
+    layers = slabs_of(runner, places)
+    kv = sentinel(runner, 40, base)
+    loader = LayerLoader(runner, kv, places, as_bytes(layers))
+    loader.ensure(runner.shape.layers - 1)
+    for layer, slabs in enumerate(layers):
+        keys, values = kv.read(layer, 40)
+        untouched = torch.ones(40, dtype=torch.bool)
+        for span, slab in zip(places, slabs, strict=True):
+            where = slice(span.start - base, span.end - base)
+            angles = runner.rope.angles(torch.arange(span.start, span.end))
+            close(keys[where], runner.rope.place(slab[0], angles, layer), 1e-6)
+            assert torch.equal(values[where], slab[1])
+            untouched[where] = False
+        assert (keys[untouched] == 777.0).all()
+        assert (values[untouched] == 777.0).all()
+
+
+def test_half_precision_moves_unchanged():
+    runner = ModelRunner(make_model("llama").to(torch.bfloat16))
+    places = spans((2, 9), (11, 14))
+    layers = slabs_of(runner, places)
+    kv = sentinel(runner, 20)
+    LayerLoader(runner, kv, places, as_bytes(layers)).ensure(3)
+    for layer, slabs in enumerate(layers):
+        assert torch.equal(kv.read(layer, 9)[1][2:], slabs[0][1])
+        assert torch.equal(kv.read(layer, 14)[1][11:], slabs[1][1])
+
+
+def test_layers_are_read_once_in_order_and_no_further_than_asked():
+    runner, places = make_runner("llama"), spans((0, 4))
+    asked = []
+
+    def source():
+        for layer, slabs in enumerate(as_bytes(slabs_of(runner, places))):
+            asked.append(layer)
+            yield slabs
+
+    loader = LayerLoader(runner, runner.new_kv(4), places, source())
+    assert asked == []
+    loader.ensure(0)
+    loader.ensure(0)
+    assert asked == [0]
+    loader.ensure(2)
+    assert asked == [0, 1, 2]
+    loader.ensure(1)
+    assert asked == [0, 1, 2]
+
+
+def test_an_unreadable_slab_names_its_chunk_and_places_nothing_of_the_layer():
+    runner, places = make_runner("llama"), spans((0, 4), (6, 9))
+    layers = list(as_bytes(slabs_of(runner, places)))
+    layers[1][1] = CorruptEntryError("bad checksum")
+    kv = sentinel(runner, 10)
+    loader = LayerLoader(runner, kv, places, iter(layers))
+    loader.ensure(0)
+    with pytest.raises(ChunkLostError, match="bad checksum") as caught:
+        loader.ensure(3)
+    assert caught.value.span is places[1]
+    assert (kv.read(1, 10)[0] == 777.0).all()
+
+
+def test_the_stores_read_only_buffers_are_left_alone():
+    runner, places = make_runner("llama"), spans((5, 9))
+    layers = list(as_bytes(slabs_of(runner, places)))
+    before = [slab.copy() for [slab] in layers]
+    for [slab] in layers:
+        slab.flags.writeable = False
+    LayerLoader(runner, runner.new_kv(9), places, iter(layers)).ensure(3)
+    assert all(np.array_equal(a, b) for a, [b] in zip(before, layers, strict=True))
