@@ -51,6 +51,10 @@ class EncodeGroup:
     def wanted(self) -> int:
         return sum(key is not None for key in self.keys)
 
+    @property
+    def wanted_tokens(self) -> int:
+        return sum(len(part) for part, key in zip(self.parts, self.keys, strict=True) if key is not None)
+
 
 class ChunkTokenizer:
     """Turns a document's chunk texts into :class:`ChunkTokens` for one model and one context policy."""
@@ -98,8 +102,10 @@ class ChunkTokenizer:
         """The fewest forward passes that encode the ``missing`` chunks of one document.
 
         Chunks whose context starts at the same chunk share a pass: each sees in it exactly its own context.
+        Equal chunks, which share a key, are encoded once.
         """
         groups: list[EncodeGroup] = []
+        missing = set(missing)
         first = 0
         while first < len(chunks):
             start = first - chunks[first].context_chunks
@@ -109,11 +115,14 @@ class ChunkTokenizer:
             group = self._group(chunks[first : last + 1], missing)
             if group.wanted:
                 groups.append(group)
+                missing.difference_update(key for key in group.keys if key)
             first = last + 1
         return groups
 
     def _group(self, chunks: Sequence[ChunkTokens], missing: set[bytes]) -> EncodeGroup:
-        keys = [chunk.key if chunk.key in missing else None for chunk in chunks]
+        keys: list[bytes | None] = []
+        for chunk in chunks:
+            keys.append(chunk.key if chunk.key in missing and chunk.key not in keys else None)
         while keys and keys[-1] is None:
             keys.pop()
         lead = (*self._tokenizer.bos, *chunks[0].context)

@@ -154,17 +154,19 @@ class Ingestor:
     def estimate(self, documents: Iterable[Document]) -> IngestEstimate:
         """Bytes and work that ingesting ``documents`` will take; computes no KV."""
         count = chunks = tokens = new_tokens = encode_tokens = 0
+        planned: set[bytes] = set()
         for document in documents:
             count += 1
             if not document.text.strip():
                 continue
             texts = self._splitter.split(document.full_text)
             parts = self._chunk_tokenizer.document(texts, self._settings.context_policy)
-            missing = self._missing(parts)
+            groups = self._chunk_tokenizer.groups(parts, self._missing(parts) - planned)
+            planned.update(key for group in groups for key in group.keys if key)
             chunks += len(parts)
             tokens += sum(len(part.ids) for part in parts)
-            new_tokens += sum(len(part.ids) for part in parts if part.key in missing)
-            encode_tokens += sum(group.tokens for group in self._chunk_tokenizer.groups(parts, missing))
+            new_tokens += sum(group.wanted_tokens for group in groups)
+            encode_tokens += sum(group.tokens for group in groups)
         return IngestEstimate(
             documents=count,
             chunks=chunks,
@@ -287,15 +289,17 @@ class Ingestor:
     ) -> list[EncodeGroup]:
         """What must be computed, with what is stored already counted."""
         todo: list[EncodeGroup] = []
+        planned: set[bytes] = set()  # documents may share chunks
         for document_id in dict.fromkeys(document.id for document in documents):
             if document_id not in collection:
                 continue
             texts = [chunk.text for chunk in collection.chunks(document_id)]
             parts = self._chunk_tokenizer.document(texts, policy)
-            missing = self._missing(parts)
+            groups = self._chunk_tokenizer.groups(parts, self._missing(parts) - planned)
+            planned.update(key for group in groups for key in group.keys if key)
             tally.chunks += len(parts)
-            tally.reused += sum(part.key not in missing for part in parts)
-            todo += self._chunk_tokenizer.groups(parts, missing)
+            tally.reused += len(parts) - sum(group.wanted for group in groups)
+            todo += groups
         return todo
 
     def _encode(self, todo: Sequence[EncodeGroup], encode: Encode, tally: _Tally, say: Progress) -> Encoding:

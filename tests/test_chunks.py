@@ -1,0 +1,130 @@
+"""Which tokens a chunk is encoded behind, and what that makes of its key."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from ragkv.checkpoint import BUNDLED_DIR
+from ragkv.chunks import ChunkTokenizer, ChunkTokens, EncodeGroup
+from ragkv.tokenizer import Tokenizer, chunk_text
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return Tokenizer.load(BUNDLED_DIR)
+
+
+@pytest.fixture(scope="module")
+def make(tokenizer):
+    def make(limit: int = 40, **options) -> ChunkTokenizer:
+        return ChunkTokenizer(
+            tokenizer, **{"model_fingerprint": "m", "dtype": "float32", "context_tokens": limit, **options}
+        )
+
+    return make
+
+
+def texts_of(count: int, seed: int = 0) -> list[str]:
+    rng = random.Random(seed)
+    words = ["the", "river", "holds", "many", "small", "grey", "stones", "and", "one", "red", "boat"]
+    return [f"Part {i}: " + " ".join(rng.choices(words, k=rng.randint(1, 25))) for i in range(count)]
+
+
+@pytest.mark.parametrize("limit", [0, 10, 40, 70, 10_000])
+def test_context_is_the_longest_run_of_whole_chunks_before_within_the_limit(make, tokenizer, limit):
+    texts = texts_of(12)
+    own = [tokenizer.plain(chunk_text(text)) for text in texts]
+    chunks = make(limit).document(texts, "document")
+    for i, chunk in enumerate(chunks):
+        first = i - chunk.context_chunks
+        assert chunk.ids == own[i]
+        assert chunk.context == tuple(t for ids in own[first:i] for t in ids)
+        assert len(chunk.context) <= limit
+        assert first == 0 or len(chunk.context) + len(own[first - 1]) > limit
+
+
+def test_a_chunk_alone_gives_the_same_as_its_whole_document(make):
+    texts = texts_of(8)
+    assert [make().chunk(texts, i, "document") for i in range(8)] == make().document(texts, "document")
+
+
+def test_alone_means_without_context(make):
+    chunks = make().document(texts_of(5), "alone")
+    assert all(c.context == () and c.context_chunks == 0 and c.policy == "alone" for c in chunks)
+
+
+def test_an_edit_changes_only_the_keys_of_the_chunk_and_of_those_that_see_it(make):
+    texts = texts_of(12)
+    before = make().document(texts, "document")
+    edited = 4
+    after = make().document([t + " now" if i == edited else t for i, t in enumerate(texts)], "document")
+    changed = {i for i in range(12) if before[i].key != after[i].key}
+    touched = {i for i in range(12) if any(i - c[i].context_chunks <= edited <= i for c in (before, after))}
+    assert changed == touched
+    assert edited in changed
+    assert len(changed) < 8
+
+
+@pytest.mark.parametrize(
+    "other", [{"model_fingerprint": "n"}, {"dtype": "bfloat16"}, {"policy": "alone"}], ids=lambda o: next(iter(o))
+)
+def test_keys_differ_by_model_type_and_policy(make, other):
+    texts = texts_of(3)
+    policy = other.pop("policy", "document")
+    before = make().document(texts, "document")
+    assert not {c.key for c in before} & {c.key for c in make(**other).document(texts, policy)}
+
+
+def seen(group: EncodeGroup, bos: tuple[int, ...]) -> dict[bytes, tuple[tuple[int, ...], tuple[int, ...]]]:
+    """What each wanted chunk of a group is, and what stands before it in the group's pass."""
+    assert group.lead[: len(bos)] == bos
+    result, before = {}, group.lead[len(bos) :]
+    for ids, key in zip(group.parts, group.keys, strict=True):
+        if key is not None:
+            assert key not in result
+            result[key] = ids, before
+        before += ids
+    return result
+
+
+@pytest.mark.parametrize("policy", ["document", "alone"])
+@pytest.mark.parametrize("limit", [0, 40, 10_000])
+@pytest.mark.parametrize("seed", range(4))
+def test_groups_cover_exactly_the_missing_chunks_each_behind_its_own_context(make, tokenizer, policy, limit, seed):
+    chunks = make(limit).document(texts_of(12, seed), policy)
+    missing = {c.key for c in random.Random(seed).sample(chunks, k=seed * 4)}
+    groups = make(limit).groups(chunks, missing)
+    found: dict[bytes, tuple] = {}
+    for group in groups:
+        part = seen(group, tokenizer.bos)
+        assert len(part) == group.wanted > 0
+        assert group.tokens == len(group.lead) + sum(map(len, group.parts))
+        assert group.keys[-1] is not None, "computed more than was needed"
+        assert group.policy == policy
+        assert not found.keys() & part.keys()
+        found |= part
+    assert found == {c.key: (c.ids, c.context) for c in chunks if c.key in missing}
+
+
+def test_a_short_document_takes_one_pass(make):
+    chunks = make(10_000).document(texts_of(6), "document")
+    assert len(make(10_000).groups(chunks, {c.key for c in chunks})) == 1
+
+
+def test_equal_chunks_are_encoded_once(make):
+    chunks = make().document(["The same text."] * 4, "alone")
+    groups = make().groups(chunks, {chunks[0].key})
+    assert sum(group.wanted for group in groups) == 1
+
+
+def test_a_single_chunk_behind_its_context(make, tokenizer):
+    chunk = make().document(texts_of(6), "document")[5]
+    assert isinstance(chunk, ChunkTokens)
+    assert seen(make().single(chunk), tokenizer.bos) == {chunk.key: (chunk.ids, chunk.context)}
+
+
+def test_nothing_missing_nothing_to_do(make):
+    assert make().groups(make().document(texts_of(6), "document"), set()) == []
+    assert make().document([], "document") == []
