@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import typer
 from rich.console import Console
@@ -12,7 +13,9 @@ from rich.table import Table
 
 from ragkv import terminal
 from ragkv.config import load_settings
+from ragkv.errors import ConfigError
 from ragkv.eval.questions import jsonl, read_questions
+from ragkv.types import ContextPolicy, Method
 
 app = typer.Typer(no_args_is_help=True, help="Measure retrieval, answer quality and time to first token.")
 out = Console()
@@ -71,11 +74,75 @@ def replay(
         raise typer.Exit(1)
 
 
+@app.command()
+def quality(
+    methods: Annotated[
+        str, typer.Option(help="Names, comma-separated.")
+    ] = "full,none,hkvd,epic,question,random,default",
+    ratio: Annotated[str, typer.Option(help="Ratios, comma-separated.")] = "0.15",
+    context_policy: Annotated[str, typer.Option(help="`alone`, `document`, or both, comma-separated.")] = "document",
+    condition: Annotated[str, typer.Option(help="shuffled, ordered or neighbour-missing.")] = "shuffled",
+    limit: Annotated[int, typer.Option(min=1, help="Questions to ask.")] = 140,
+    size: Annotated[int, typer.Option(min=4, help="Documents of a world.")] = 9,
+    seed: Annotated[int, typer.Option(help="First world.")] = 0,
+    split: Annotated[str, typer.Option(help="train, dev or test: names the model has or has not seen.")] = "test",
+    model: Annotated[str | None, typer.Option(help="`bundled`, a folder, or a hub id.")] = None,
+    json_: Json = False,
+) -> None:
+    """Exact match on invented worlds, by kind of question, for every method."""
+    from ragkv.checkpoint import load_checkpoint
+    from ragkv.eval.quality import CONDITIONS, Setting, WorldsSuite, relate_to_full
+
+    settings = load_settings(model=model)
+    asked = [
+        Setting(method, share, policy)
+        for policy in _choices(context_policy, get_args(ContextPolicy), "--context-policy")
+        for method in _choices(methods, get_args(Method), "--methods")
+        for share in ([0.0] if method in ("full", "none") else _ratios(ratio))
+    ]
+    [where] = _choices(condition, CONDITIONS, "--condition")
+    [names] = _choices(split, ("train", "dev", "test"), "--split")
+    checkpoint = load_checkpoint(
+        settings.model, device=settings.device, dtype=settings.dtype, cache_dir=settings.data_dir.expanduser()
+    )
+    suite = WorldsSuite(checkpoint, size=size, seed=seed, split=names, context_tokens=settings.context_tokens)
+    with terminal.progress(err, quiet=json_) as say:
+        rows = relate_to_full(suite.run(asked, condition=where, limit=limit, say=say))
+    _show(rows, json_)
+
+
+def _choices(given: str, known: Sequence[str], option: str) -> list[Any]:
+    chosen = [name.strip() for name in given.split(",") if name.strip()]
+    for name in chosen:
+        if name not in known:
+            raise ConfigError(f"{option}: {name!r} is not one of {', '.join(known)}")
+    return chosen
+
+
+def _ratios(given: str) -> list[float]:
+    try:
+        ratios = [float(part) for part in given.split(",")]
+    except ValueError as error:
+        raise ConfigError(f"--ratio wants numbers from 0 to 1, got {given!r}") from error
+    if not all(0 <= ratio <= 1 for ratio in ratios):
+        raise ConfigError(f"--ratio wants numbers from 0 to 1, got {given!r}")
+    return ratios
+
+
 def _show(rows: list[dict[str, Any]], as_json: bool) -> None:
     if as_json:
         print(json.dumps(rows))
         return
-    table = Table(*rows[0], box=None)
-    for row in rows:
+    flat = [_flat(row) for row in rows]
+    table = Table(*flat[0], box=None, header_style="dim")
+    for row in flat:
         table.add_row(*(f"{v:.3f}" if isinstance(v, float) else str(v) for v in row.values()))
     out.print(table)
+
+
+def _flat(row: dict[str, Any]) -> dict[str, Any]:
+    """A row with its inner tables spread out into columns."""
+    flat: dict[str, Any] = {}
+    for key, value in row.items():
+        flat |= value if isinstance(value, dict) else {key: value}
+    return flat

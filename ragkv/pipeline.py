@@ -22,6 +22,11 @@ from ragkv.types import ContextPolicy, DocumentIn, Method, QueryRequest
 DEFAULT_STRATEGY: Method = "question"
 
 
+def resolve_method(method: Method) -> Method:
+    """The strategy a method name stands for."""
+    return DEFAULT_STRATEGY if method == "default" else method
+
+
 @dataclass(frozen=True)
 class Prepared:
     """A request with everything decided but the answer."""
@@ -70,7 +75,7 @@ class Pipeline:
         return Prepared(
             request=request,
             plan=plan,
-            strategy=DEFAULT_STRATEGY if method == "default" else method,
+            strategy=resolve_method(method),
             ratio=settings.ratio if request.ratio is None else request.ratio,
             policy=policy,
             max_tokens=max_tokens,
