@@ -21,6 +21,7 @@ app = typer.Typer(no_args_is_help=True, help="Measure retrieval, answer quality 
 out = Console()
 err = Console(stderr=True)
 
+ALL_METHODS = "full,none,hkvd,epic,question,random,default"
 File = Annotated[Path, typer.Argument(help="Questions in the MuSiQue style: a JSON list of question, answers, ctxs.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
 
@@ -76,9 +77,7 @@ def replay(
 
 @app.command()
 def quality(
-    methods: Annotated[
-        str, typer.Option(help="Names, comma-separated.")
-    ] = "full,none,hkvd,epic,question,random,default",
+    methods: Annotated[str, typer.Option(help="Names, comma-separated.")] = ALL_METHODS,
     ratio: Annotated[str, typer.Option(help="Ratios, comma-separated.")] = "0.15",
     context_policy: Annotated[str, typer.Option(help="`alone`, `document`, or both, comma-separated.")] = "document",
     condition: Annotated[str, typer.Option(help="shuffled, ordered or neighbour-missing.")] = "shuffled",

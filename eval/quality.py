@@ -128,7 +128,7 @@ class WorldsSuite:
         policy: ContextPolicy,
         away: tuple[str, int] | None,
     ) -> PromptPlan:
-        planned = []
+        planned: list[PlannedChunk] = []
         for document in documents:
             tokens = self._tokens.document(document.chunks, policy)
             self._store(store, tokens)
@@ -160,7 +160,8 @@ class WorldsSuite:
         result = _drain(prefill.run())
         token = int(result.logits.argmax())
         watch.lap("first_token")
-        ttft, tokens = watch.total_ms, []
+        ttft = watch.total_ms
+        tokens: list[int] = []
         ends = self._checkpoint.tokenizer.eos_ids | runner.eos_ids
         while token not in ends and len(tokens) < MAX_ANSWER_TOKENS:
             tokens.append(token)
