@@ -1,0 +1,65 @@
+"""The runner's own promises; parity with the library is in test_families."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from ragkv.runner import ModelRunner
+from tests.blend_kit import token_ids
+from tests.families import MOVABLE, make_model, make_runner
+
+
+@pytest.mark.parametrize(("declared", "expected"), [(None, set()), (2, {2}), ([2, 7], {2, 7}), ([], set())])
+def test_end_tokens(declared, expected):
+    model = make_model("llama")
+    model.generation_config.eos_token_id = declared
+    assert ModelRunner(model).eos_ids == expected
+
+
+@pytest.mark.parametrize("name", MOVABLE)
+def test_the_shape_is_that_of_what_the_model_writes(name):
+    runner = make_runner(name)
+    shape = runner.shape
+    attention = runner.decoder.layers[0].self_attn
+    width = shape.kv_heads * shape.head_dim
+    fused = hasattr(attention, "qkv_proj")
+    heads = runner.config.num_attention_heads * shape.head_dim
+    assert width == ((attention.qkv_proj.out_features - heads) // 2 if fused else attention.k_proj.out_features)
+    assert shape.bytes_per_token == 2 * shape.layers * width * 4
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "smollm3"])
+@torch.inference_mode()
+def test_a_probe_changes_nothing(name):
+    runner = make_runner(name)
+    kv = runner.new_kv(12)
+    rows = runner.start_prefill(runner.tensor(token_ids(12, 1)), kv)
+    runner.run_layer(0, rows)
+    for part in kv.read(1, 12):
+        part.fill_(777.0)
+    hidden = rows.hidden.clone()
+    runner.probe_values(1, rows)
+    assert torch.equal(rows.hidden, hidden)
+    assert all((part == 777.0).all() for part in kv.read(1, 12))
+
+
+@torch.inference_mode()
+def test_logits_are_float32_in_every_dtype():
+    runner = ModelRunner(make_model("llama").to(torch.bfloat16))
+    logits = runner.logits(runner.prefill(runner.tensor(token_ids(5, 1)), runner.new_kv(5)))
+    assert (logits.dtype, logits.shape) == (torch.float32, (256,))
+
+
+@torch.inference_mode()
+def test_room_behind_the_prompt_is_not_read():
+    """What an earlier owner left in the memory behind the prompt's slots reaches nobody."""
+    runner, ids = make_runner("llama"), token_ids(12, 1)
+    small, large = runner.new_kv(12), runner.new_kv(40)
+    for layer in range(runner.shape.layers):
+        for part in large.read(layer, 40):
+            part.fill_(float("nan"))
+    tensor = runner.tensor(ids)
+    expected = runner.logits(runner.prefill(tensor, small))
+    assert torch.equal(runner.logits(runner.prefill(tensor, large)), expected)
+    assert torch.isfinite(runner.decode(5, 12, large)).all()
