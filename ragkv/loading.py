@@ -1,22 +1,31 @@
 """Bringing stored chunks into a request's KV, layer by layer.
 
-The store reads layers ahead on its own threads; here a layer's slabs are staged, moved to the device, rotated
-to the chunks' positions in this prompt and written into the request's slots.
+The store reads layers ahead on its own threads; a :class:`Stager` gathers a layer's slabs in one host buffer, and the
+:class:`LayerLoader` moves it to the device, rotates it to the chunks' positions in this prompt and writes it into the
+request's slots. On CUDA the three overlap: stages are page-locked and filled ahead by threads, copies run on a stream
+of their own, and only the stream that computes waits for them.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from typing import Any
 
 import numpy as np
 import torch
 
 from ragkv.errors import CorruptEntryError
-from ragkv.kv import RequestKV
+from ragkv.kv import KvShape, RequestKV
 from ragkv.plan import Span
 from ragkv.runner import ModelRunner
 
 Slabs = Iterator[list[np.ndarray | CorruptEntryError]]
+
+CUDA_LAYERS_AHEAD = 3
+# One thread copies 5 GB/s; a host's memory gives several times that, and a link to the device wants it.
+_COPIERS = ThreadPoolExecutor(6, thread_name_prefix="ragkv-copier")
 
 
 class ChunkLostError(Exception):
@@ -27,31 +36,91 @@ class ChunkLostError(Exception):
         self.span, self.cause = span, cause
 
 
-class LayerLoader:
-    """Places layer after layer of ``spans`` into ``kv``.
+class Stager:
+    """Hands out layer after layer of all spans' K and V, gathered in one host tensor.
 
     Args:
         slabs: for each layer, one uint8 slab per span: K (tokens, kv_heads, head_dim), position-free, then V.
+        ahead: layers to gather in advance, on threads; 0 gathers when asked, on the caller's thread.
+        pinned: page-lock the stages.
     """
 
+    def __init__(self, spans: Sequence[Span], slabs: Slabs, shape: KvShape, *, ahead: int, pinned: bool) -> None:
+        self._spans, self._slabs = spans, slabs
+        tokens = sum(span.length for span in spans)
+        self._stages = torch.empty(
+            (ahead + 1, 2, tokens, shape.kv_heads, shape.head_dim), dtype=shape.dtype, pin_memory=pinned
+        )
+        self._released: list[torch.cuda.Event | None] = [None] * (ahead + 1)
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="ragkv-stager") if ahead else None
+        self._filling: deque[Future[torch.Tensor]] = deque()
+        self._asked = 0
+        self._layers = shape.layers
+        for _ in range(ahead):
+            self._fill_ahead()
+
+    def next_layer(self) -> torch.Tensor:
+        """(2, tokens, kv_heads, head_dim): K and V of the next layer. The caller's until it asks again, or, with
+        :meth:`release_after`, until the event.
+
+        Raises:
+            ChunkLostError: a slab is unreadable.
+        """
+        if self._thread is None:
+            return self._fill(0)
+        self._fill_ahead()
+        return self._filling.popleft().result()
+
+    def release_after(self, event: torch.cuda.Event) -> None:
+        """The stage handed out last is read by the device until ``event``."""
+        self._released[(self._asked - len(self._filling) - 1) % len(self._stages)] = event
+
+    def close(self) -> None:
+        """Stop gathering. The slabs are not touched any more afterwards."""
+        if self._thread:
+            for future in self._filling:
+                future.cancel()
+            self._thread.shutdown()
+
+    def _fill_ahead(self) -> None:
+        if self._thread and self._asked < self._layers:
+            self._filling.append(self._thread.submit(self._fill, self._asked % len(self._stages)))
+            self._asked += 1
+
+    def _fill(self, turn: int) -> torch.Tensor:
+        if (event := self._released[turn]) is not None:
+            event.synchronize()
+        slabs = next(self._slabs)
+        stage = self._stages[turn].view(torch.uint8).flatten(2).numpy()
+        copies, at = [], 0
+        for span, slab in zip(self._spans, slabs, strict=True):
+            if isinstance(slab, CorruptEntryError):
+                raise ChunkLostError(span, slab)
+            copies.append((stage[:, at : at + span.length], slab.reshape(2, span.length, -1)))
+            at += span.length
+        if self._thread:
+            done, _ = wait([_COPIERS.submit(np.copyto, to, source) for to, source in copies])
+            for future in done:
+                future.result()
+        else:
+            for to, source in copies:
+                np.copyto(to, source)
+        return self._stages[turn]
+
+
+class LayerLoader:
+    """Places layer after layer of ``spans`` into ``kv``; close it before closing ``slabs``."""
+
     def __init__(self, runner: ModelRunner, kv: RequestKV, spans: Sequence[Span], slabs: Slabs) -> None:
-        self._runner, self._kv, self._spans, self._slabs = runner, kv, spans, slabs
+        self._runner, self._kv = runner, kv
         self._next = 0
         positions = np.concatenate([np.arange(s.start, s.end) for s in spans])
-        self._slots = _as_slice(positions, kv.base)
-        if self._slots is None:
-            self._index = runner.tensor(positions - kv.base)
+        slots = _as_slice(positions, kv.base)
+        self._slots = runner.tensor(positions - kv.base) if slots is None else slots
         self._angles = runner.rope.angles(runner.tensor(positions))
-        shape = runner.shape
-        self._cuda = runner.device.type == "cuda"
-        # Two stages in turn, so that the host fills one while the device still copies from the other.
-        stages = 2 if self._cuda else 1
-        self._stages = torch.empty(
-            (stages, 2, len(positions), shape.kv_heads, shape.head_dim),
-            dtype=shape.dtype,
-            pin_memory=self._cuda,
-        )
-        self._copied: list[torch.cuda.Event | None] = [None] * stages
+        cuda = runner.device.type == "cuda"
+        self._stream: Any = torch.cuda.Stream(runner.device) if cuda else None  # type: ignore[no-untyped-call]
+        self._stager = Stager(spans, slabs, runner.shape, ahead=CUDA_LAYERS_AHEAD if cuda else 0, pinned=cuda)
 
     def ensure(self, layer: int) -> None:
         """Have all layers up to ``layer`` placed; waits for the disk where it must.
@@ -60,30 +129,24 @@ class LayerLoader:
             ChunkLostError: a slab is unreadable; nothing of it was placed.
         """
         while self._next <= layer:
-            self._place(self._next, next(self._slabs))
+            keys, values = self._on_device(self._stager.next_layer())
+            self._kv.write(self._next, self._slots, self._runner.rope.place(keys, self._angles, self._next), values)
             self._next += 1
 
-    def _place(self, layer: int, slabs: list[np.ndarray | CorruptEntryError]) -> None:
-        turn = layer % len(self._stages)
-        if (event := self._copied[turn]) is not None:
-            event.synchronize()
-        stage = self._stages[turn]
-        self._fill(stage.view(torch.uint8).flatten(2).numpy(), slabs)
-        device = stage.to(self._runner.device, non_blocking=True)
-        if self._cuda:
-            event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            event.record()
-            self._copied[turn] = event
-        keys = self._runner.rope.place(device[0], self._angles, layer)
-        self._kv.write(layer, self._index if self._slots is None else self._slots, keys, device[1])
+    def close(self) -> None:
+        self._stager.close()
 
-    def _fill(self, stage: np.ndarray, slabs: list[np.ndarray | CorruptEntryError]) -> None:
-        at = 0
-        for span, slab in zip(self._spans, slabs, strict=True):
-            if isinstance(slab, CorruptEntryError):
-                raise ChunkLostError(span, slab)
-            stage[:, at : at + span.length] = slab.reshape(2, span.length, -1)
-            at += span.length
+    def _on_device(self, stage: torch.Tensor) -> torch.Tensor:
+        if self._stream is None:
+            return stage
+        computing = torch.cuda.current_stream(self._runner.device)
+        with torch.cuda.stream(self._stream):
+            moved = stage.to(self._runner.device, non_blocking=True)
+            event = self._stream.record_event()
+        self._stager.release_after(event)
+        computing.wait_event(event)
+        moved.record_stream(computing)
+        return moved
 
 
 def _as_slice(positions: np.ndarray, base: int) -> slice | None:

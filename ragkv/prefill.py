@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Generator
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 
 import torch
@@ -108,9 +108,10 @@ class Prefill:
     def _blend(self, entries: dict[Span, OpenEntry]) -> Generator[None, None, PrefillResult]:
         kv = self._runner.new_kv(len(self._plan.ids) + self._room)
         spans = list(entries)
-        slabs = self._store.open_layers(list(entries.values()))
-        try:
-            loader = LayerLoader(self._runner, kv, spans, slabs)
+        with (
+            closing(self._store.open_layers(list(entries.values()))) as slabs,
+            closing(LayerLoader(self._runner, kv, spans, slabs)) as loader,
+        ):
             blend = Blend(
                 self._runner,
                 self._plan,
@@ -124,8 +125,6 @@ class Prefill:
             )
             rows = yield from blend.run()
             logits = self._runner.logits(rows)
-        finally:
-            slabs.close()
         outcomes = [self._outcome(span, entries.get(span), blend) for span in self._plan.spans]
         return PrefillResult(logits, kv, outcomes)
 

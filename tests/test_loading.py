@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from ragkv.errors import CorruptEntryError
-from ragkv.loading import ChunkLostError, LayerLoader
+from ragkv.loading import ChunkLostError, LayerLoader, Stager
 from ragkv.plan import Span
 from ragkv.runner import ModelRunner
 from tests.blend_kit import close
@@ -114,3 +114,41 @@ def test_the_stores_read_only_buffers_are_left_alone():
         slab.flags.writeable = False
     LayerLoader(runner, runner.new_kv(9), places, iter(layers)).ensure(3)
     assert all(np.array_equal(a, b) for a, [b] in zip(before, layers, strict=True))
+
+
+def test_gathering_ahead_on_threads_equals_gathering_when_asked():
+    """The fast path's parity with its plain twin; a stage is reused only after the layer behind it was asked for."""
+    runner, places = make_runner("llama"), spans((0, 7), (9, 14))
+    layers = slabs_of(runner, places)
+    plain = Stager(places, as_bytes(layers), runner.shape, ahead=0, pinned=False)
+    ahead = Stager(places, as_bytes(layers), runner.shape, ahead=2, pinned=False)
+    for _ in layers:
+        assert torch.equal(plain.next_layer(), ahead.next_layer())
+    ahead.close()
+
+
+def test_a_damaged_slab_is_told_in_its_layer_when_gathered_ahead():
+    runner, places = make_runner("llama"), spans((0, 7), (9, 14))
+    layers = list(as_bytes(slabs_of(runner, places)))
+    layers[2][1] = CorruptEntryError("flipped")
+    stager = Stager(places, iter(layers), runner.shape, ahead=3, pinned=False)
+    stager.next_layer()
+    stager.next_layer()
+    with pytest.raises(ChunkLostError) as lost:
+        stager.next_layer()
+    assert lost.value.span is places[1]
+    stager.close()
+
+
+def test_closing_stops_gathering():
+    runner, places = make_runner("llama"), spans((0, 7))
+    taken = []
+
+    def source():
+        for layer in as_bytes(slabs_of(runner, places)):
+            taken.append(layer)
+            yield layer
+
+    stager = Stager(places, source(), runner.shape, ahead=1, pinned=False)
+    stager.close()
+    assert len(taken) <= 1
