@@ -134,6 +134,7 @@ class Engine:
         Raises:
             DocumentError: every document was rejected (single bad ones are listed in the report).
         """
+        self._loop.refuse_when_closed()
         return self._ingestor.ingest(
             collection,
             documents,
@@ -309,6 +310,7 @@ class Engine:
 
     def _submit(self, request: QueryRequest, emit: Emit, stop: threading.Event) -> None:
         """Prepare a request on the caller's thread and hand it to the engine's."""
+        self._loop.refuse_when_closed()
         watch = Stopwatch()
         prepared = self._pipeline.prepare(request, watch)
         if stop.is_set():

@@ -13,7 +13,7 @@ from ragkv.sampling import Sampler
 from ragkv.types import FinishReason
 
 
-@dataclass
+@dataclass(eq=False)
 class Generation:
     """A planned request on its way through the engine.
 

@@ -39,7 +39,7 @@ log = logging.getLogger("ragkv")
 OnEncoded = Callable[[list[EncodedChunk] | Exception], None]
 
 
-@dataclass
+@dataclass(eq=False)
 class _Running:
     generation: Generation
     kv: RequestKV
@@ -96,7 +96,7 @@ class EngineLoop:
             EngineClosedError: the engine was closed or has failed.
         """
         with self._wake:
-            self._refuse_when_closed()
+            self.refuse_when_closed()
             if len(self._waiting) >= self._max_queued:
                 raise QueueFullError(
                     f"{len(self._waiting)} requests are waiting already; try again later",
@@ -109,7 +109,7 @@ class EngineLoop:
     def submit_encode(self, group: EncodeGroup, on_encoded: OnEncoded) -> None:
         """Queue chunks to encode; ``on_encoded`` is called on the engine thread and must not block."""
         with self._wake:
-            self._refuse_when_closed()
+            self.refuse_when_closed()
             self._encodes.append((group, on_encoded))
             self._wake.notify()
 
@@ -128,7 +128,8 @@ class EngineLoop:
             self._wake.notify()
         self._thread.join()
 
-    def _refuse_when_closed(self) -> None:
+    def refuse_when_closed(self) -> None:
+        """Raises EngineClosedError when nothing will be served any more."""
         if self._closed:
             raise EngineClosedError(self.failure or "the engine was closed")
 
@@ -164,12 +165,10 @@ class EngineLoop:
             self._decode(request)
 
     def _admit(self) -> None:
+        self._drop_cancelled()
         while self._prefill is None and self._waiting and len(self._running) < self._max_running:
             generation = self._waiting.popleft()
             generation.watch.lap("queue")
-            if generation.cancelled:
-                generation.on_finish("cancelled")
-                continue
             prefill = Prefill(
                 self._runner,
                 self._store,
@@ -182,6 +181,16 @@ class EngineLoop:
                 blending_off=self.blending_off,
             )
             self._prefill = generation, prefill.run()
+
+    def _drop_cancelled(self) -> None:
+        """At once, not when their turn comes: until then they would take the place of the living."""
+        with self._wake:
+            gone = [generation for generation in self._waiting if generation.cancelled]
+            for generation in gone:
+                self._waiting.remove(generation)
+        for generation in gone:
+            generation.watch.lap("queue")
+            generation.on_finish("cancelled")
 
     def _advance_prefill(self) -> None:
         if self._prefill is None:
@@ -196,12 +205,15 @@ class EngineLoop:
             self._prefill = None
             steps.close()
             generation.on_finish("cancelled")
+            return
         except StopIteration as done:
-            self._prefill = None
-            self._first_token(generation, done.value)
+            result = done.value
         except Exception as error:  # one request's failure must not take the others along
             self._prefill = None
             self._fail(generation, error)
+            return
+        self._prefill = None
+        self._first_token(generation, result)
 
     def _first_token(self, generation: Generation, result: PrefillResult) -> None:
         try:
@@ -252,7 +264,8 @@ class EngineLoop:
     def _fail(self, generation: Generation, error: Exception) -> None:
         if not isinstance(error, RagkvError):
             log.error("request %s failed", generation.id, exc_info=error)
-        generation.on_error(error)
+        # Its frames would keep the request's KV alive for as long as the caller keeps the error.
+        generation.on_error(error.with_traceback(None))
 
     def _advance_encoding(self) -> None:
         if self._encoding is None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from ragkv.errors import InputError
 
@@ -20,6 +20,17 @@ FinishReason = Literal["stop", "length", "cancelled"]
 KvSource = Literal["ram", "ssd", "computed", "dropped"]
 
 
+def _valid(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError("holds lone surrogates, which are not text; send valid UTF-8") from error
+    return text
+
+
+Text = Annotated[str, AfterValidator(_valid)]
+
+
 class Wire(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -27,9 +38,9 @@ class Wire(BaseModel):
 class DocumentIn(Wire):
     """A document as a caller sends it. Without an id, the id is derived from the content."""
 
-    text: str
-    id: str | None = None
-    title: str | None = None
+    text: Text
+    id: Text | None = None
+    title: Text | None = None
     metadata: dict[str, Any] = Field(default_factory=dict)
 
 
@@ -37,7 +48,7 @@ class Message(Wire):
     """One earlier turn of a conversation."""
 
     role: Literal["user", "assistant"]
-    content: str
+    content: Text
 
 
 class QueryRequest(Wire):
@@ -48,14 +59,14 @@ class QueryRequest(Wire):
     ``None`` means: as configured.
     """
 
-    question: str = Field(min_length=1)
+    question: Text = Field(min_length=1)
     collection: str | None = None
     documents: list[DocumentIn] | None = None
     filters: dict[str, Any] | None = None
     top_k: int | None = Field(default=None, ge=1, le=1000)
     retrieval: RetrievalMode | None = None
     history: list[Message] = Field(default_factory=list)
-    system: str | None = None
+    system: Text | None = None
     method: Method | None = None
     ratio: float | None = Field(default=None, ge=0.0, le=1.0)
     context_policy: ContextPolicy | None = None
