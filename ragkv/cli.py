@@ -73,7 +73,7 @@ def _fail(error: RagkvError) -> NoReturn:
         )
     else:
         err.print(f"[bold red]error[/] ({error.code}): ", end="")
-        err.print(error.message, markup=False, highlight=False)
+        err.print(error.message, markup=False, highlight=False, soft_wrap=True)
     raise SystemExit(1)
 
 

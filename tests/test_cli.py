@@ -1,0 +1,180 @@
+"""The command line: JSON for programs, one line for mistakes."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import pytest
+
+from ragkv import cli
+from tests.engine_kit import DOCUMENTS
+
+
+@pytest.fixture
+def folder(tmp_path):
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    for document in DOCUMENTS[:2]:
+        (folder / f"{document.id}.txt").write_text(document.text)
+    return folder
+
+
+@pytest.fixture
+def ragkv(monkeypatch, capsys, tiny_checkpoint, tmp_path):
+    """Runs the command line in this process; gives exit status, stdout and stderr."""
+    monkeypatch.setenv("RAGKV_MODEL", str(tiny_checkpoint))
+    monkeypatch.setenv("RAGKV_DATA_DIR", str(tmp_path / "data"))
+    monkeypatch.setenv("RAGKV_DTYPE", "float32")
+    monkeypatch.setenv("RAGKV_DEVICE", "cpu")
+    monkeypatch.setenv("RAGKV_MAX_TOKENS", "4")
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def run(*arguments: str, lines: list[str] | None = None) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["ragkv", *arguments])
+        if lines is not None:
+            waiting = iter(lines)
+            monkeypatch.setattr("builtins.input", lambda prompt="": next_line(waiting))
+        capsys.readouterr()
+        try:
+            cli.main()
+        except SystemExit as end:
+            status = end.code if isinstance(end.code, int) else int(bool(end.code))
+        else:
+            status = 0
+        out, err = capsys.readouterr()
+        return status, out, err
+
+    return run
+
+
+def next_line(waiting) -> str:
+    for line in waiting:
+        return line
+    raise EOFError
+
+
+def test_ingest_then_query_in_json(ragkv, folder):
+    status, out, _ = ragkv("ingest", str(folder), "--json")
+    report = json.loads(out)
+    assert status == 0
+    assert (report["added"], report["rejected"]) == (2, [])
+    assert report["encoded"] == report["chunks"] > 0
+    assert report["estimate"]["new_kv_bytes"] == report["kv_bytes_written"]
+    status, out, _ = ragkv("query", "Where is Ada?", "--json", "--method", "none", "--top-k", "3")
+    answer = json.loads(out)
+    assert status == 0
+    assert (answer["method"], len(answer["chunks"])) == ("none", 3)
+    assert {chunk["document_id"] for chunk in answer["chunks"]} <= {"ada.txt", "bela.txt"}
+    status, out, _ = ragkv("cache", "stats", "--json")
+    assert json.loads(out)["entries"] == report["encoded"]
+    status, out, _ = ragkv("cache", "check", "--json")
+    assert (status, json.loads(out)["ok"]) == (0, True)
+    status, out, _ = ragkv("cache", "clear", "--yes", "--json")
+    assert json.loads(out) == {"removed": report["encoded"]}
+
+
+def test_ingest_and_query_for_people(ragkv, folder):
+    (folder / "empty.md").write_text(" ")
+    status, out, err = ragkv("ingest", str(folder))
+    assert status == 0
+    assert "2 documents added" in out
+    assert "rejected" in out
+    assert "their KV takes" in err
+    status, out, _ = ragkv("query", "Where is Ada?")
+    assert status == 0
+    for shown in ("ada.txt#", "first token after", "retrieve", "KV from"):
+        assert shown in out
+
+
+def test_a_dry_run_only_says_what_it_would_take(ragkv, folder, tmp_path):
+    status, out, _ = ragkv("ingest", str(folder), "--dry-run", "--json")
+    assert (status, json.loads(out)["estimate"]["documents"]) == (0, 2)
+    assert json.loads(ragkv("cache", "stats", "--json")[1])["entries"] == 0
+    assert ragkv("query", "Where?")[0] == 1
+
+
+def test_chat_keeps_the_history_and_outlives_a_bad_question(ragkv):
+    lines = ["Hello?", "  ", "why " * 3000, "And now?", "/exit", "never asked"]
+    status, out, err = ragkv("chat", "--json", lines=lines)
+    first, second = [json.loads(line) for line in out.splitlines()]
+    assert status == 0
+    assert "prompt_too_long" in err
+    assert second["usage"]["prompt_tokens"] > first["usage"]["prompt_tokens"]
+    status, out, _ = ragkv("chat", lines=["Hello?"])
+    assert (status, "first token after" in out) == (0, True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["query", "x", "--set", "bad"], "--set wants KEY=VALUE"),
+        (["query", "x", "--set", "nonsense=1"], "unknown setting 'nonsense'"),
+        (["query", "x", "--filter", "bad"], "--filter wants KEY=VALUE"),
+        (["query", "x", "--set", "top_k=0"], "'top_k'"),
+        (["query", "x", "--model", "./nowhere"], "not a model"),
+        (["query", "x", "--device", "toaster"], "'device'"),
+        (["query", "x", "--url", "http://127.0.0.1:1"], "127.0.0.1:1"),
+        (["ingest", "nowhere.txt"], "nowhere.txt"),
+        (["ingest", "."], "no documents found"),
+        (["serve", "--host", "256.1.1.1"], "256.1.1.1"),
+    ],
+)
+def test_mistakes_are_one_line_and_status_1(ragkv, arguments, said, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "40")
+    status, out, err = ragkv(*arguments)
+    assert (status, out) == (1, "")
+    assert err.startswith("error (")
+    assert err.count("\n") == 1
+    assert said in err
+    assert "Traceback" not in err
+    status, out, _ = ragkv(*arguments, *([] if arguments[0] == "serve" else ["--json"]))
+    assert status == 1
+    if arguments[0] != "serve":
+        assert said in json.loads(out)["error"]["message"]
+
+
+def test_an_unknown_collection(ragkv):
+    status, out, _ = ragkv("query", "x", "-c", "nowhere", "--json")
+    assert (status, json.loads(out)["error"]["code"]) == (1, "not_found")
+
+
+def test_a_damaged_store_is_told_by_the_exit_status_and_repaired(ragkv, folder, tmp_path):
+    ragkv("ingest", str(folder), "--json")
+    entry = next(path for path in (tmp_path / "data" / "store").rglob("*") if path.stat().st_size > 40_000)
+    data = bytearray(entry.read_bytes())
+    data[5000] ^= 1
+    entry.write_bytes(data)
+    status, out, _ = ragkv("cache", "check", "--json")
+    assert (status, json.loads(out)["corrupt_entries"]) == (1, 1)
+    status, out, _ = ragkv("cache", "check", "--fix", "--json")
+    assert (status, json.loads(out)["fixed"]) == (0, True)
+    assert json.loads(ragkv("cache", "check", "--json")[1])["ok"]
+
+
+def test_clearing_asks_first(ragkv, folder, monkeypatch):
+    ragkv("ingest", str(folder), "--json")
+    monkeypatch.setattr("typer.confirm", lambda *_, **__: False)
+    assert ragkv("cache", "clear")[0] == 1
+    assert json.loads(ragkv("cache", "stats", "--json")[1])["entries"] > 0
+
+
+def test_filters_are_read_as_json_where_they_are():
+    given = ["year=1999", "lang=en", "open=true", 'page={"$gt": 3}', "eq=a=b"]
+    assert cli._filters(given) == {"year": 1999, "lang": "en", "open": True, "page": {"$gt": 3}, "eq": "a=b"}
+    assert cli._filters(None) is None
+
+
+def test_every_command_has_help(ragkv):
+    status, out, _ = ragkv("--help")
+    assert status == 0
+    for command in ("demo", "ingest", "query", "chat", "serve", "eval", "cache"):
+        assert command in out
+    assert ragkv("cache", "--help")[0] == 0
+    assert ragkv("query", "--help")[0] == 0
+
+
+def test_the_version(ragkv):
+    from ragkv import __version__
+
+    assert ragkv("--version")[:2] == (0, __version__ + "\n")
