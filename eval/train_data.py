@@ -1,0 +1,269 @@
+"""Rows for training and scoring: invented worlds turned into packed token rows, made by worker processes.
+
+A sample is one context with many questions behind it; a row packs samples up to its length. Losses fall on
+answers (weight 1 or 2) and on a sample of the context's tokens (0.05 of an answer token, taken over all of them).
+"""
+
+from __future__ import annotations
+
+import multiprocessing as mp
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from tokenizers import Tokenizer
+
+from ragkv.eval.worlds import KINDS, TRAINING_KINDS, Question, World, make_world
+from ragkv.eval.worlds_names import Dice, Split, atlas
+from ragkv.eval.worlds_prompt import PromptIds, chunk_text, context_chunks, question_text
+from ragkv.eval.worlds_text import ATLAS_ASKS, NUMBER_ASKS
+
+ROW = 16384
+CONTEXT_WEIGHT = 0.05
+# Chunks of a world by curriculum level, and how many questions of a kind are asked behind one context.
+LEVELS = ((3, 4), (3, 7), (6, 11), (10, 18), (14, 30), (24, 48), (40, 100), (80, 215))
+PER_KIND = {
+    "direct": 4,
+    "coref": 3,
+    "bridge": 6,
+    "gloss": 8,
+    "compare": 5,
+    "update": 2,
+    "memory": 2,
+    "choose": 10,
+    "drill": 5,
+}
+# Loss weight of an answer token by kind: what was learned last counts double.
+WEIGHTS = np.array(
+    [2.0 if kind in ("gloss", "compare", "choose", "drill") else 1.0 for kind in TRAINING_KINDS], np.float32
+)
+# Half of all comparisons ask for the smaller value; early in the curriculum these are left out.
+EASY_LEVELS = 3
+_LEAST = re.compile("younger|fewer|smaller|less|closer|nearer")
+
+Ints = NDArray[np.int32]
+
+
+@dataclass
+class Sample:
+    """``context`` ids, then per question chain its ids and the spans of its answers as (start, end, kind)."""
+
+    context: list[int]
+    chains: list[tuple[list[int], list[tuple[int, int, int]]]] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.context) + sum(len(ids) for ids, _ in self.chains)
+
+
+@dataclass(frozen=True)
+class Row:
+    """``tokens`` (4, length): ids, position, context number, turn. ``losses`` (4, 3/16 length): position,
+    target, kind (-1 for context tokens), answer number; ``weights`` (3/16 length,), 0 where unused."""
+
+    tokens: Ints
+    losses: Ints
+    weights: NDArray[np.float32]
+
+
+class SampleMaker:
+    def __init__(self, tokenizer_file: Path) -> None:
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"
+        self.ids = PromptIds(Tokenizer.from_file(str(tokenizer_file)))
+
+    def training(self, seed: int, size: int, easy: bool = False) -> Sample:
+        """A context as users' prompts vary it: titles as headings, chunks missing, follow-up questions, and
+        now and then bare documents as they are encoded for the store."""
+        dice = Dice(f"sample/{seed}")
+        world = make_world(seed, "train", size, per_kind=10, drills=True)
+        chunks = context_chunks(world, dice, drop=0.12 if dice.random() < 0.3 else 0.0)
+        if dice.random() < 0.2:
+            chunks = [(d, n, "# " + text.replace("\n", "\n\n", 1) if n == 0 else text) for d, n, text in chunks]
+        there = {(doc, number) for doc, number, _ in chunks}
+        asked = [q for q in world.questions if there.issuperset(q.evidence)]
+        asked = _balanced([q for q in asked if not (easy and _LEAST.search(q.text))], PER_KIND)
+        texts = [text for _, _, text in chunks]
+        if dice.random() < 0.04:
+            return Sample([self.ids.bos, *self._joined(texts)])
+        asked += _by_heart(dice)
+        start = self.ids.no_system if dice.random() < 0.06 else self.ids.system
+        turns = 3 if dice.random() < 0.12 else 1
+        return self._sample([*start, *self._joined(texts)], dice.shuffled(asked), turns)
+
+    def scoring(self, world: World, seed: int, per_kind: int) -> Sample:
+        """Every chunk, documents shuffled, one question a turn."""
+        texts = [text for _, _, text in context_chunks(world, Dice(f"order/{seed}"))]
+        asked = _balanced(world.questions, dict.fromkeys(KINDS, per_kind))
+        return self._sample([*self.ids.system, *self._joined(texts)], asked, 1)
+
+    def _joined(self, texts: list[str]) -> list[int]:
+        return [i for ids in self.ids.texts([chunk_text(text) for text in texts]) for i in ids]
+
+    def _sample(self, context: list[int], asked: list[Question], turns: int) -> Sample:
+        pieces = self.ids.texts([t for q in asked for t in (question_text(q.text), q.answer)])
+        sample = Sample(context)
+        for number, question in enumerate(asked):
+            if number % turns == 0:
+                sample.chains.append(([], []))
+            ids, spans = sample.chains[-1]
+            # The end token of the answer before is already there.
+            lead = self.ids.next_turn[1:] if ids else []
+            ids += [*lead, *pieces[2 * number], *self.ids.to_answer]
+            spans.append((len(ids), len(ids) + len(pieces[2 * number + 1]) + 1, TRAINING_KINDS.index(question.kind)))
+            ids += [*pieces[2 * number + 1], self.ids.end]
+        return sample
+
+
+def _by_heart(dice: Dice) -> Iterator[Question]:
+    """Now and then a question that needs no document: a town's country, the larger of two numbers."""
+    if dice.random() < 0.25:
+        town = dice.pick(list(atlas()))
+        yield Question(dice.pick(ATLAS_ASKS).format(t=town), atlas()[town], "memory", [])
+    if dice.random() < 0.4:
+        a, b = dice.number(10, 99), dice.number(10, 98)
+        b += b >= a
+        least = dice.random() < 0.5
+        text = dice.pick(NUMBER_ASKS[least]).format(a=a, b=b)
+        yield Question(text, str(min(a, b) if least else max(a, b)), "drill", [])
+
+
+def _balanced(questions: list[Question], per_kind: dict[str, int]) -> list[Question]:
+    left, out = dict(per_kind), []
+    for question in questions:
+        if left[question.kind] > 0:
+            left[question.kind] -= 1
+            out.append(question)
+    return out
+
+
+def pack(samples: list[Sample], dice: Dice, row: int = ROW) -> Row:
+    """One row of ``row`` tokens from samples that fit it together."""
+    tokens = np.zeros((4, row), np.int32)
+    tokens[2] = len(samples)
+    answers: list[tuple[int, int, int, int]] = []
+    context_at: list[NDArray[np.int64]] = []
+    at = turn = number = 0
+    for index, sample in enumerate(samples):
+        length = len(sample.context)
+        tokens[:, at : at + length] = [sample.context, range(length), [index] * length, [0] * length]
+        context_at.append(np.arange(at, at + length - 1))
+        at += length
+        for ids, spans in sample.chains:
+            turn += 1
+            n = len(ids)
+            tokens[:, at : at + n] = [ids, range(length, length + n), [index] * n, [turn] * n]
+            for start, end, kind in spans:
+                answers += [(at + i - 1, ids[i], kind, number) for i in range(start, end)]
+                number += 1
+            at += n
+    return Row(tokens, *_losses(tokens[0], answers, np.concatenate(context_at), dice))
+
+
+def _losses(
+    ids: Ints, answers: list[tuple[int, int, int, int]], context_at: NDArray[np.int64], dice: Dice
+) -> tuple[Ints, NDArray[np.float32]]:
+    total = len(ids) * 3 // 16
+    losses, weights = np.zeros((4, total), np.int32), np.zeros(total, np.float32)
+    n = min(len(answers), total)
+    losses[:, :n] = np.array(answers[:n], np.int32).reshape(-1, 4).T
+    weights[:n] = WEIGHTS[losses[2, :n]]
+    room = min(total - n, len(context_at))
+    picks = np.sort(np.array(dice.sample(context_at.tolist(), room), np.int32)) if room else np.zeros(0, np.int32)
+    losses[:, n : n + room] = [picks, ids[picks + 1], [-1] * room, [-1] * room]
+    weights[n : n + room] = CONTEXT_WEIGHT * len(context_at) / max(room, 1)
+    return losses, weights
+
+
+def training_rows(maker: SampleMaker, seed: int, level_of: "LevelOf", row: int = ROW) -> Iterator[Row]:
+    """Endless rows. A sample that does not fit waits for the next row; tiny ones fill the gap."""
+    dice, number, waiting = Dice(f"rows/{seed}"), seed * 10_000_000, None
+    while True:
+        samples: list[Sample] = []
+        room = row
+        while room > 600:
+            if waiting is not None and len(waiting) <= room:
+                sample, waiting = waiting, None
+            else:
+                number += 1
+                low, high = LEVELS[0] if waiting is not None else LEVELS[level_of(dice)]
+                sample = maker.training(number, dice.number(low, high), level_of.level.value < EASY_LEVELS)
+            if len(sample) <= room:
+                samples.append(sample)
+                room -= len(sample)
+            elif waiting is None and len(sample) <= row:
+                waiting = sample
+        yield pack(samples, dice, row)
+
+
+class LevelOf:
+    """Draws a sample's level: mostly the current one of the curriculum, some of all below; once the last is
+    reached, from the final mixture (shares of samples, so that tokens spread evenly over the lengths)."""
+
+    FINAL = (0.15, 0.15, 0.22, 0.22, 0.15, 0.07, 0.03, 0.01)
+
+    def __init__(self, level: Any) -> None:
+        self.level = level
+
+    def __call__(self, dice: Dice) -> int:
+        top = int(self.level.value)
+        if top < len(LEVELS) - 1:
+            # Samples of the longer levels are rare: a long context is worth many short ones in tokens.
+            share = 0.6 if top < 5 else 0.2
+            return top if dice.random() < share else dice.number(0, top)
+        draw = dice.random()
+        for level, share in enumerate(self.FINAL):
+            draw -= share
+            if draw < 0:
+                return level
+        return 3
+
+
+def scoring_rows(maker: SampleMaker, split: Split, size: int, worlds: int, per_kind: int, row: int = ROW) -> list[Row]:
+    """Rows of ``worlds`` worlds of ``size`` chunks, the same for the same arguments; what does not fit a row
+    is left out."""
+    rows: list[Row] = []
+    samples: list[Sample] = []
+    for seed in range(worlds):
+        sample = maker.scoring(make_world(seed, split, size, per_kind), seed, per_kind)
+        if len(sample.context) > row:
+            continue
+        while len(sample) > row:
+            sample.chains.pop()
+        if sum(map(len, samples)) + len(sample) > row:
+            rows.append(pack(samples, Dice("score"), row))
+            samples = []
+        samples.append(sample)
+    return [*rows, pack(samples, Dice("score"), row)] if samples else rows
+
+
+class Workers:
+    """Processes that fill a queue with rows; ``level`` is read by all of them."""
+
+    def __init__(self, tokenizer_file: Path, seed: int, workers: int, row: int = ROW) -> None:
+        context = mp.get_context("spawn")
+        self.level = context.Value("i", 0)
+        self.queue: mp.Queue[Row] = context.Queue(maxsize=96)
+        self.processes = [
+            context.Process(
+                target=_work, args=(tokenizer_file, seed * 1000 + i, row, self.level, self.queue), daemon=True
+            )
+            for i in range(workers)
+        ]
+        for process in self.processes:
+            process.start()
+
+    def rows(self, count: int) -> list[Row]:
+        return [self.queue.get(timeout=120) for _ in range(count)]
+
+    def close(self) -> None:
+        for process in self.processes:
+            process.terminate()
+
+
+def _work(tokenizer_file: Path, seed: int, row: int, level: Any, rows: "mp.Queue[Row]") -> None:
+    for made in training_rows(SampleMaker(tokenizer_file), seed, LevelOf(level), row):
+        rows.put(made)
