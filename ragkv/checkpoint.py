@@ -22,7 +22,9 @@ SUPPORTED = ("llama", "mistral", "olmo2", "phi3", "qwen2", "qwen3", "smollm3")
 BUNDLED = "bundled"
 BUNDLED_DIR = Path(__file__).parent / "demo" / "model"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
-HUB_FILES = ("*.json", "*.safetensors", "*.model", "*.jinja", "*.txt")
+HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
+# Second copies of the weights, in other layouts.
+HUB_FILES_NOT = ["consolidated*", "original/*", "onnx/*"]
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,12 @@ def load_checkpoint(name: str, *, device: str = "auto", dtype: str = "auto", cac
     tokenizer = _load_tokenizer(name, folder)
     model = _load_model(name, folder, config, _dtype(dtype, where))
     runner = ModelRunner(model.to(where))
+    if tokenizer.vocab_size > runner.vocab_size:
+        raise NotAModelError(
+            f"the tokenizer of {name!r} has {tokenizer.vocab_size} tokens, the model only {runner.vocab_size}: they do "
+            "not belong together",
+            model=name,
+        )
     fingerprint = _fingerprint(folder, config, cache_dir / "fingerprints.json")
     return Checkpoint(name, runner, tokenizer, fingerprint)
 
@@ -74,6 +82,7 @@ def _load_model(name: str, folder: Path, config: Any, dtype: torch.dtype) -> Any
             config=config,
             dtype=dtype,
             use_safetensors=True,
+            trust_remote_code=False,
             attn_implementation=attention.NAME,
             output_loading_info=True,
         )
@@ -109,7 +118,7 @@ def _resolve(name: str) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(name, allow_patterns=list(HUB_FILES)))
+        return Path(snapshot_download(name, allow_patterns=HUB_FILES, ignore_patterns=HUB_FILES_NOT))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise NotAModelError(
             f"{name!r} is neither a folder here nor a model the hub gave us: {error}", model=name
@@ -134,7 +143,7 @@ def _read_config(name: str, folder: Path) -> Any:
             model=name,
         )
     try:
-        return AutoConfig.from_pretrained(folder)
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # as in _load_model
         raise NotAModelError(f"{folder / 'config.json'} cannot be used: {error}", model=name) from error
 

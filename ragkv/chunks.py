@@ -34,8 +34,8 @@ class ChunkTokens:
 class EncodeGroup:
     """Chunks of one document that one forward pass can encode: same context start, in order.
 
-    ``lead`` is what stands in front of the first of them, BOS included; ``parts`` are the chunks' ids from
-    there on; ``keys`` has, for each part, the key to store it under, or None when it is only context.
+    ``lead`` is what stands in front of the first of them, BOS included; ``parts`` are the chunks' ids from there on;
+    ``keys`` has, for each part, the key to store it under, or None when it is only context.
     """
 
     lead: tuple[int, ...]

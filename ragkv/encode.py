@@ -16,7 +16,10 @@ from ragkv.types import ContextPolicy
 
 @dataclass(frozen=True)
 class EncodedChunk:
-    """An entry ready for the store: for each layer a uint8 slab of K, position-free, then V."""
+    """An entry ready for the store: for each layer a uint8 slab of K, position-free, then V.
+
+    ``context_tokens`` counts all that stood in front of it, BOS included.
+    """
 
     key: bytes
     tokens: int

@@ -19,7 +19,7 @@ from ragkv.clock import Stopwatch
 from ragkv.config import Settings, load_settings
 from ragkv.delivery import Delivery, Emit, OutputThread
 from ragkv.detokenize import Detokenizer
-from ragkv.errors import CancelledError, NotFoundError
+from ragkv.errors import CancelledError, ConfigError, NotFoundError
 from ragkv.generation import Generation
 from ragkv.ingest import Encode, Ingestor, Progress, Writer
 from ragkv.loop import EngineLoop
@@ -94,7 +94,7 @@ class Engine:
             tokenizer,
             model_fingerprint=checkpoint.model_fingerprint,
             dtype=dtype,
-            context_tokens=settings.context_tokens,
+            context_tokens=_context_tokens(settings, checkpoint.runner.max_positions),
         )
         self._loop = EngineLoop(
             checkpoint.runner,
@@ -373,6 +373,20 @@ def store_check(store: ChunkStore, *, fix: bool) -> StoreCheck:
         fixed=report.fixed,
         ok=report.clean or report.fixed,
     )
+
+
+def _context_tokens(settings: Settings, positions: int) -> int:
+    """Document context that leaves room for a chunk within the positions the model was trained for."""
+    room = positions - settings.chunk_tokens - 16
+    if room < 0:
+        raise ConfigError(
+            f"setting 'chunk_tokens': {settings.chunk_tokens} is too much for a model of {positions} positions",
+            setting="chunk_tokens",
+            value=settings.chunk_tokens,
+        )
+    if settings.context_tokens > room:
+        log.warning("context_tokens is %d here: the model has %d positions", room, positions)
+    return min(settings.context_tokens, room)
 
 
 def _settings(settings: Settings | None, overrides: dict[str, Any]) -> Settings:

@@ -280,10 +280,10 @@ class EngineLoop:
                     return
         except StopIteration as done:
             self._encoding = None
-            job.on_encoded(done.value)
+            _tell(job.on_encoded, done.value)
         except Exception as error:  # as above
             self._encoding = None
-            job.on_encoded(error)
+            _tell(job.on_encoded, error)
 
     def _abort_all(self) -> None:
         with self._wake:
@@ -291,17 +291,24 @@ class EngineLoop:
             waiting, encodes = list(self._waiting), list(self._encodes)
             self._waiting.clear()
             self._encodes.clear()
-        error = EngineClosedError(self.failure or "the engine was closed while the request ran")
+        why = self.failure or "the engine was closed while the request ran"
         if self._prefill:
             generation, steps = self._prefill
             steps.close()
             waiting.append(generation)
         for generation in [*waiting, *(request.generation for request in self._running)]:
-            generation.on_error(error)
+            generation.on_error(EngineClosedError(why))  # one each: they are raised in different threads
         jobs = [on_encoded for _, on_encoded in encodes]
         if self._encoding:
             jobs.append(self._encoding.on_encoded)
         for on_encoded in jobs:
-            on_encoded(error)
+            _tell(on_encoded, EngineClosedError(why))
         self._running.clear()
         self._prefill = self._encoding = None
+
+
+def _tell(on_encoded: OnEncoded, result: list[EncodedChunk] | Exception) -> None:
+    try:
+        on_encoded(result)
+    except Exception:  # a caller's progress callback must not take the engine along
+        log.exception("handing over encoded chunks failed")

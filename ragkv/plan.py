@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ragkv.chunks import ChunkTokens
-from ragkv.errors import PromptTooLongError
+from ragkv.errors import InputError, PromptTooLongError
 from ragkv.retrievers import Chunk
 
 
@@ -68,8 +68,11 @@ def make_plan(
     until the rest fits.
 
     Raises:
+        InputError: ``question`` is empty.
         PromptTooLongError: prefix and question alone are over the budget.
     """
+    if not question:
+        raise InputError("the question has no tokens; the answer could not begin anywhere")
     room = budget - len(prefix) - len(question)
     if room < 0:
         raise PromptTooLongError(

@@ -73,7 +73,7 @@ class Prefill:
     def run(self) -> Generator[None, None, PrefillResult]:
         """Yields between layers. Leases on stored entries end with the generator, however it ends."""
         if self._strategy == FULL or self._off or not self._plan.spans:
-            why = self._off or "full prefill was asked for"
+            why = "full prefill was asked for" if self._strategy == FULL else self._off or "no documents"
             self._why = dict.fromkeys(self._plan.spans, why)
             return (yield from self._full())
         while True:

@@ -57,6 +57,7 @@ class ModelRunner:
             dtype=weight.dtype,
         )
         self.rope = read_rope(model)
+        self.vocab_size = int(weight.shape[0])
         self.max_positions = int(self.config.max_position_embeddings)
         ends = getattr(model.generation_config, "eos_token_id", None)
         self.eos_ids = frozenset(ends if isinstance(ends, list) else [] if ends is None else [ends])

@@ -39,14 +39,15 @@ class Tokenizer:
         self._special_backend = _backend(inner, special=True)
         self.plain = lru_cache(maxsize=65536)(self._plain)
         self.eos_ids = frozenset(i for i in [inner.eos_token_id] if i is not None)
-        self.vocab_size = len(inner)
+        # Without tokens added later: fine-tuned checkpoints often hold some the model has no row for.
+        self.vocab_size = int(inner.vocab_size)
         self.fingerprint = blake3(inner.backend_tokenizer.to_str().encode()).hexdigest(16)
         self.bos = self._leading_bos()
 
     @classmethod
     def load(cls, folder: Path) -> Tokenizer:
         try:
-            inner = AutoTokenizer.from_pretrained(folder)
+            inner = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
             raise NotAModelError(f"{folder} holds no usable tokenizer: {error}", path=str(folder)) from error
         if not getattr(inner, "is_fast", False):

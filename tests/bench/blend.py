@@ -11,6 +11,7 @@ import argparse
 import json
 import platform
 import statistics
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -178,7 +179,7 @@ def environment(runner: ModelRunner) -> dict[str, str]:
         "transformers": transformers.__version__,
         "python": platform.python_version(),
         "date": time.strftime("%Y-%m-%d"),
-        "command": "python -m tests.bench.blend",
+        "command": "python -m tests.bench.blend " + " ".join(sys.argv[1:]),
     }
 
 
