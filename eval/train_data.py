@@ -149,18 +149,25 @@ def pack(samples: list[Sample], dice: Dice, row: int = ROW) -> Row:
     at = turn = number = 0
     for index, sample in enumerate(samples):
         length = len(sample.context)
-        tokens[:, at : at + length] = [sample.context, range(length), [index] * length, [0] * length]
+        tokens[:, at : at + length] = _columns(sample.context, 0, index, 0)
         context_at.append(np.arange(at, at + length - 1))
         at += length
         for ids, spans in sample.chains:
             turn += 1
             n = len(ids)
-            tokens[:, at : at + n] = [ids, range(length, length + n), [index] * n, [turn] * n]
+            tokens[:, at : at + n] = _columns(ids, length, index, turn)
             for start, end, kind in spans:
                 answers += [(at + i - 1, ids[i], kind, number) for i in range(start, end)]
                 number += 1
             at += n
     return Row(tokens, *_losses(tokens[0], answers, np.concatenate(context_at), dice))
+
+
+def _columns(ids: list[int], start: int, context: int, turn: int) -> Ints:
+    """(4, n): ids, positions from ``start``, context number, turn."""
+    n = len(ids)
+    parts = (np.array(ids), np.arange(start, start + n), np.full(n, context), np.full(n, turn))
+    return np.stack(parts).astype(np.int32)
 
 
 def _losses(
@@ -173,14 +180,16 @@ def _losses(
     weights[:n] = WEIGHTS[losses[2, :n]]
     room = min(total - n, len(context_at))
     picks = np.sort(np.array(dice.sample(context_at.tolist(), room), np.int32)) if room else np.zeros(0, np.int32)
-    losses[:, n : n + room] = [picks, ids[picks + 1], [-1] * room, [-1] * room]
+    none = np.full(room, -1)
+    losses[:, n : n + room] = np.stack((picks, ids[picks + 1], none, none))
     weights[n : n + room] = CONTEXT_WEIGHT * len(context_at) / max(room, 1)
     return losses, weights
 
 
-def training_rows(maker: SampleMaker, seed: int, level_of: "LevelOf", row: int = ROW) -> Iterator[Row]:
+def training_rows(maker: SampleMaker, seed: int, level_of: LevelOf, row: int = ROW) -> Iterator[Row]:
     """Endless rows. A sample that does not fit waits for the next row; tiny ones fill the gap."""
-    dice, number, waiting = Dice(f"rows/{seed}"), seed * 10_000_000, None
+    dice, number = Dice(f"rows/{seed}"), seed * 10_000_000
+    waiting: Sample | None = None
     while True:
         samples: list[Sample] = []
         room = row
@@ -264,6 +273,6 @@ class Workers:
             process.terminate()
 
 
-def _work(tokenizer_file: Path, seed: int, row: int, level: Any, rows: "mp.Queue[Row]") -> None:
+def _work(tokenizer_file: Path, seed: int, row: int, level: Any, rows: mp.Queue[Row]) -> None:
     for made in training_rows(SampleMaker(tokenizer_file), seed, LevelOf(level), row):
         rows.put(made)

@@ -25,13 +25,13 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
-from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
+from torch.nn import functional
 
 from ragkv.eval.train_data import LEVELS, ROW, Row, SampleMaker, Workers, scoring_rows
 from ragkv.eval.train_model import DemoModel, Rows, Shape, load, save
 from ragkv.eval.worlds import KINDS, TRAINING_KINDS
+from ragkv.eval.worlds_names import SPLITS, Split
 
 # Chunks a world, worlds, questions a kind and world: about 0.6k, 0.9k, 2k, 4k, 8k and 15k tokens of context.
 SCORED = ((9, 80, 5), (12, 60, 4), (30, 30, 5), (60, 30, 5), (120, 30, 5), (222, 30, 5))
@@ -106,7 +106,7 @@ class Trainer:
     def _losses(self, hidden: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         """Cross entropy and whether the greedy token is right, both (n,)."""
         logits = self.model.head(hidden).float()
-        return F.cross_entropy(logits, target, reduction="none"), logits.argmax(-1) == target
+        return functional.cross_entropy(logits, target, reduction="none"), logits.argmax(-1) == target
 
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
@@ -168,7 +168,7 @@ class Trainer:
         entropy, right = self.forward(batch)
         loss = (entropy * batch.weight).sum() / batch.weight.sum()
         marks.append(self._mark())
-        loss.backward()
+        torch.autograd.backward(loss)
         marks.append(self._mark())
         self._average_gradients()
         for optimizer in self.optimizers:
@@ -180,17 +180,19 @@ class Trainer:
         self.progress.step += 1
         self.progress.tokens += batch.rows.ids.numel() * self.ranks
         if self.progress.step % 10 == 0 and self.rank == 0:
-            answers = batch.kind.ge(0) & batch.weight.gt(0)
-            context = batch.kind.lt(0) & batch.weight.gt(0)
-            self.recent = float(entropy[answers].detach().mean())
-            if self.progress.step % 50 == 0 or self.progress.step < 50:
-                of_kind = [
-                    entropy[answers & (batch.kind == k)].detach().mean().item() for k in range(len(TRAINING_KINDS))
-                ]
-                self._log(
-                    answer_loss=self.recent, right=float(right[answers].float().mean()),
-                    context_loss=float(entropy[context].detach().mean()), by_kind=dict(zip(TRAINING_KINDS, of_kind, strict=True)),
-                )  # fmt: skip
+            self._note(batch, entropy.detach(), right)
+
+    def _note(self, batch: Batch, entropy: Tensor, right: Tensor) -> None:
+        used = batch.weight.gt(0)
+        answers = batch.kind.ge(0) & used
+        self.recent = float(entropy[answers].mean())
+        if self.progress.step % 50 == 0 or self.progress.step < 50:
+            by_kind = {
+                kind: float(entropy[answers & (batch.kind == k)].mean()) for k, kind in enumerate(TRAINING_KINDS)
+            }
+            context = float(entropy[batch.kind.lt(0) & used].mean())
+            hits = float(right[answers].float().mean())
+            self._log(answer_loss=self.recent, right=hits, context_loss=context, by_kind=by_kind)
 
     def _mark(self) -> float:
         """The time, of every thousandth step on the device's clock: where do the milliseconds go?"""
@@ -202,10 +204,10 @@ class Trainer:
         if self.ranks == 1:
             return
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
-        flat = _flatten_dense_tensors(gradients)
+        flat = torch.cat([gradient.flatten() for gradient in gradients])
         dist.all_reduce(flat, op=dist.ReduceOp.AVG)
-        for gradient, mean in zip(gradients, _unflatten_dense_tensors(flat, gradients), strict=True):
-            gradient.copy_(mean)
+        for gradient, mean in zip(gradients, torch.split(flat, [g.numel() for g in gradients]), strict=True):
+            gradient.copy_(mean.view_as(gradient))
 
     def _prefetch(self, workers: Workers) -> queue.Queue[Batch]:
         batches: queue.Queue[Batch] = queue.Queue(maxsize=4)
@@ -221,10 +223,10 @@ class Trainer:
 
     # Scores and files ------------------------------------------------------------------------------------
 
-    def _scoring(self, split: str, plan: tuple[tuple[int, int, int], ...]) -> dict[str, list[Batch]]:
+    def _scoring(self, split: Split, plan: tuple[tuple[int, int, int], ...]) -> dict[str, list[Batch]]:
         maker, out = SampleMaker(self.tokenizer), {}
         for size, worlds, per_kind in plan:
-            rows = scoring_rows(maker, split, size, worlds, per_kind, self.args.row)  # type: ignore[arg-type]
+            rows = scoring_rows(maker, split, size, worlds, per_kind, self.args.row)
             if not rows:
                 continue
             spare = replace(rows[-1], weights=np.zeros_like(rows[-1].weights))
@@ -242,7 +244,7 @@ class Trainer:
         for batch in batches:
             right = self.forward(batch)[1]
             answers = batch.kind.ge(0) & batch.weight.gt(0)
-            numbers, index = batch.answer[answers].unique(return_inverse=True)
+            numbers, index = torch.unique(batch.answer[answers], return_inverse=True)
             exact = torch.ones(len(numbers), device=self.device)
             exact = exact.scatter_reduce(0, index, right[answers].float(), "amin")
             kind = torch.zeros_like(numbers).scatter(0, index, batch.kind[answers])
@@ -261,7 +263,7 @@ class Trainer:
                 shutil.copy(self.args.tokenizer / name, out / name)
         (out / "progress.json").write_text(json.dumps(asdict(self.progress)) + "\n")
         plan = SCORED if self.args.full_scores else WATCHED
-        for split in ("dev", "test"):
+        for split in SPLITS[1:]:
             self._log(split=split, final=self.score(self._scoring(split, plan)))
 
     def _log(self, **values: object) -> None:

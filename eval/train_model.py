@@ -13,9 +13,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F  # noqa: N812
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 BLOCK = 128
@@ -55,7 +55,7 @@ class Norm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x.float(), self.weight.shape, self.weight, self.eps).to(x.dtype)
+        return functional.rms_norm(x.float(), self.weight.shape, self.weight, self.eps).to(x.dtype)
 
 
 class Attention(nn.Module):
@@ -77,8 +77,8 @@ class Attention(nn.Module):
         if isinstance(mask, BlockMask):
             out = flex_attention(q, k.to(q.dtype), v, block_mask=mask, enable_gqa=True)
         else:
-            out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
-        return self.o_proj(out.transpose(1, 2).reshape(rows, length, -1))
+            out = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+        return functional.linear(out.transpose(1, 2).reshape(rows, length, -1), self.o_proj.weight)
 
 
 class Mlp(nn.Module):
@@ -89,7 +89,7 @@ class Mlp(nn.Module):
         self.down_proj = nn.Linear(shape.intermediate_size, shape.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return functional.linear(functional.silu(self.gate_proj(x)) * self.up_proj(x), self.down_proj.weight)
 
 
 class Layer(nn.Module):
@@ -101,7 +101,8 @@ class Layer(nn.Module):
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: BlockMask | Tensor) -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        added: Tensor = self.mlp(self.post_attention_layernorm(x))
+        return x + added
 
 
 class Body(nn.Module):
@@ -114,6 +115,8 @@ class Body(nn.Module):
 
 class DemoModel(nn.Module):
     """``forward`` gives hidden states at chosen positions only, ``head`` their logits."""
+
+    frequencies: Tensor
 
     def __init__(self, shape: Shape) -> None:
         super().__init__()
@@ -137,11 +140,12 @@ class DemoModel(nn.Module):
             x, cos, sin = x.bfloat16(), cos.bfloat16(), sin.bfloat16()
         for layer in self.model.layers:
             x = layer(x, cos, sin, mask)
-        return x.flatten(0, 1)[chosen]
+        hidden: Tensor = x.flatten(0, 1)[chosen]
+        return hidden
 
     def head(self, x: Tensor) -> Tensor:
         """Logits (n, vocabulary) of hidden states (n, hidden)."""
-        return F.linear(self.model.norm(x), self.model.embed_tokens.weight)
+        return functional.linear(self.model.norm(x), self.model.embed_tokens.weight)
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -174,8 +178,8 @@ def block_kinds(rows: Rows) -> tuple[Tensor, Tensor]:
 
     ``partial`` may hold blocks that turn out empty, never the reverse.
     """
-    c = rows.context.unflatten(1, (-1, BLOCK))
-    t = rows.turn.unflatten(1, (-1, BLOCK))
+    c = rows.context.view(len(rows.context), -1, BLOCK)
+    t = rows.turn.view(len(rows.turn), -1, BLOCK)
     c_low, c_high, t_low, t_high = c.amin(-1), c.amax(-1), t.amin(-1), t.amax(-1)
     at = torch.arange(c.shape[1], device=c.device)
     overlap = (c_low[:, :, None] <= c_high[:, None, :]) & (c_high[:, :, None] >= c_low[:, None, :])

@@ -30,7 +30,23 @@ KINDS = ("direct", "coref", "bridge", "gloss", "compare", "update", "memory")
 TRAINING_KINDS = (*KINDS, "choose", "drill")
 # Facts that a notice may correct: what changes in life, and nothing other questions build upon.
 _CHANGEABLE = frozenset(
-    "trade pet instrument drink door holiday product director trucks feast task start mayor known fair".split()
+    {
+        "trade",
+        "pet",
+        "instrument",
+        "drink",
+        "door",
+        "holiday",
+        "product",
+        "director",
+        "trucks",
+        "feast",
+        "task",
+        "start",
+        "mayor",
+        "known",
+        "fair",
+    }
 )
 _SECOND_TYPES = ("person", "person", "firm", "village", "project", "codes", "codes", "codes", "notices")
 _WEIGHTED_TYPES = ("person",) * 4 + ("firm",) * 2 + ("project",) * 2 + ("village",) * 2
@@ -382,7 +398,7 @@ def _parts(template: str) -> tuple[str, ...]:
 
 def _render(template: str, name: str, pronoun: tuple[str, str, str], value: str) -> str:
     """Fill a sentence; the name, where given, takes the first place a subject can stand, pronouns the rest."""
-    out = []
+    out: list[str] = []
     for part in _parts(template):
         if part == "{v}":
             if out and out[-1].lower().endswith(" a ") and value[0] in "aeiou":

@@ -30,7 +30,7 @@ class Dice:
     """Seeded choices built on ``random()`` alone, the one method Python promises never to change."""
 
     def __init__(self, seed: str) -> None:
-        self.random = random.Random(digest(seed)).random  # noqa: S311
+        self.random = random.Random(digest(seed)).random
 
     def number(self, low: int, high: int) -> int:
         """An integer with ``low <= n <= high``."""
@@ -55,23 +55,27 @@ class Dice:
         return out[:count]
 
 
-_HEADS = (
+def _words(text: str) -> list[str]:
+    return text.split()
+
+
+_HEADS = _words(
     "bal bar bel ber bir bor bran bren cal car cas cel cor dal dar del dor dral dun el en er fal far fen "
     "fin for gal gar gel gren hal har hel hol il in is jan jar jel jor kal kar kel kir kor lan lar len lin "
     "lor mal mar mel mir mor nal nar nel nor ol or os pal par pel por quel ral ran rel rin ros sal sar sel "
     "sil sor tal tar tel tor tul ul ur val var vel vin vor wal war wel wil yar yel zan zel zor"
-).split()
+)
 # The endings of different kinds differ, so that no word can name two kinds of thing.
 _TAILS: dict[Kind, list[str]] = {
-    "given": "a ada ia ina issa eth ette ice io is on us en ano iel omir umi win".split(),
-    "family": "ard berg dane fell gate hart house land lock man mere ridge son stone thorn wood well worth".split(),
-    "firm": "ance ane aro ax co dex ex eon ico inor ix ora otec ova um ycor".split(),
-    "project": "adon amis anthe aris asca egis essa icor ion ivane ode onyx ophel otis uria".split(),
-    "village": "bury by combe den ey field ford ham ingham ley moor ness stead ton vale wick".split(),
-    "river": "ack aine een ell ent erne irrow isk ogue oon unt usk".split(),
-    "word": "ap ebbit ock ig immel ippet ob odge oggin oodle ump unk urrit uzz".split(),
+    "given": _words("a ada ia ina issa eth ette ice io is on us en ano iel omir umi win"),
+    "family": _words("ard berg dane fell gate hart house land lock man mere ridge son stone thorn wood well worth"),
+    "firm": _words("ance ane aro ax co dex ex eon ico inor ix ora otec ova um ycor"),
+    "project": _words("adon amis anthe aris asca egis essa icor ion ivane ode onyx ophel otis uria"),
+    "village": _words("bury by combe den ey field ford ham ingham ley moor ness stead ton vale wick"),
+    "river": _words("ack aine een ell ent erne irrow isk ogue oon unt usk"),
+    "word": _words("ap ebbit ock ig immel ippet ob odge oggin oodle ump unk urrit uzz"),
 }
-FIRM_FORMS = "Works Mills Foundry Press Glass Trading Shipping Instruments Tools Paper Textiles Ceramics".split()
+FIRM_FORMS = _words("Works Mills Foundry Press Glass Trading Shipping Instruments Tools Paper Textiles Ceramics")
 
 
 @cache
@@ -91,7 +95,7 @@ COUNTRIES = (
     "Ardania", "Belmark", "Corvia", "Doranth", "Estmere", "Fellonia",
     "Gravenland", "Hesperin", "Ithmar", "Jorvia", "Kelland", "Lothmar",
 )  # fmt: skip
-_TOWN_TAILS = "abad ava burg dorf esk gorod grad haven holm ik mouth opolis port stad".split()
+_TOWN_TAILS = _words("abad ava burg dorf esk gorod grad haven holm ik mouth opolis port stad")
 
 
 @cache

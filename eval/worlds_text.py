@@ -58,13 +58,16 @@ STATES = _words("finished delayed cancelled approved secret paused insured rejec
 PERSON = (
     Attribute(
         "trade", "profession", TRADES,
-        ("{S} works as a {v}.", "By profession {s} is a {v}.", "{S} trained as a {v} and never changed trade.",
+        ("{S} works as a {v}.", "By profession {s} is a {v}.",
+         "{S} trained as a {v} and never changed trade.",
          "{P} profession is that of a {v}.", "Most people know that {s} is a {v}."),
-        ("What is the profession of {x}?", "What does {x} do for a living?", "Which profession does {x} have?"),
+        ("What is the profession of {x}?", "What does {x} do for a living?",
+         "Which profession does {x} have?"),
     ),
     Attribute(
         "age", "age", "number:20:79",
-        ("{S} is {v} years old.", "{P} age is {v}.", "This spring {s} turned {v}.", "At the age of {v}, {s} still walks to work."),
+        ("{S} is {v} years old.", "{P} age is {v}.", "This spring {s} turned {v}.",
+         "At the age of {v}, {s} still walks to work."),
         ("How old is {x}?", "What is the age of {x}?"),
         (("Who is older, {a} or {b}?", "Which of the two is older, {a} or {b}?"),
          ("Who is younger, {a} or {b}?", "Which of the two is younger, {a} or {b}?")),
@@ -95,24 +98,32 @@ PERSON = (
         phrases=("the village where {n} lives", "the home village of {n}"),
     ),
     Attribute(
-        "pet", "pet", _words("cat dog parrot rabbit tortoise pony goat hamster canary ferret duck snake donkey mouse"),
-        ("{S} keeps a {v}.", "{P} pet is a {v}.", "A {v} shares the house with {s0}.", "{S} never travels without {p} {v}."),
+        "pet",
+        "pet", _words("cat dog parrot rabbit tortoise pony goat hamster canary ferret duck snake donkey "
+                      "mouse"),
+        ("{S} keeps a {v}.", "{P} pet is a {v}.", "A {v} shares the house with {s0}.",
+         "{S} never travels without {p} {v}."),
         ("Which animal does {x} keep?", "What pet does {x} have?"),
     ),
     Attribute(
-        "instrument", "instrument", _words("cello flute piano violin harp trumpet drum guitar organ oboe banjo horn lute accordion"),
+        "instrument",
+        "instrument", _words("cello flute piano violin harp trumpet drum guitar organ oboe banjo horn "
+                             "lute accordion"),
         ("{S} plays the {v}.", "In the evening {s} practises the {v}.", "{P} instrument is the {v}.",
          "As a child {s} learned the {v}."),
         ("Which instrument does {x} play?", "What instrument does {x} practise?"),
     ),
     Attribute(
-        "drink", "favourite drink", _words("cocoa tea coffee cider milk lemonade beer wine water broth buttermilk punch sherry"),
+        "drink",
+        "favourite drink", _words("cocoa tea coffee cider milk lemonade beer wine water broth buttermilk "
+                                  "punch sherry"),
         ("{P} favourite drink is {v}.", "{S} drinks nothing but {v}.", "With every meal {s} asks for {v}."),
         ("What is the favourite drink of {x}?", "What does {x} like to drink?"),
     ),
     Attribute(
         "door", "colour of the front door", COLOURS,
-        ("{P} front door is {v}.", "{S} painted {p} front door {v}.", "Visitors find {s0} behind a {v} front door."),
+        ("{P} front door is {v}.", "{S} painted {p} front door {v}.",
+         "Visitors find {s0} behind a {v} front door."),
         ("What colour is the front door of {x}?", "In which colour is the front door of {x} painted?"),
     ),
     Attribute(
@@ -122,15 +133,19 @@ PERSON = (
     ),
     Attribute(
         "locker", "locker mark", METALS,
-        ("{P} locker bears the mark {v}.", "On {p} locker one reads the word {v}.", "{S} had {p} locker marked {v}."),
-        ("Which metal does the mark on the locker of {x} stand for?", "What metal is meant by the locker mark of {x}?"),
+        ("{P} locker bears the mark {v}.", "On {p} locker one reads the word {v}.",
+         "{S} had {p} locker marked {v}."),
+        ("Which metal does the mark on the locker of {x} stand for?",
+         "What metal is meant by the locker mark of {x}?"),
         gloss=True,
         marks=("Which word is on the locker of {x}?",),
     ),
     Attribute(
         "badge", "badge word", FRUITS,
-        ("{P} badge shows the word {v}.", "{S} wears a badge that says {v}.", "The word on {p} badge is {v}."),
-        ("Which fruit does the word on the badge of {x} stand for?", "What fruit is meant by the badge of {x}?"),
+        ("{P} badge shows the word {v}.", "{S} wears a badge that says {v}.",
+         "The word on {p} badge is {v}."),
+        ("Which fruit does the word on the badge of {x} stand for?",
+         "What fruit is meant by the badge of {x}?"),
         gloss=True,
         marks=("Which word is on the badge of {x}?",),
     ),
@@ -139,15 +154,19 @@ PERSON = (
 FIRM = (
     Attribute(
         "seat", "head office", "town",
-        ("{S} has its head office in {v}.", "{P} head office is in {v}.", "The letters of {s0} come from its head office in {v}."),
+        ("{S} has its head office in {v}.", "{P} head office is in {v}.",
+         "The letters of {s0} come from its head office in {v}."),
         ("Where is the head office of {x}?", "In which town does {x} have its head office?"),
-        memory=("In which country is the head office of {x}?", "In which country does {x} have its head office?"),
+        memory=("In which country is the head office of {x}?",
+                "In which country does {x} have its head office?"),
     ),
     Attribute(
         "product", "main product",
-        _words("lamps clocks boots kettles ropes bicycles mirrors sails pianos stoves candles barrels carpets "
+        _words("lamps clocks boots kettles ropes bicycles mirrors sails pianos stoves candles barrels "
+               "carpets "
                "umbrellas scales compasses gloves bricks ladders wagons pencils buttons"),
-        ("{S} makes {v}.", "{S} is known for its {v}.", "{P} main product is {v}.", "What {s} sells best is {v}."),
+        ("{S} makes {v}.", "{S} is known for its {v}.", "{P} main product is {v}.",
+         "What {s} sells best is {v}."),
         ("What does {x} make?", "What is the main product of {x}?", "Which goods does {x} produce?"),
     ),
     Attribute(
@@ -164,7 +183,8 @@ FIRM = (
         (("Which company has more employees, {a} or {b}?", "Which is the larger employer, {a} or {b}?"),
          ("Which company has fewer employees, {a} or {b}?", "Which is the smaller employer, {a} or {b}?")),
         holder="Which company has {v} employees?",
-        extreme=("How many employees has the larger of {a} and {b}?", "How many employees has the smaller of {a} and {b}?"),
+        extreme=("How many employees has the larger of {a} and {b}?",
+                 "How many employees has the smaller of {a} and {b}?"),
     ),
     Attribute(
         "director", "director", "stranger",
@@ -183,8 +203,10 @@ FIRM = (
     ),
     Attribute(
         "seal", "seal", ANIMALS,
-        ("{P} seal bears the word {v}.", "{S} seals its letters with the word {v}.", "Every crate from {s0} carries the word {v}."),
-        ("Which animal does the word on the seal of {x} stand for?", "What animal is meant by the seal of {x}?"),
+        ("{P} seal bears the word {v}.", "{S} seals its letters with the word {v}.",
+         "Every crate from {s0} carries the word {v}."),
+        ("Which animal does the word on the seal of {x} stand for?",
+         "What animal is meant by the seal of {x}?"),
         gloss=True,
         marks=("Which word is on the seal of {x}?",),
     ),
@@ -207,16 +229,19 @@ PROJECT = (
     ),
     Attribute(
         "budget", "budget", "number:10:99",
-        ("{S} has a budget of {v} thousand crowns.", "{P} budget is {v} thousand crowns.", "The council gave {s0} {v} thousand crowns."),
+        ("{S} has a budget of {v} thousand crowns.", "{P} budget is {v} thousand crowns.",
+         "The council gave {s0} {v} thousand crowns."),
         ("How many thousand crowns is the budget of {x}?", "How many thousand crowns does {x} have?"),
         (("Which project has the larger budget, {a} or {b}?", "Which has more money, {a} or {b}?"),
          ("Which project has the smaller budget, {a} or {b}?", "Which has less money, {a} or {b}?")),
         holder="Which project has {v} thousand crowns?",
-        extreme=("How many thousand crowns has the larger of {a} and {b}?", "How many thousand crowns has the smaller of {a} and {b}?"),
+        extreme=("How many thousand crowns has the larger of {a} and {b}?",
+                 "How many thousand crowns has the smaller of {a} and {b}?"),
     ),
     Attribute(
         "task", "aim",
-        _words("bridge tunnel lighthouse windmill harbour railway museum canal dam tower market theatre school "
+        _words("bridge tunnel lighthouse windmill harbour railway museum canal dam tower market theatre "
+               "school "
                "hospital library orchard reservoir observatory"),
         ("{S} is to build a new {v}.", "{P} aim is a new {v}.", "At the end of {s0} there will be a {v}."),
         ("What is {x} going to build?", "What is the aim of {x}?"),
@@ -228,7 +253,8 @@ PROJECT = (
     ),
     Attribute(
         "status", "status", STATES,
-        ("{P} file is stamped {v}.", "On the file of {s0} stands the word {v}.", "{S} carries the stamp {v}."),
+        ("{P} file is stamped {v}.", "On the file of {s0} stands the word {v}.",
+         "{S} carries the stamp {v}."),
         ("What does the stamp on the file of {x} mean?", "Which status is meant by the stamp of {x}?"),
         gloss=True,
         marks=("Which word is stamped on the file of {x}?",),
@@ -248,22 +274,28 @@ VILLAGE = (
     ),
     Attribute(
         "known", "speciality",
-        _words("cheese pottery honey lace cider saddles bells mustard ham baskets plums knives ink glassware wool salt"),
+        _words("cheese pottery honey lace cider saddles bells mustard ham baskets plums knives ink "
+               "glassware wool salt"),
         ("{S} is famous for its {v}.", "{P} speciality is {v}.", "Travellers come to {s0} for the {v}."),
         ("What is {x} famous for?", "What is the speciality of {x}?"),
     ),
     Attribute(
         "distance", "distance from the coast", "number:10:99",
-        ("{S} lies {v} miles from the coast.", "{P} distance from the coast is {v} miles.", "From {s0} to the coast it is {v} miles."),
+        ("{S} lies {v} miles from the coast.", "{P} distance from the coast is {v} miles.",
+         "From {s0} to the coast it is {v} miles."),
         ("How many miles is {x} from the coast?", "How far is {x} from the coast in miles?"),
         (("Which village is farther from the coast, {a} or {b}?", "Which lies farther inland, {a} or {b}?"),
          ("Which village is closer to the coast, {a} or {b}?", "Which lies nearer the coast, {a} or {b}?")),
         holder="Which village lies {v} miles from the coast?",
-        extreme=("How many miles from the coast is the farther of {a} and {b}?", "How many miles from the coast is the nearer of {a} and {b}?"),
+        extreme=("How many miles from the coast is the farther of {a} and {b}?",
+                 "How many miles from the coast is the nearer of {a} and {b}?"),
     ),
     Attribute(
-        "tree", "tree on the square", _words("oak elm lime beech chestnut walnut maple birch willow ash pine cedar yew poplar"),
-        ("An old {v} stands on the square of {s0}.", "{P} square is shaded by a {v}.", "{S} is proud of the {v} on its square."),
+        "tree",
+        "tree on the square", _words("oak elm lime beech chestnut walnut maple birch willow ash pine "
+                                     "cedar yew poplar"),
+        ("An old {v} stands on the square of {s0}.", "{P} square is shaded by a {v}.",
+         "{S} is proud of the {v} on its square."),
         ("Which tree stands on the square of {x}?", "What kind of tree is on the square of {x}?"),
     ),
     Attribute(
@@ -273,8 +305,10 @@ VILLAGE = (
     ),
     Attribute(
         "flag", "word on the flag", COLOURS,
-        ("{P} flag shows the word {v}.", "{S} put the word {v} on its flag.", "On the flag of {s0} one reads {v}."),
-        ("Which colour does the word on the flag of {x} stand for?", "What colour is meant by the flag of {x}?"),
+        ("{P} flag shows the word {v}.", "{S} put the word {v} on its flag.",
+         "On the flag of {s0} one reads {v}."),
+        ("Which colour does the word on the flag of {x} stand for?",
+         "What colour is meant by the flag of {x}?"),
         gloss=True,
         marks=("Which word is on the flag of {x}?",),
     ),
@@ -299,21 +333,24 @@ TITLES: dict[str, tuple[str, ...]] = {
 }
 FILLERS: dict[str, tuple[str, ...]] = {
     "person": (
-        "Neighbours speak of {s0} with respect, and children greet {s0} in the street.", "{S} rarely complains.",
+        "Neighbours speak of {s0} with respect, and children greet {s0} in the street.",
+        "{S} rarely complains.",
         "Nobody has ever seen {s0} in a hurry.", "{S} reads two books a week and forgets both.",
         "On Sundays {s} sleeps late and then goes for a long walk.", "{P} handwriting is hard to read.",
         "Friends say that {s} tells good stories.", "{S} owns three clocks, and none of them is right.",
         "Of politics {s} seldom speaks.", "{P} letters are short, but they always arrive.",
     ),
     "firm": (
-        "The owners rarely speak to the press.", "Business has been steady for years, in spite of the new tax.",
+        "The owners rarely speak to the press.",
+        "Business has been steady for years, in spite of the new tax.",
         "A new hall is being built behind the old one.", "{S} pays its bills on time.",
         "Orders come in by post and by telephone.", "The yard is swept every evening.",
         "Visitors are welcome if they write a week before.",
     ),
     "project": (
         "The plans fill eleven folders and one drawer.", "Engineers meet every second week.",
-        "There was some doubt at first, but it was soon forgotten.", "The weather has caused no trouble so far.",
+        "There was some doubt at first, but it was soon forgotten.",
+        "The weather has caused no trouble so far.",
         "{S} was much discussed in the newspapers.", "Two reports have been written about the ground.",
     ),
     "village": (
