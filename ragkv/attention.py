@@ -15,6 +15,7 @@ from transformers import AttentionInterface
 from ragkv.kv import RequestKV
 
 NAME = "ragkv"
+CPU_BLOCK_ROWS = 64
 
 
 class AttentionStep:
@@ -38,6 +39,7 @@ class AttentionStep:
         self.slots = positions - kv.base
         self.contiguous, self.score_rows = contiguous, score_rows
         self.scores: torch.Tensor | None = None
+        self._blocks: list[tuple[slice, int]] = []
         self._masks: dict[int | None, torch.Tensor] = {}
 
     @property
@@ -64,6 +66,20 @@ class AttentionStep:
                 allowed &= keys > self.slots[:, None] - window
             self._masks[window] = allowed
         return self._masks[window]
+
+    @property
+    def blocks(self) -> list[tuple[slice, int]]:
+        """Rows to attend together, and how many keys the last of them may see: the rest is not even looked at.
+
+        Rows ascend, so on a CPU small blocks save about half of a repair's attention. On a GPU each block would be
+        one more launch.
+        """
+        if not self._blocks:
+            size = CPU_BLOCK_ROWS if self.slots.device.type == "cpu" else self.rows
+            for start in range(0, self.rows, size):
+                end = min(start + size, self.rows)
+                self._blocks.append((slice(start, end), int(self.slots[end - 1]) + 1))
+        return self._blocks
 
     def collect(self, weights: torch.Tensor) -> None:
         """Add one layer's attention (heads, score_rows, length) of the scored rows."""
@@ -97,7 +113,10 @@ def attention(
     elif step.rows == 1 and window is None:
         out = sdpa(q, k, v, scale=scaling)
     else:
-        out = sdpa(q, k, v, attn_mask=step.mask(window), scale=scaling)
+        out = torch.empty_like(q)
+        for rows, seen in step.blocks:
+            mask = step.mask(window)[rows, :seen]
+            out[:, :, rows] = sdpa(q[:, :, rows], k[:, :, :seen], v[:, :, :seen], attn_mask=mask, scale=scaling)
     return out.reshape(1, -1, *out.shape[2:]).transpose(1, 2), None
 
 

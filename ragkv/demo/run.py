@@ -17,7 +17,7 @@ from ragkv.types import Answer, ContextPolicy, Method
 
 HERE = Path(__file__).parent
 COLLECTION = "demo"
-TOP_K = 24
+TOP_K = 42
 
 
 @dataclass(frozen=True)
