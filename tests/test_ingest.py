@@ -296,6 +296,25 @@ def test_progress_covers_every_stage_and_reaches_its_total(engine):
     assert ("encode", report.chunks, report.chunks) in said
 
 
+def test_a_failing_progress_callback_does_not_kill_the_engine(engine, monkeypatch):
+    def broken(*_):
+        raise RuntimeError("no encoding today")
+        yield
+
+    def progress(stage, *_):
+        if stage == "encode":
+            raise RuntimeError("no progress today")
+
+    engine.ingest("c", DOCUMENTS[:1], progress=progress)
+    monkeypatch.setattr("ragkv.loop.encode", broken)
+    report = engine.ingest("c", DOCUMENTS[1:], progress=progress)
+    assert report.deferred == report.chunks
+    assert "no encoding today" in report.warnings[0]
+    monkeypatch.undo()
+    assert engine.health().status == "ok"
+    assert engine.query(QUESTION, collection="c").text
+
+
 def test_filters_keep_a_document_out_of_answers(engine):
     engine.ingest("c", DOCUMENTS)
     answer = engine.query("Where did Ada move?", filters={"initial": {"$in": ["B", "C"]}}, **ALL)
