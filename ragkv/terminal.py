@@ -12,6 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 from rich.text import Text
 
+from ragkv.config import Settings
 from ragkv.types import Answer, IngestEstimate, IngestReport
 
 STAGES = {
@@ -120,11 +121,9 @@ def show_demo(console: Console, result: dict[str, Any]) -> None:
     for one in result["questions"]:
         table.add_row(one["kind"], one["question"], one["gold"], *(_cell(one["runs"][way]) for way in ways))
     console.print(table)
-    sources = Table("question", "sources of the blended answer, best first", box=None, header_style="dim")
+    sources = Table("question", "its two best sources", box=None, header_style="dim")
     for one in result["questions"]:
-        found = one["runs"]["blend"]["sources"]
-        more = f" … and {len(found) - 3} more" if len(found) > 3 else ""
-        sources.add_row(one["question"], ", ".join(found[:3]) + more)
+        sources.add_row(one["question"], ", ".join(one["runs"]["blend"]["sources"][:2]))
     console.print(sources)
     _show_summary(console, result["summary"])
 
@@ -139,10 +138,9 @@ def _show_summary(console: Console, summary: dict[str, Any]) -> None:
     slowest = max(way["median_ttft_ms"] for way in summary.values())
     console.print()
     for name, way in summary.items():
-        bar = "█" * max(1, round(40 * way["median_ttft_ms"] / slowest))
+        bar = "█" * max(1, round(30 * way["median_ttft_ms"] / slowest))
         console.print(
-            f"{name:>6} {bar:<40} {way['median_ttft_ms']:7.0f} ms to the first token (median), "
-            f"{way['accuracy']:.0%} right",
+            f"{name:>6} {bar:<30} {way['median_ttft_ms']:5.0f} ms to first token, {way['accuracy']:.0%} right",
             highlight=False,
         )
     ratio = summary["full"]["median_ttft_ms"] / summary["blend"]["median_ttft_ms"]
@@ -156,3 +154,12 @@ def size(count: float) -> str:
             return f"{count:.0f} {unit}" if unit == "bytes" else f"{count:.1f} {unit}"
         count /= 1000
     return f"{count:.1f} TB"
+
+
+def settings_table(settings: type[Settings]) -> str:
+    """All settings as a Markdown table, for the docs."""
+    rows = ["| setting | default | meaning |", "|---|---|---|"]
+    for name, field in settings.model_fields.items():
+        default = getattr(field.default, "as_posix", lambda value=field.default: value)()
+        rows.append(f"| `{name}` | `{default if default != '' else chr(39) * 2}` | {field.description} |")
+    return "\n".join(rows)
