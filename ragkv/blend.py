@@ -9,7 +9,8 @@ The loop is a generator that yields between layers, so that whoever drives it ca
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator
+from dataclasses import dataclass
 
 import torch
 
@@ -19,7 +20,21 @@ from ragkv.kv import RequestKV
 from ragkv.loading import LayerLoader
 from ragkv.plan import PromptPlan, Span
 from ragkv.runner import ModelRunner, Rows
-from ragkv.selection import STRATEGIES
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a strategy hands to the main pass: ``rows``, ready for layer ``layer``.
+
+    ``dense_layers``: layers it ran over all context tokens on the way.
+    """
+
+    rows: Rows
+    layer: int
+    dense_layers: int = 0
+
+
+Strategy = Callable[["Blend"], Generator[None, None, Start]]
 
 
 class Blend:
@@ -27,6 +42,7 @@ class Blend:
 
     Args:
         reused: spans whose stored KV the loader brings; the other spans are computed.
+        strategy: chooses the tokens to repair; see :mod:`ragkv.selection`.
         ratio: share of the repairable context tokens a strategy selects.
         seed: of the ``random`` strategy.
     """
@@ -39,14 +55,14 @@ class Blend:
         loader: LayerLoader,
         reused: list[Span],
         *,
-        strategy: str,
+        strategy: Strategy,
         ratio: float,
         watch: Stopwatch,
         seed: int = 0,
     ) -> None:
         self.runner, self.plan, self.kv, self.loader = runner, plan, kv, loader
         self.reused, self.ratio, self.seed, self.watch = reused, ratio, seed, watch
-        self._strategy = STRATEGIES[strategy]
+        self._strategy = strategy
         self.ids = runner.tensor(plan.ids)
         self.length = len(plan.ids)
         self.required = torch.ones(self.length, dtype=torch.bool)

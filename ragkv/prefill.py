@@ -15,6 +15,7 @@ from ragkv.kv import RequestKV
 from ragkv.loading import ChunkLostError, LayerLoader
 from ragkv.plan import PromptPlan, Span
 from ragkv.runner import ModelRunner
+from ragkv.selection import STRATEGIES
 from ragkv.store import ChunkStore, OpenEntry
 from ragkv.types import KvSource
 
@@ -118,7 +119,7 @@ class Prefill:
                 kv,
                 loader,
                 spans,
-                strategy=self._strategy,
+                strategy=STRATEGIES[self._strategy],
                 ratio=self._ratio,
                 seed=self._seed,
                 watch=self._watch,

@@ -1,7 +1,7 @@
 """Which stored tokens to repair: the strategies, by name.
 
 A strategy is a generator over a :class:`~ragkv.blend.Blend`; it yields whenever it ran a layer and returns a
-:class:`Start`. It may select at once, look at the question's attention first, or run some layers
+:class:`~ragkv.blend.Start`. It may select at once, look at the question's attention first, or run some layers
 densely, and it never selects tokens that are not repairable.
 
     none      nothing: full reuse
@@ -15,31 +15,11 @@ densely, and it never selects tokens that are not repairable.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from collections.abc import Generator
 
 import torch
 
-from ragkv.runner import Rows
-
-if TYPE_CHECKING:
-    from ragkv.blend import Blend
-
-
-@dataclass(frozen=True)
-class Start:
-    """What a strategy hands to the main pass: ``rows``, ready for layer ``layer``.
-
-    ``dense_layers``: layers it ran over all context tokens on the way.
-    """
-
-    rows: Rows
-    layer: int
-    dense_layers: int = 0
-
-
-Strategy = Callable[["Blend"], Generator[None, None, Start]]
+from ragkv.blend import Blend, Start, Strategy
 
 HKVD_CHECK_LAYER = 1
 

@@ -7,6 +7,7 @@ looks like a special token in it stays text.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
 from functools import lru_cache
@@ -139,10 +140,13 @@ class Tokenizer:
 
 
 def _backend(inner: Any, *, special: bool) -> Backend:
-    backend = Backend.from_str(inner.backend_tokenizer.to_str())
+    description = json.loads(inner.backend_tokenizer.to_str())
+    if not special:
+        # All added tokens, not only those flagged special: `<think>` in a document is text, too.
+        description |= {"added_tokens": [], "post_processor": None}
+    backend = Backend.from_str(json.dumps(description))
     backend.no_truncation()
     backend.no_padding()
-    backend.encode_special_tokens = not special
     return backend
 
 

@@ -12,6 +12,7 @@ import torch
 from tokenizers import Tokenizer
 
 import ragkv
+from ragkv.config import DEFAULT_SYSTEM_PROMPT
 from ragkv.eval.train_data import LevelOf, SampleMaker, scoring_rows, training_rows
 from ragkv.eval.train_demo import to_batch
 from ragkv.eval.train_model import BLOCK, DemoModel, Rows, Shape, block_kinds, dense_mask, save
@@ -19,6 +20,8 @@ from ragkv.eval.train_tokenizer import SPECIAL, train
 from ragkv.eval.worlds import KINDS, World, make_world
 from ragkv.eval.worlds_names import NAME_KINDS, SPLITS, Dice, atlas, names
 from ragkv.eval.worlds_prompt import PromptIds, context_chunks
+from ragkv.tokenizer import Tokenizer as CoreTokenizer
+from ragkv.tokenizer import chunk_text, question_text
 
 MODEL = Path(ragkv.__file__).parent / "demo" / "model"
 TINY = Shape(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, head_dim=16,
@@ -167,3 +170,13 @@ def test_saved_model_is_the_librarys_model(tmp_path: Path) -> None:
 
 
 PINNED = ["44db4d985bc37e43", "dc8c8620a9f5b633", "f5963f20df62fd64"]
+
+
+def test_the_model_was_trained_on_the_very_prompt_the_core_makes(maker: SampleMaker) -> None:
+    """Training tokenises for itself, without the core; both must give the same ids."""
+    chunks, question = ["Alder\nAlder is old.", "It is also tall."], "How old is Alder?"
+    core = CoreTokenizer.load(MODEL)
+    before, after = core.frame(DEFAULT_SYSTEM_PROMPT, [])
+    context = [i for chunk in chunks for i in core.plain(chunk_text(chunk))]
+    expected = [*before, *context, *core.plain(question_text(question)), *after]
+    assert maker.ids.prompt(chunks, question) == expected

@@ -28,7 +28,7 @@ def blended(desk, plan, strategy, ratio, seed=0):
     entries = desk.store.open([span.chunk.tokens.key for span in plan.spans])
     reader = desk.store.open_layers(entries)
     loader = LayerLoader(desk.runner, kv, plan.spans, reader)
-    options = {"strategy": strategy, "ratio": ratio, "watch": Stopwatch(), "seed": seed}
+    options = {"strategy": STRATEGIES[strategy], "ratio": ratio, "watch": Stopwatch(), "seed": seed}
     blend = Blend(desk.runner, plan, kv, loader, list(plan.spans), **options)
     with reader:
         rows = drain(blend.run())

@@ -200,3 +200,13 @@ def test_fingerprints_tell_vocabularies_apart(bundled):
 def test_a_folder_without_a_tokenizer(tmp_path):
     with pytest.raises(NotAModelError, match="tokenizer"):
         Tokenizer.load(tmp_path)
+
+
+def test_added_tokens_not_flagged_special_stay_text_too():
+    inner = with_template(None)._inner
+    inner.add_tokens(["<think>"])
+    tokenizer = Tokenizer(inner)
+    thought = inner.convert_tokens_to_ids("<think>")
+    assert thought in tokenizer.special("<think>")
+    assert thought not in tokenizer.plain("<think>")
+    assert text_of(tokenizer, tokenizer.plain("a <think> b")) == "a <think> b"
