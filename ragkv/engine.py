@@ -8,6 +8,7 @@ import queue
 import threading
 import uuid
 from collections.abc import AsyncIterator, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import Any, Literal
 
@@ -105,6 +106,8 @@ class Engine:
             blending_off=fault,
         )
         self._output = OutputThread()
+        # Retrieval and tokenising for asyncio callers; the loop's own few threads are left to whoever else needs them.
+        self._callers = ThreadPoolExecutor(8, thread_name_prefix="ragkv-caller")
         self._writer = Writer(checkpoint, self._loop, self._store, dtype)
         self._pipeline = Pipeline(checkpoint, self._catalog, splitter, chunk_tokenizer, settings)
         self._ingestor = Ingestor(
@@ -237,7 +240,9 @@ class Engine:
                 loop.call_soon_threadsafe(events.put_nowait, event)
 
         try:
-            await asyncio.to_thread(self._submit, make_request(request, fields), emit, stop)
+            wanted = make_request(request, fields)
+            self._loop.refuse_when_closed()
+            await loop.run_in_executor(self._callers, self._submit, wanted, emit, stop)
             while True:
                 event = await events.get()
                 if isinstance(event, Exception):
@@ -298,6 +303,7 @@ class Engine:
         """Stop serving. Requests in flight end with an EngineClosedError; what was stored stays."""
         self._loop.close()
         self._writer.close()
+        self._callers.shutdown()
         self._output.close()
         self._catalog.close()
         self._store.close()

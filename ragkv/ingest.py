@@ -14,6 +14,7 @@ from typing import Literal
 from ragkv.checkpoint import Checkpoint
 from ragkv.chunks import ChunkTokenizer, ChunkTokens, EncodeGroup
 from ragkv.config import Settings
+from ragkv.documents import checked
 from ragkv.encode import EncodedChunk
 from ragkv.errors import DocumentError, EngineClosedError, RagkvError, StoreFullError
 from ragkv.loop import EngineLoop
@@ -38,6 +39,9 @@ class _Tally:
     reused: int = 0
     deferred: int = 0
     rejected: list[RejectedDocument] = field(default_factory=list)
+
+    def reject(self, document: Document, error: DocumentError) -> None:
+        self.rejected.append(RejectedDocument(document_id=document.id, error=error.code, message=error.message))
 
 
 class Writer:
@@ -253,19 +257,12 @@ class Ingestor:
             log.warning("a chunk could not be stored and will be computed again: %s", error)
 
     def _acceptable(self, document: Document, tally: _Tally) -> bool:
-        size, limit = len(document.text.encode("utf-8", "surrogatepass")), self._settings.max_document_bytes
-        message = None
-        if not document.text.strip():
-            message = f"document {document.id!r} is empty; nothing can be retrieved from it"
-        elif size > limit:
-            message = (
-                f"document {document.id!r} has {size} bytes, the limit is {limit}; split it or raise max_document_bytes"
-            )
-        elif any("\ud800" <= c <= "\udfff" for c in document.text):
-            message = f"document {document.id!r} holds lone surrogates, which are not text; send valid UTF-8"
-        if message:
-            tally.rejected.append(RejectedDocument(document_id=document.id, error=DocumentError.code, message=message))
-        return message is None
+        try:
+            checked(document, max_bytes=self._settings.max_document_bytes)
+        except DocumentError as error:
+            tally.reject(document, error)
+            return False
+        return True
 
     def _add(self, collection: Collection, batch: Sequence[Document], tally: _Tally) -> None:
         """Add a batch; where it holds a document the collection refuses, add its documents one by one."""
@@ -273,9 +270,7 @@ class Ingestor:
             report = collection.add(batch)
         except DocumentError as error:
             if len(batch) == 1:
-                tally.rejected.append(
-                    RejectedDocument(document_id=batch[0].id, error=error.code, message=error.message)
-                )
+                tally.reject(batch[0], error)
                 return
             for document in batch:
                 self._add(collection, [document], tally)

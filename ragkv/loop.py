@@ -81,6 +81,7 @@ class EngineLoop:
         self._running: list[_Running] = []
         self._prefill: tuple[Generation, Generator[None, None, PrefillResult]] | None = None
         self._encoding: _Encoding | None = None
+        self._owes_encoding = False
         self._closed = False
         self.failure: str | None = None
         self._thread = threading.Thread(target=self._run, name="ragkv-engine", daemon=True)
@@ -156,11 +157,16 @@ class EngineLoop:
         return bool(self._waiting or self._running or self._prefill or self._encodes or self._encoding)
 
     def _turn(self) -> None:
-        self._admit()
+        encoding = bool(self._encodes or self._encoding)
+        if not (encoding and self._owes_encoding):
+            self._admit()
         if self._prefill:
             self._advance_prefill()
-        elif self._encodes or self._encoding:
+            # A slice of encoding after each prefill: under steady load what is missing would never be stored.
+            self._owes_encoding = self._prefill is None
+        elif encoding:
             self._advance_encoding()
+            self._owes_encoding = False
         for request in list(self._running):
             self._decode(request)
 

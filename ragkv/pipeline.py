@@ -6,15 +6,14 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
-from blake3 import blake3
-
 from ragkv.checkpoint import Checkpoint
 from ragkv.chunks import ChunkTokenizer
 from ragkv.clock import Stopwatch
 from ragkv.config import Settings
+from ragkv.documents import checked, to_document
 from ragkv.errors import InputError, NotFoundError
 from ragkv.plan import PlannedChunk, PromptPlan, make_plan
-from ragkv.retrievers import Catalog, Chunk, Document, Hit, Splitter
+from ragkv.retrievers import Catalog, Chunk, Hit, Splitter
 from ragkv.tokenizer import question_text
 from ragkv.types import ContextPolicy, DocumentIn, Method, QueryRequest
 
@@ -113,7 +112,7 @@ class Pipeline:
         siblings: dict[str, list[Chunk]] = {}
         hits: list[Hit] = []
         for given in documents:
-            document = to_document(given)
+            document = checked(to_document(given), max_bytes=self._settings.max_document_bytes)
             if document.id in siblings:
                 raise InputError(f"two of the documents have the id {document.id!r}", document_id=document.id)
             siblings[document.id] = self._splitter.split_document(document)
@@ -134,12 +133,6 @@ class Pipeline:
                 tokens = self._chunk_tokenizer.chunk(texts, hit.chunk.ordinal, policy)
                 planned.append(PlannedChunk(hit.chunk, hit.rank, hit.score, tokens))
         return planned
-
-
-def to_document(given: DocumentIn) -> Document:
-    """A caller's document for the retrievers; without an id it is named by its content."""
-    identity = given.id or blake3(f"{given.title or ''}\0{given.text}".encode()).hexdigest(8)
-    return Document(identity, given.text, given.title, given.metadata)
 
 
 def _warnings(request: QueryRequest, hits: Sequence[Hit], plan: PromptPlan) -> tuple[str, ...]:

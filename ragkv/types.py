@@ -78,7 +78,13 @@ class QueryRequest(Wire):
     stop: list[Annotated[str, Field(min_length=1)]] = Field(default_factory=list, max_length=16)
 
 
-class ChunkReport(Wire):
+class Reply(BaseModel):
+    """What ragkv answers. Unlike a request it may hold fields of a newer server that this SDK does not know."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+
+class ChunkReport(Reply):
     """What happened to one chunk of the context, in prompt order (dropped chunks last)."""
 
     chunk_id: str
@@ -96,7 +102,7 @@ class ChunkReport(Wire):
     recomputed_token_layers: int
 
 
-class Timing(Wire):
+class Timing(Reply):
     """Where the time to first token went. The parts from ``retrieve`` to ``first_token`` add up to ``ttft_ms``.
 
     Loading overlaps computing: ``load_ms`` is only what the computation had to wait for.
@@ -114,7 +120,7 @@ class Timing(Wire):
     total_ms: float
 
 
-class Usage(Wire):
+class Usage(Reply):
     """Tokens of the request. ``cached_tokens``: context tokens no layer recomputed."""
 
     prompt_tokens: int
@@ -123,7 +129,7 @@ class Usage(Wire):
     completion_tokens: int
 
 
-class Answer(Wire):
+class Answer(Reply):
     """A finished request.
 
     ``recomputed_share`` = recomputed token-layers ÷ all context token-layers, the sum over ``chunks``.
@@ -148,7 +154,7 @@ class Answer(Wire):
         return [c for c in self.chunks if c.kv != "dropped"]
 
 
-class Source(Wire):
+class Source(Reply):
     """A chunk the answer rests on, as announced before the first token."""
 
     chunk_id: str
@@ -159,7 +165,7 @@ class Source(Wire):
     score: float
 
 
-class SourcesEvent(Wire):
+class SourcesEvent(Reply):
     """Sent once, first: what was retrieved and will be in the prompt."""
 
     type: Literal["sources"] = "sources"
@@ -167,14 +173,14 @@ class SourcesEvent(Wire):
     sources: list[Source]
 
 
-class TokenEvent(Wire):
+class TokenEvent(Reply):
     """A piece of the answer; the pieces joined are ``Answer.text``."""
 
     type: Literal["token"] = "token"
     text: str
 
 
-class DoneEvent(Wire):
+class DoneEvent(Reply):
     """Sent once, last."""
 
     type: Literal["done"] = "done"
@@ -184,7 +190,7 @@ class DoneEvent(Wire):
 Event = SourcesEvent | TokenEvent | DoneEvent
 
 
-class IngestEstimate(Wire):
+class IngestEstimate(Reply):
     """What the KV of a corpus will take, said before any of it is computed.
 
     ``kv_bytes`` is the payload of all its chunks, ``new_kv_bytes`` of those not stored yet;
@@ -200,13 +206,13 @@ class IngestEstimate(Wire):
     capacity_bytes: int
 
 
-class RejectedDocument(Wire):
+class RejectedDocument(Reply):
     document_id: str
     error: str
     message: str
 
 
-class IngestReport(Wire):
+class IngestReport(Reply):
     """What an ingest did. ``encoded`` chunks were computed now, ``reused`` were stored already,
     ``deferred`` will be encoded at first use (lazy ingest)."""
 
@@ -224,7 +230,7 @@ class IngestReport(Wire):
     warnings: list[str]
 
 
-class DocumentInfo(Wire):
+class DocumentInfo(Reply):
     id: str
     title: str | None
     metadata: dict[str, Any]
@@ -236,13 +242,13 @@ class DocumentOut(DocumentInfo):
     text: str
 
 
-class CollectionInfo(Wire):
+class CollectionInfo(Reply):
     name: str
     documents: int
     chunks: int
 
 
-class StoreInfo(Wire):
+class StoreInfo(Reply):
     """The chunk store's state, as ``ragkv cache stats`` prints it."""
 
     path: str
@@ -260,7 +266,7 @@ class StoreInfo(Wire):
     entries_by_model: dict[str, int]
 
 
-class StoreCheck(Wire):
+class StoreCheck(Reply):
     """What ``ragkv cache check`` found (and repaired, with ``--fix``)."""
 
     entries: int
@@ -272,7 +278,7 @@ class StoreCheck(Wire):
     ok: bool
 
 
-class Health(Wire):
+class Health(Reply):
     """``status`` is `ok`, `degraded` (blending is off: see ``blending``) or `failed` (the engine is dead)."""
 
     status: Literal["ok", "degraded", "failed"]

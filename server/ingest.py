@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from pydantic import ValidationError
-from pydantic_core import to_json
 
+from ragkv.documents import checked, to_document
 from ragkv.errors import DocumentError, InputError, RagkvError
 from ragkv.retrievers import Document, load_bytes
 from ragkv.server.contract import EncodeMode, EngineAPI
@@ -30,7 +29,7 @@ class Batch:
         batch = cls()
         for number, item in enumerate(items):
             try:
-                batch.documents.append(_document(DocumentIn.model_validate(item), max_bytes))
+                batch.documents.append(checked(to_document(DocumentIn.model_validate(item)), max_bytes=max_bytes))
             except ValidationError as error:
                 batch.refused.append((_name(item, number), invalid(error)))
             except RagkvError as error:
@@ -64,29 +63,6 @@ def ingest(engine: EngineAPI, collection: str, batch: Batch, encode: EncodeMode 
     if report.rejected and not report.added + report.replaced + report.unchanged:
         raise _none_of(report.rejected)
     return report
-
-
-def _document(sent: DocumentIn, max_bytes: int) -> Document:
-    document = Document(_content_id(sent) if sent.id is None else sent.id, sent.text, sent.title, sent.metadata)
-    size = len(sent.text.encode())
-    if not document.id:
-        raise DocumentError("the document's id is empty; leave it out to have one derived from the content")
-    if not sent.text.strip():
-        raise DocumentError(f"document {document.id!r} holds no text; leave it out", document_id=document.id)
-    if size > max_bytes:
-        raise DocumentError(
-            f"document {document.id!r} has {size:,} bytes, the limit is {max_bytes:,}; split it or raise "
-            "max_document_bytes",
-            document_id=document.id,
-            bytes=size,
-            limit=max_bytes,
-        )
-    return document
-
-
-def _content_id(sent: DocumentIn) -> str:
-    content = to_json([sent.text, sent.title, sorted(sent.metadata.items())])
-    return hashlib.blake2b(content, digest_size=12).hexdigest()
 
 
 def _name(item: Any, number: int) -> str:

@@ -73,6 +73,23 @@ def test_encoding_in_the_background_gives_running_requests_tokens_between_layers
     assert min(runs_between(probe.layers, encoded)) >= LAYERS
 
 
+def test_encoding_goes_on_while_requests_keep_coming(make_engine):
+    """Under steady load, too: otherwise what a prompt lacked would never be stored."""
+    engine = make_engine(max_queued=8)
+    probe = Probe(engine)
+    probe.hold(prefilling)
+    first = engine.stream(QUESTION, max_tokens=1)
+    with in_threads(lambda: list(first)):
+        probe.wait_held()
+        with in_threads(*[lambda: engine.query(QUESTION, max_tokens=1)] * 6, lambda: engine.ingest("c", DOCUMENTS[:1])):
+            eventually(lambda: engine.health().queued == 6 and engine._loop._encodes)
+            probe.release()
+    prompt = probe.layers[0]
+    last_prompt = max(i for i, rows in enumerate(probe.layers) if rows == prompt)
+    first_encoded = min(i for i, rows in enumerate(probe.layers) if rows not in (prompt, 1))
+    assert first_encoded < last_prompt
+
+
 def test_a_request_cancelled_while_it_waits_never_runs(one_at_a_time):
     engine = one_at_a_time
     probe = Probe(engine)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 
 from ragkv.clock import Stopwatch
-from ragkv.errors import FilterError, InputError, NotFoundError, PromptTooLongError
-from ragkv.pipeline import DEFAULT_STRATEGY, to_document
+from ragkv.documents import to_document
+from ragkv.errors import DocumentError, FilterError, InputError, NotFoundError, PromptTooLongError
+from ragkv.pipeline import DEFAULT_STRATEGY
 from ragkv.retrievers import Document
 from ragkv.tokenizer import chunk_text
 from ragkv.types import DocumentIn, Message, QueryRequest
@@ -157,7 +158,13 @@ def test_requests_that_make_no_sense(prepare, fields, error):
         prepare(**fields)
 
 
-@pytest.mark.parametrize("text", ["", " \n ", "\u200b", "👩‍👩‍👧", "\x00"])
+@pytest.mark.parametrize("text", ["", " \n "])
+def test_documents_without_text_are_refused(prepare, text):
+    with pytest.raises(DocumentError, match="no text"):
+        prepare(documents=[DocumentIn(text=text)])
+
+
+@pytest.mark.parametrize("text", ["\u200b", "👩‍👩‍👧", "\x00"])
 def test_odd_documents_are_no_crash(prepare, text):
     prepare(documents=[DocumentIn(text=text)])
 

@@ -1,0 +1,47 @@
+"""Documents at the door: what a caller sends becomes a document for the retrievers, or an error that says why not."""
+
+from __future__ import annotations
+
+from blake3 import blake3
+
+from ragkv.errors import DocumentError
+from ragkv.retrievers import Document
+from ragkv.types import DocumentIn
+
+
+def to_document(sent: DocumentIn) -> Document:
+    """A caller's document; without an id it is named by its content.
+
+    Raises:
+        DocumentError: the id is empty.
+    """
+    if sent.id == "":
+        raise DocumentError("the document's id is empty; leave it out to have one derived from the content")
+    identity = sent.id or blake3(f"{sent.title or ''}\0{sent.text}".encode()).hexdigest(8)
+    return Document(identity, sent.text, sent.title, sent.metadata)
+
+
+def checked(document: Document, *, max_bytes: int) -> Document:
+    """The document itself.
+
+    Raises:
+        DocumentError: it holds no text, text that is not Unicode, or more than ``max_bytes`` of UTF-8.
+    """
+    name = {"document_id": document.id}
+    if not document.text.strip():
+        raise DocumentError(f"document {document.id!r} holds no text; leave it out", **name)
+    try:
+        size = len(document.text.encode())
+    except UnicodeEncodeError:
+        raise DocumentError(
+            f"document {document.id!r} holds lone surrogates, which are not text; send valid UTF-8", **name
+        ) from None
+    if size > max_bytes:
+        raise DocumentError(
+            f"document {document.id!r} has {size:,} bytes, the limit is {max_bytes:,}; split it or raise "
+            "max_document_bytes",
+            **name,
+            bytes=size,
+            limit=max_bytes,
+        )
+    return document
