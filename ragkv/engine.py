@@ -22,7 +22,7 @@ from ragkv.delivery import Delivery, Emit, OutputThread
 from ragkv.detokenize import Detokenizer
 from ragkv.errors import CancelledError, ConfigError, NotFoundError
 from ragkv.generation import Generation
-from ragkv.ingest import Encode, Ingestor, Progress, Writer
+from ragkv.ingest import Encode, Ingestor, Progress
 from ragkv.loop import EngineLoop
 from ragkv.pipeline import Pipeline
 from ragkv.retrievers import Catalog, Document, Splitter
@@ -46,6 +46,7 @@ from ragkv.types import (
     make_request,
 )
 from ragkv.version import __version__
+from ragkv.writer import Writer
 
 log = logging.getLogger("ragkv")
 
