@@ -1,1 +1,1 @@
-"""Measurements: retrieval, answer quality and replays through a running server; worlds, and the bundled model's training."""
+"""Measurements: retrieval, answer quality, replays through a server; worlds, and the bundled model's training."""
