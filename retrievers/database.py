@@ -220,4 +220,6 @@ def _advice(error: Exception) -> str:
         return "check that the folder exists and is writable"
     if "closed" in text:
         return "the collection was closed; open it again"
+    if "I/O" in text:
+        return "check that its disk is well and has space left, then try again"
     return "restore it from a backup, or delete the folder and add the documents again"

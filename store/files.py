@@ -42,8 +42,10 @@ def disk_errors(path: str | os.PathLike[str]) -> Iterator[None]:
             message = f"the disk of {path} is full; free some space, or lower the store's capacity"
             raise StoreFullError(message, **facts) from error
         if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
-            message = f"{path} cannot be written ({error.strerror}); make it writable or open with read_only=True"
+            message = f"{path} cannot be written ({error.strerror}); make it writable, choose another folder, or open with read_only=True"
             raise StoreReadOnlyError(message, **facts) from error
+        if error.errno in (errno.ENOTDIR, errno.EEXIST):
+            raise StoreError(f"{path}: a file is where the store needs a folder; choose another", **facts) from error
         raise StoreError(f"{path}: {error.strerror}; check the disk", **facts) from error
 
 

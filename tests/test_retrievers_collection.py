@@ -17,6 +17,7 @@ import pytest
 
 from ragkv.errors import CollectionError, ConfigError, DocumentError, FilterError, InputError, NotFoundError
 from ragkv.retrievers import Collection, Document, Splitter, SvdEmbedder, snapshot
+from ragkv.retrievers.database import Database
 
 ROOT = Path(__file__).resolve().parents[1]
 PETS = [
@@ -238,6 +239,14 @@ def test_a_folder_without_room_for_the_index_still_answers(pets: Collection, mon
     monkeypatch.setattr(np, "savez", full)
     assert found(pets, "purr")[0] == "cats"
     assert not list(pets.folder.glob("*.tmp"))
+
+
+def test_a_failing_disk_is_no_reason_to_delete_a_collection(pets: Collection) -> None:
+    database = Database(pets.folder / "collection.db")
+    with pytest.raises(CollectionError, match="disk is well and has space") as caught, database.read():
+        raise sqlite3.OperationalError("disk I/O error")
+    database.close()
+    assert "delete" not in caught.value.message
 
 
 def test_a_small_change_embeds_only_what_is_new(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

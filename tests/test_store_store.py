@@ -529,3 +529,11 @@ def test_a_file_removed_by_hand_is_a_miss(store, root):
     assert key_for(1) not in store
     assert put(store, 1)
     assert holds(store, 1)
+
+
+def test_a_file_where_the_folder_should_be_is_told(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    for root in (tmp_path / "file", tmp_path / "file" / "store"):
+        with pytest.raises(StoreError, match="a file is where the store needs a folder"):
+            ChunkStore(root, capacity_bytes=2**20, ram_bytes=0)
+    assert (tmp_path / "file").read_text() == "mine"
