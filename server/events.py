@@ -9,7 +9,7 @@ from contextlib import suppress
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from ragkv.errors import CancelledError, RagkvError
+from ragkv.errors import CancelledError, EngineClosedError, RagkvError
 from ragkv.server.errors import error_body, logger
 from ragkv.server.hangup import unless_hung_up
 from ragkv.sse import COMMENT, encode
@@ -41,6 +41,11 @@ class EventStream(Response):
         except CancelledError:
             if not self._started:
                 raise
+        except EngineClosedError as error:
+            if not self._started:
+                raise
+            await _send_piece(send, encode("error", _described(error)))
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def _run(self, send: Send) -> None:
         try:

@@ -12,7 +12,7 @@ import httpx
 import pytest
 
 from ragkv.client import Client
-from ragkv.errors import ConfigError, RagkvError
+from ragkv.errors import ConfigError, EngineClosedError
 from ragkv.server import bind, url_of
 from tests.fake_engine import KEY, FakeEngine, serving, settings
 
@@ -66,7 +66,11 @@ def test_a_signal_ends_streams_and_returns_to_the_caller(number):
         "engine =", "run.GRACE_SECONDS = 1\nengine =", 1
     )
     process = subprocess.Popen(
-        [sys.executable, "-W", "error", "-c", program], cwd=ROOT, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-W", "error", "-c", program],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
     try:
         url = process.stdout.readline().split()[-1]
@@ -74,13 +78,15 @@ def test_a_signal_ends_streams_and_returns_to_the_caller(number):
             events = client.stream("go on")
             assert next(events).type == "sources"
             process.send_signal(number)
-            with pytest.raises(RagkvError):
+            with pytest.raises(EngineClosedError, match="ask again"):
                 list(events)
         assert process.stdout.read() == "closed the engine\n"
         assert process.wait(10) == 0
+        assert "Traceback" not in process.stderr.read()
     finally:
         process.kill()
         process.stdout.close()
+        process.stderr.close()
         process.wait()
 
 
