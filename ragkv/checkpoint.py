@@ -87,7 +87,9 @@ def _load_model(name: str, folder: Path, config: Any, dtype: torch.dtype) -> Any
             output_loading_info=True,
         )
     except Exception as error:  # the library raises whatever it trips over in a broken checkpoint
-        raise NotAModelError(f"the checkpoint {name!r} could not be loaded: {error}", model=name) from error
+        raise NotAModelError(
+            f"the checkpoint {name!r} could not be loaded: {error}; download it again", model=name
+        ) from error
     if missing := sorted(report["missing_keys"]):
         # The library fills them with random numbers and goes on.
         raise NotAModelError(
@@ -121,7 +123,7 @@ def _resolve(name: str) -> Path:
         return Path(snapshot_download(name, allow_patterns=HUB_FILES, ignore_patterns=HUB_FILES_NOT))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise NotAModelError(
-            f"{name!r} is neither a folder here nor a model the hub gave us: {error}", model=name
+            f"{name!r} is neither a folder here nor a model the hub gave us: {' '.join(str(error).split())}", model=name
         ) from error
 
 

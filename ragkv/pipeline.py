@@ -87,6 +87,8 @@ class Pipeline:
 
     def _context(self, request: QueryRequest) -> tuple[list[Hit], dict[str, list[Chunk]]]:
         """Hits, best first, and all chunks of their documents in order."""
+        if not request.question.strip():
+            raise InputError("the question is blank; ask something")
         if request.collection is not None and request.documents is not None:
             raise InputError("give `collection` or `documents`, not both")
         if request.filters is not None and request.collection is None:

@@ -77,7 +77,7 @@ def make_plan(
     if room < 0:
         raise PromptTooLongError(
             f"the question, system text and history take {len(prefix) + len(question)} tokens, the model has room "
-            f"for {budget}; shorten them or lower max_tokens",
+            f"for {max(budget, 0)} beside max_tokens; shorten them or lower max_tokens",
             tokens=len(prefix) + len(question),
             limit=budget,
         )

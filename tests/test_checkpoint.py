@@ -87,8 +87,9 @@ def test_a_file_is_not_a_model(load, tmp_path):
 def test_a_hub_id_that_cannot_be_had_offline(load, name, monkeypatch, tmp_path):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
-    with pytest.raises(NotAModelError, match=name):
+    with pytest.raises(NotAModelError, match=name) as caught:
         load(name)
+    assert "\n" not in caught.value.message
 
 
 def test_an_empty_folder(load, tmp_path):

@@ -147,6 +147,7 @@ def test_a_question_longer_than_the_context(prepare):
         ({"collection": "c", "documents": [DocumentIn(text="x")]}, InputError),
         ({"documents": [DocumentIn(text="x")], "filters": {"a": 1}}, InputError),
         ({"filters": {"a": 1}}, InputError),
+        ({"question": " \n\t "}, InputError),
         ({"collection": "nowhere"}, NotFoundError),
         ({"collection": "../c"}, InputError),
         ({"collection": "c", "filters": {"a": {"$nonsense": 1}}}, FilterError),
