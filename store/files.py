@@ -42,7 +42,8 @@ def disk_errors(path: str | os.PathLike[str]) -> Iterator[None]:
             message = f"the disk of {path} is full; free some space, or lower the store's capacity"
             raise StoreFullError(message, **facts) from error
         if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
-            message = f"{path} cannot be written ({error.strerror}); make it writable, choose another folder, or open with read_only=True"
+            reason = f"{path} cannot be written ({error.strerror})"
+            message = f"{reason}; make it writable, choose another folder, or open with read_only=True"
             raise StoreReadOnlyError(message, **facts) from error
         if error.errno in (errno.ENOTDIR, errno.EEXIST):
             raise StoreError(f"{path}: a file is where the store needs a folder; choose another", **facts) from error
