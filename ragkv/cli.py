@@ -225,7 +225,7 @@ def stats(data_dir: DataDir = None, sets: Sets = None, json_: Json = False) -> N
     """What the chunk store holds."""
     from ragkv.engine import store_info
 
-    with _store(sets, data_dir) as store:
+    with _store(sets, data_dir, read_only=True) as store:
         info = store_info(store)
     _print_json(info.model_dump()) if json_ else terminal.show_fields(out, info.model_dump())
 
@@ -240,7 +240,7 @@ def check(
     """Compare index and files, verify every checksum. Exit status 1 when something is wrong."""
     from ragkv.engine import store_check
 
-    with _store(sets, data_dir) as store:
+    with _store(sets, data_dir, read_only=not fix) as store:
         report = store_check(store, fix=fix)
     _print_json(report.model_dump()) if json_ else terminal.show_fields(out, report.model_dump())
     if not report.ok:
@@ -332,11 +332,13 @@ def _door(url: str | None, sets: list[str] | None, **flags: Any) -> Iterator[Any
 
 
 @contextmanager
-def _store(sets: list[str] | None, data_dir: Path | None) -> Iterator[Any]:
+def _store(sets: list[str] | None, data_dir: Path | None, *, read_only: bool = False) -> Iterator[Any]:
     from ragkv.store import ChunkStore
 
     settings = _settings(sets, data_dir=data_dir)
-    with ChunkStore(settings.store_dir, capacity_bytes=settings.store_bytes, ram_bytes=0) as store:
+    # Only looking needs no right to write; but there must be something to look at.
+    look = read_only and settings.store_dir.is_dir()
+    with ChunkStore(settings.store_dir, capacity_bytes=settings.store_bytes, ram_bytes=0, read_only=look) as store:
         yield store
 
 

@@ -100,7 +100,7 @@ class EngineLoop:
             self.refuse_when_closed()
             if len(self._waiting) >= self._max_queued:
                 raise QueueFullError(
-                    f"{len(self._waiting)} requests are waiting already; try again later",
+                    f"as many requests wait as are let in ({self._max_queued}); try again later",
                     limit=self._max_queued,
                 )
             accepted()
