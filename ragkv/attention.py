@@ -74,10 +74,11 @@ class AttentionStep:
         Rows ascend, so on a CPU small blocks save about half of a repair's attention. On a GPU each block would be
         one more launch.
         """
-        if not self._blocks:
-            size = CPU_BLOCK_ROWS if self.slots.device.type == "cpu" else self.rows
-            for start in range(0, self.rows, size):
-                end = min(start + size, self.rows)
+        if not self._blocks and self.slots.device.type != "cpu":
+            self._blocks = [(slice(0, self.rows), self.length)]  # reading a slot would wait for the device
+        elif not self._blocks:
+            for start in range(0, self.rows, CPU_BLOCK_ROWS):
+                end = min(start + CPU_BLOCK_ROWS, self.rows)
                 self._blocks.append((slice(start, end), int(self.slots[end - 1]) + 1))
         return self._blocks
 
