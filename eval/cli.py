@@ -1,4 +1,4 @@
-"""``ragkv eval``: measure retrieval, answer quality and time to first token."""
+"""``ragkv eval``: measure retrieval and answer quality; replay questions through a server."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ragkv.errors import ConfigError
 from ragkv.eval.questions import jsonl, read_questions
 from ragkv.types import ContextPolicy, Method
 
-app = typer.Typer(no_args_is_help=True, help="Measure retrieval, answer quality and time to first token.")
+app = typer.Typer(no_args_is_help=True, help="Measure retrieval and answer quality; replay questions through a server.")
 out = Console()
 err = Console(stderr=True)
 

@@ -377,4 +377,6 @@ def _add_eval() -> None:
 
         app.add_typer(eval_app, name="eval")
     else:
-        app.add_typer(typer.Typer(help="Measure TTFT, answer quality and retrieval."), name="eval")
+        app.add_typer(
+            typer.Typer(help="Measure retrieval and answer quality; replay questions through a server."), name="eval"
+        )

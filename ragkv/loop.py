@@ -1,9 +1,9 @@
 """The engine thread: the only thread that touches the model.
 
 Each turn it advances the prefill in hand for a slice of time, then gives every running request one token, so
-that a long prompt never stalls the others; with no prefill to do, it encodes chunks for the store. It never
-waits for the disk except where a layer it needs next is still being read, and never tokenises, detokenises or
-talks to a client.
+that a long prompt never stalls the others; after each prefill, and whenever there is none, it encodes chunks for
+the store for such a slice. It waits for the disk only to open a prompt's entries and where the layer it needs next
+is still being read; it never writes, tokenises, detokenises or talks to a client.
 
 Seams: *which* request is next is decided in :meth:`EngineLoop._admit` (today first come, first served; a
 scheduler takes its place); *where KV lies* is hidden in :class:`~ragkv.kv.RequestKV`; *how far* a prefill gets
