@@ -16,12 +16,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from ragkv.errors import CorruptEntryError
+from ragkv.errors import StoreError
 from ragkv.kv import KvShape, RequestKV
 from ragkv.plan import Span
 from ragkv.runner import ModelRunner
 
-Slabs = Iterator[list[np.ndarray | CorruptEntryError]]
+Slabs = Iterator[list[np.ndarray | StoreError]]
 
 CUDA_LAYERS_AHEAD = 3
 # One thread copies 5 GB/s; a host's memory gives several times that, and a link to the device wants it.
@@ -31,7 +31,7 @@ _COPIERS = ThreadPoolExecutor(6, thread_name_prefix="ragkv-copier")
 class ChunkLostError(Exception):
     """A chunk's stored KV turned out unreadable on the way; internal, answered by computing the chunk."""
 
-    def __init__(self, span: Span, cause: CorruptEntryError) -> None:
+    def __init__(self, span: Span, cause: StoreError) -> None:
         super().__init__(str(cause))
         self.span, self.cause = span, cause
 
@@ -94,7 +94,7 @@ class Stager:
         stage = self._stages[turn].view(torch.uint8).flatten(2).numpy()
         copies, at = [], 0
         for span, slab in zip(self._spans, slabs, strict=True):
-            if isinstance(slab, CorruptEntryError):
+            if isinstance(slab, StoreError):
                 raise ChunkLostError(span, slab)
             copies.append((stage[:, at : at + span.length], slab.reshape(2, span.length, -1)))
             at += span.length

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -13,12 +12,15 @@ import numpy as np
 import xxhash
 
 from ragkv.errors import CorruptEntryError, StoreError
-from ragkv.store.files import disk_errors, read_into
 from ragkv.store.header import BLOCK, EntryHeader
 from ragkv.store.ram import Array, RamEntry, RamTier, read_only
+from ragkv.store.source import Source
 
 Allocate = Callable[[int], Array]
-SlabOrError = Array | CorruptEntryError
+SlabOrError = Array | StoreError
+
+TASK_BYTES = 256 << 10
+"""Slabs smaller than this are read several to a task: handing a task to a thread costs as much as reading them."""
 
 
 def aligned_empty(nbytes: int) -> Array:
@@ -31,15 +33,14 @@ def aligned_empty(nbytes: int) -> Array:
 class OpenEntry:
     """A leased entry: until ``close`` no thread and no process can evict or delete it.
 
-    ``tier`` says where its bytes are: "ram" or "ssd". Closing twice is fine, and so is
+    ``tier`` says where its bytes are, such as "ram" or "ssd". Closing twice is fine, and so is
     closing while the entry is being read.
     """
 
-    def __init__(self, header: EntryHeader, fd: int, ram: RamEntry | None) -> None:
-        self.header = header
-        self.tier = "ssd" if ram is None else "ram"
-        self._ram = ram
-        self._fd = fd
+    def __init__(self, source: Source) -> None:
+        self.header: EntryHeader = source.header
+        self.tier: str = source.tier
+        self._source: Source | None = source
         self._lock = threading.Lock()
 
     @property
@@ -48,22 +49,21 @@ class OpenEntry:
 
     @property
     def closed(self) -> bool:
-        return self._fd < 0
+        return self._source is None
 
-    def source(self) -> _Source:
+    def source(self) -> Source:
         """What a reader needs; it shares the lease, and keeps it until it is done itself."""
         with self._lock:
-            if self._fd < 0:
+            if self._source is None:
                 raise StoreError("the entry is closed; open it again", key=self.key.hex())
-            with disk_errors(self.key.hex()):
-                return _Source(self.header, os.dup(self._fd), self._ram)
+            return self._source.share()
 
     def close(self) -> None:
         """Give the lease back."""
         with self._lock:
-            fd, self._fd, self._ram = self._fd, -1, None
-        if fd >= 0:
-            os.close(fd)
+            source, self._source = self._source, None
+        if source is not None:
+            source.close()
 
     def __enter__(self) -> OpenEntry:
         return self
@@ -72,36 +72,81 @@ class OpenEntry:
         self.close()
 
     def __del__(self) -> None:
-        if getattr(self, "_fd", -1) >= 0:
+        if getattr(self, "_source", None) is not None:
             self.close()
 
 
-class _Source:
-    """One entry under reading: its open file, or its place in RAM, and what went wrong with it so far."""
+class _Reading:
+    """One entry under reading: what of it stays in RAM, and what went wrong with it so far."""
 
-    def __init__(self, header: EntryHeader, fd: int, ram: RamEntry | None) -> None:
-        self.header = header
-        self.fd = fd
-        self.ram = ram
-        self._failed: tuple[int, CorruptEntryError] | None = None
+    def __init__(self, source: Source, allocate: Allocate | None) -> None:
+        self.source = source
+        self.header = source.header
         self.reserved = 0
         self.kept: dict[int, Array] = {}
+        self._allocate = allocate
+        self._failed: tuple[int, StoreError] | None = None
         self._lock = threading.Lock()
 
-    def slab(self, layer: int, allocate: Allocate | None) -> SlabOrError:
-        """The layer's bytes, verified unless they were in RAM already."""
-        if self.ram is not None:
-            return self.ram.slabs[layer]
-        earlier = self.error_at(layer)
-        if earlier is not None:
-            return earlier
-        try:
-            return self._read(layer, allocate)
-        except CorruptEntryError as error:
-            error.context.update(key=self.header.key.hex(), layer=layer)
-            return error
+    @property
+    def failed(self) -> bool:
+        return self._failed is not None
 
-    def fail(self, layer: int, error: CorruptEntryError) -> bool:
+    def slab(self, layer: int) -> SlabOrError:
+        """The layer's bytes, verified unless they were in RAM already."""
+        if self.source.lane is None:
+            return self.source.slab(layer, None)
+        error = self.error_at(layer)
+        if error is not None:
+            return error
+        given = self._given(layer)
+        try:
+            slab = self._own(layer) if given is None else self._into(given, layer)
+        except StoreError as error:
+            error.context.update(key=self.header.key.hex(), layer=layer)
+            if self._fail(layer, error) and isinstance(error, CorruptEntryError):
+                self.source.reject()
+            return error
+        if slab is None:
+            raise StoreError("a buffer from allocate() was written to while it was being filled")
+        return slab
+
+    def error_at(self, layer: int) -> StoreError | None:
+        """What the entry's layers from the first bad one on answer."""
+        failed = self._failed
+        return failed[1] if failed is not None and failed[0] <= layer else None
+
+    def _given(self, layer: int) -> Array | None:
+        if self._allocate is None:
+            return None
+        nbytes = self.header.slabs[layer].nbytes
+        given = self._allocate(nbytes)
+        if given.shape != (nbytes,) or given.dtype != np.uint8:
+            raise StoreError(f"allocate({nbytes}) must return a uint8 array of that size")
+        return given
+
+    def _own(self, layer: int) -> Array:
+        buffer = self.source.slab(layer, aligned_empty(self.header.slabs[layer].nbytes))
+        if not self._matches(layer, buffer):
+            raise CorruptEntryError("the slab does not match its checksum; encode its chunk again")
+        if self.reserved:
+            self.kept[layer] = buffer
+        return read_only(buffer)
+
+    def _into(self, given: Array, layer: int) -> Array | None:
+        """The layer in the caller's buffer; None if somebody else wrote to that meanwhile."""
+        if self.reserved:
+            # What stays in RAM needs bytes of its own, verified where the caller cannot reach them.
+            np.copyto(given, self._own(layer))
+        elif not self._matches(layer, self.source.slab(layer, given)):
+            self._own(layer)  # good entries must not pay for a buffer that was handed out twice
+            return None
+        return given
+
+    def _matches(self, layer: int, buffer: Array) -> bool:
+        return xxhash.xxh3_64_intdigest(buffer.data) == self.header.slabs[layer].checksum
+
+    def _fail(self, layer: int, error: StoreError) -> bool:
         """Give up on the entry from ``layer`` on. True the first time: layers are read at once, in no order."""
         with self._lock:
             first = self._failed is None
@@ -109,67 +154,14 @@ class _Source:
                 self._failed = (layer, error)
         return first
 
-    def error_at(self, layer: int) -> CorruptEntryError | None:
-        """What the entry's layers from the first bad one on answer."""
-        failed = self._failed
-        return failed[1] if failed is not None and failed[0] <= layer else None
-
-    @property
-    def failed(self) -> bool:
-        return self._failed is not None
-
-    def _read(self, layer: int, allocate: Allocate | None) -> Array:
-        nbytes = self.header.slabs[layer].nbytes
-        if allocate is None:
-            buffer = self._verified(layer, aligned_empty(nbytes))
-            if self.reserved:
-                self.kept[layer] = buffer
-            return buffer
-        given = allocate(nbytes)
-        if given.shape != (nbytes,) or given.dtype != np.uint8:
-            raise StoreError(f"allocate({nbytes}) must return a uint8 array of that size")
-        if self.reserved:
-            # RAM needs bytes of its own, verified where the caller cannot reach them.
-            self.kept[layer] = self._verified(layer, aligned_empty(nbytes))
-            given[:] = self.kept[layer]
-        elif not self._fill(layer, given):
-            # Good entries must not pay for a buffer that was handed out twice.
-            self._verified(layer, aligned_empty(nbytes))
-            raise StoreError("a buffer from allocate() was written to while it was being filled")
-        return given
-
-    def _verified(self, layer: int, buffer: Array) -> Array:
-        if not self._fill(layer, buffer):
-            raise CorruptEntryError("the slab does not match its checksum; encode its chunk again")
-        return read_only(buffer)
-
-    def _fill(self, layer: int, buffer: Array) -> bool:
-        slab = self.header.slabs[layer]
-        read_into(self.fd, buffer, slab.offset)
-        return xxhash.xxh3_64_intdigest(buffer.data) == slab.checksum
-
 
 class LayerReader(Iterator[list[SlabOrError]]):
     """Iterates over layers; see ``ChunkStore.open_layers``. Reading begins at once, stops with ``close``."""
 
-    def __init__(
-        self,
-        entries: Sequence[OpenEntry],
-        *,
-        executor: Executor,
-        lanes: int,
-        depth: int,
-        allocate: Allocate | None,
-        ram: RamTier,
-        on_corrupt: Callable[[CorruptEntryError, EntryHeader, int], None],
-    ) -> None:
-        self._sources: list[_Source] = []
-        self._ahead: deque[list[Future[None]]] = deque()
-        self._results: deque[list[SlabOrError | None]] = deque()
-        self._executor = executor
-        self._allocate = allocate
+    def __init__(self, entries: Sequence[OpenEntry], *, depth: int, allocate: Allocate | None, ram: RamTier) -> None:
+        self._readings: list[_Reading] = []
+        self._ahead: deque[list[Future[list[SlabOrError]]]] = deque()
         self._ram = ram
-        self._on_corrupt = on_corrupt
         self._next = 0
         counts = {entry.header.geometry.layers for entry in entries}
         if len(counts) > 1:
@@ -177,13 +169,13 @@ class LayerReader(Iterator[list[SlabOrError]]):
         self._layers = counts.pop() if counts else 0
         try:
             for entry in entries:
-                self._sources.append(entry.source())
+                self._readings.append(_Reading(entry.source(), allocate))
+            self._tasks = self._spread()
+            for _ in range(min(depth, self._layers)):
+                self._submit()
         except BaseException:
             self.close()
             raise
-        self._lanes = self._spread(lanes)
-        for _ in range(min(depth, self._layers)):
-            self._submit()
 
     def __next__(self) -> list[SlabOrError]:
         if not self._ahead:
@@ -191,29 +183,25 @@ class LayerReader(Iterator[list[SlabOrError]]):
             raise StopIteration
         try:
             self._submit()
-            futures, result = self._ahead[0], self._results[0]
-            for future in futures:
-                future.result()
+            layer = self._next - len(self._ahead)
+            found = [future.result() for future in self._ahead[0]]
         except BaseException:
             self.close()
             raise
         self._ahead.popleft()
-        self._results.popleft()
-        layer = self._next - len(self._ahead) - 1
         if not self._ahead:
             self._promote()
-        return [self._answer(source, layer, slab) for source, slab in zip(self._sources, result, strict=True)]
+        return self._in_order(layer, found)
 
     def close(self) -> None:
         """Stop reading. No buffer is written to afterwards."""
         running = [future for futures in self._ahead for future in futures if not future.cancel()]
         wait(running)
         self._ahead.clear()
-        self._results.clear()
-        sources, self._sources = self._sources, []
-        for source in sources:
-            os.close(source.fd)
-            self._ram.release(source.reserved)
+        readings, self._readings = self._readings, []
+        for reading in readings:
+            reading.source.close()
+            self._ram.release(reading.reserved)
 
     def __enter__(self) -> LayerReader:
         return self
@@ -224,52 +212,57 @@ class LayerReader(Iterator[list[SlabOrError]]):
         self.close()
 
     def __del__(self) -> None:
-        if getattr(self, "_sources", None):
+        if getattr(self, "_readings", None):
             self.close()
 
-    def _spread(self, lanes: int) -> list[list[int]]:
-        """Which sources each parallel task of a layer reads; and room in RAM for what may stay."""
-        cold = [i for i, source in enumerate(self._sources) if source.ram is None]
-        for i in cold:
-            nbytes = self._sources[i].header.slab_bytes * self._layers
+    def _spread(self) -> list[tuple[Executor, list[int]]]:
+        """What each task of a layer reads, in the order of the entries; and room in RAM for what may stay."""
+        tasks: list[tuple[Executor, list[int]]] = []
+        open_tasks: dict[Executor, tuple[int, list[int]]] = {}
+        for i, reading in enumerate(self._readings):
+            lane = reading.source.lane
+            if lane is None:
+                continue
+            nbytes = sum(slab.nbytes for slab in reading.header.slabs)
             if self._ram.reserve(nbytes):
-                self._sources[i].reserved = nbytes
-        return [lane for lane in (cold[i::lanes] for i in range(lanes)) if lane]
+                reading.reserved = nbytes
+            filled, task = open_tasks.get(lane, (TASK_BYTES, []))
+            if filled >= TASK_BYTES:
+                filled, task = 0, []
+                tasks.append((lane, task))
+            task.append(i)
+            open_tasks[lane] = (filled + nbytes // self._layers, task)
+        return tasks
 
     def _submit(self) -> None:
         if self._next == self._layers:
             return
         layer, self._next = self._next, self._next + 1
-        result: list[SlabOrError | None] = [
-            source.slab(layer, None) if source.ram is not None else None for source in self._sources
-        ]
+        self._ahead.append([])
         try:
-            submit = self._executor.submit
-            futures = [submit(self._read_lane, layer, lane, result) for lane in self._lanes]
+            for lane, task in self._tasks:
+                self._ahead[-1].append(lane.submit(self._read, layer, task))
         except RuntimeError as error:
             raise StoreError("the store was closed while its entries were being read") from error
-        self._results.append(result)
-        self._ahead.append(futures)
 
-    def _read_lane(self, layer: int, lane: list[int], result: list[SlabOrError | None]) -> None:
-        for i in lane:
-            source = self._sources[i]
-            answer = result[i] = source.slab(layer, self._allocate)
-            if isinstance(answer, CorruptEntryError) and source.fail(layer, answer):
-                self._on_corrupt(answer, source.header, source.fd)
+    def _read(self, layer: int, task: list[int]) -> list[SlabOrError]:
+        return [self._readings[i].slab(layer) for i in task]
 
-    def _answer(self, source: _Source, layer: int, slab: SlabOrError | None) -> SlabOrError:
+    def _in_order(self, layer: int, found: list[list[SlabOrError]]) -> list[SlabOrError]:
+        cold = {
+            i: slab
+            for (_, task), slabs in zip(self._tasks, found, strict=True)
+            for i, slab in zip(task, slabs, strict=True)
+        }
         # A later layer may have been read well before an earlier one failed.
-        error = source.error_at(layer)
-        if error is not None:
-            return error
-        if slab is None:
-            raise StoreError("a layer was not read; this is a bug in ragkv", key=source.header.key.hex())
-        return slab
+        return [
+            reading.error_at(layer) or (cold[i] if i in cold else reading.slab(layer))
+            for i, reading in enumerate(self._readings)
+        ]
 
     def _promote(self) -> None:
-        for source in self._sources:
-            if source.reserved and not source.failed:
-                slabs = tuple(source.kept[layer] for layer in range(self._layers))
-                self._ram.commit(source.header.key, RamEntry(source.header, slabs))
-                source.reserved = 0
+        for reading in self._readings:
+            if reading.reserved and not reading.failed:
+                slabs = tuple(read_only(reading.kept[layer]) for layer in range(self._layers))
+                self._ram.commit(reading.header.key, RamEntry(reading.header, slabs))
+                reading.reserved = 0

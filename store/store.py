@@ -33,6 +33,7 @@ from ragkv.store.ram import RamTier, read_only
 from ragkv.store.reader import Allocate, LayerReader, OpenEntry
 from ragkv.store.rows import Row
 from ragkv.store.session import Session
+from ragkv.store.source import FileSource, RamSource
 from ragkv.store.space import Recency, Space
 
 Part = bytes | bytearray | memoryview | NDArray[Any]
@@ -112,7 +113,6 @@ class ChunkStore:
         self._lock = threading.Lock()
         self._recency = Recency()
         self._space = Space(self.folder, capacity_bytes, self._recency, self._evicted)
-        self._threads = threads
         self._closed = False
         self._session = Session(self.folder, read_only=read_only)
         self._index: Index = self._session.index
@@ -160,7 +160,8 @@ class ChunkStore:
 
         Yields, for layer 0, 1, 2 …, one uint8 array (a slab: K, then V) per entry, in the order given. A slab
         that does not match its checksum gives a CorruptEntryError in its entry's place, from then on; the
-        entry is quarantined. Entries read to the end move into the RAM tier.
+        entry is quarantined. A tier that cannot be reached gives another StoreError there. Entries read to the
+        end move into the RAM tier.
 
         ``allocate(nbytes)`` provides the buffers for what is read from the SSD; they stay the caller's,
         who may use one again once he is done with its slab. It is called on the reading threads, and up to
@@ -175,15 +176,7 @@ class ChunkStore:
         self._index_open()
         if depth < 1:
             raise StoreError(f"depth must be at least 1, not {depth}", setting="depth", value=depth)
-        return LayerReader(
-            entries,
-            executor=self._executor,
-            lanes=self._threads,
-            depth=depth,
-            allocate=allocate,
-            ram=self._ram,
-            on_corrupt=lambda error, header, fd: self._quarantine(header.key, fd),
-        )
+        return LayerReader(entries, depth=depth, allocate=allocate, ram=self._ram)
 
     def __contains__(self, key: object) -> bool:
         return isinstance(key, bytes) and self._index_open().get_many([key])[0] is not None
@@ -324,7 +317,7 @@ class ChunkStore:
             return missing
         ram = self._ram.get(key)
         if ram is not None:
-            return OpenEntry(ram.header, fd, ram)
+            return OpenEntry(RamSource(ram, fd))
         try:
             header = read_header(fd)
             if header.key != key:
@@ -334,7 +327,7 @@ class ChunkStore:
             self._quarantine(key, fd)
             os.close(fd)
             return error
-        return OpenEntry(header, fd, None)
+        return OpenEntry(FileSource(header, fd, self._executor, self._quarantine))
 
     def _reserve(self, txn: IndexTxn, header: EntryHeader) -> TempFile:
         self._space.make(txn, header.file_bytes)

@@ -1,0 +1,120 @@
+"""Where an open entry's bytes come from: one small protocol, whatever the tier."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from concurrent.futures import Executor
+from typing import Protocol
+
+from ragkv.errors import StoreError
+from ragkv.store.files import disk_errors, read_into
+from ragkv.store.header import EntryHeader
+from ragkv.store.ram import Array, RamEntry
+
+
+class Source(Protocol):
+    """One leased entry's slabs.
+
+    ``lane`` is where :meth:`slab` is called: threads of the tier's own, so that a slow tier holds up nobody
+    else's reading; None if the slabs lie in memory, verified, and cost nothing to hand out.
+    """
+
+    @property
+    def header(self) -> EntryHeader: ...
+
+    @property
+    def tier(self) -> str: ...
+
+    @property
+    def lane(self) -> Executor | None: ...
+
+    def slab(self, layer: int, buffer: Array | None) -> Array:
+        """The layer's bytes: ``buffer``, filled, or the tier's own read-only array if ``lane`` is None.
+
+        Several layers may be asked for at once, in any order. It must return within the tier's own time limit
+        and leave ``buffer`` alone afterwards. The reader verifies the bytes.
+
+        Raises:
+            CorruptEntryError: there are no such bytes any more; :meth:`reject` is then called.
+            StoreError: they cannot be had now. Either way the entry's later layers are not asked for.
+        """
+        ...
+
+    def reject(self) -> None:
+        """The bytes are wrong. Called once, on the lane: nobody shall be given them again."""
+        ...
+
+    def share(self) -> Source:
+        """The same entry under the same lease, to be closed on its own.
+
+        Raises:
+            StoreError: it is closed.
+        """
+        ...
+
+    def close(self) -> None:
+        """Give the lease back. Closing twice is fine; no :meth:`slab` runs meanwhile."""
+        ...
+
+
+class _Leased:
+    """An entry under a descriptor whose kernel lock is the lease; duplicates share it."""
+
+    def __init__(self, header: EntryHeader, fd: int) -> None:
+        self.header = header
+        self.fd = fd
+
+    def duplicate(self) -> int:
+        if self.fd < 0:
+            raise StoreError("the entry is closed; open it again", key=self.header.key.hex())
+        with disk_errors(self.header.key.hex()):
+            return os.dup(self.fd)
+
+    def close(self) -> None:
+        fd, self.fd = self.fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+
+class RamSource(_Leased):
+    """An entry of the RAM tier. Its file is leased all the same: what is open stays in the store."""
+
+    tier = "ram"
+    lane = None
+
+    def __init__(self, entry: RamEntry, fd: int) -> None:
+        super().__init__(entry.header, fd)
+        self._entry = entry
+
+    def slab(self, layer: int, buffer: Array | None) -> Array:
+        return self._entry.slabs[layer]
+
+    def reject(self) -> None:
+        raise StoreError("slabs in RAM are verified already", key=self.header.key.hex())
+
+    def share(self) -> RamSource:
+        return RamSource(self._entry, self.duplicate())
+
+
+class FileSource(_Leased):
+    """An entry of the SSD tier. ``on_reject`` takes its key and its descriptor."""
+
+    tier = "ssd"
+
+    def __init__(self, header: EntryHeader, fd: int, lane: Executor, on_reject: Callable[[bytes, int], None]) -> None:
+        super().__init__(header, fd)
+        self.lane = lane
+        self._on_reject = on_reject
+
+    def slab(self, layer: int, buffer: Array | None) -> Array:
+        if buffer is None:
+            raise StoreError("a slab on the disk needs a buffer", key=self.header.key.hex())
+        read_into(self.fd, buffer, self.header.slabs[layer].offset)
+        return buffer
+
+    def reject(self) -> None:
+        self._on_reject(self.header.key, self.fd)
+
+    def share(self) -> FileSource:
+        return FileSource(self.header, self.duplicate(), self.lane, self._on_reject)
