@@ -4,11 +4,13 @@ with ChunkStore("kv", capacity_bytes=10 << 30, ram_bytes=1 << 30) as store:
     store.put(key, geometry, slabs, tokens=512, model=fingerprint)
     [entry] = store.open([key])
     for [slab] in store.open_layers([entry]):
-        ...
+        keys, values = entry.decode(slab)
 """
 
 from ragkv.store.check import CheckReport
-from ragkv.store.header import CODECS, SOURCES, EntryHeader, Geometry, Slab
+from ragkv.store.codecs import CODECS, Codec, Field
+from ragkv.store.geometry import Geometry
+from ragkv.store.header import SOURCES, EntryHeader, Slab
 from ragkv.store.keys import FORMAT_VERSION, KEY_BYTES, chunk_key
 from ragkv.store.reader import LayerReader, OpenEntry
 from ragkv.store.store import ChunkStore, EntryInfo, StoreStats
@@ -20,8 +22,10 @@ __all__ = [
     "SOURCES",
     "CheckReport",
     "ChunkStore",
+    "Codec",
     "EntryHeader",
     "EntryInfo",
+    "Field",
     "Geometry",
     "LayerReader",
     "OpenEntry",

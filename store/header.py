@@ -26,60 +26,25 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import ml_dtypes
-import numpy as np
 import xxhash
 
 from ragkv.errors import CorruptEntryError, StoreFormatError
+from ragkv.store.codecs import CODECS
+from ragkv.store.geometry import Geometry
 from ragkv.store.keys import FORMAT_VERSION, KEY_BYTES
 
 BLOCK = 4096
 MAX_HEADER_BYTES = 1 << 20
-CODECS = ("raw",)
 SOURCES = ("exact", "predicted", "int8", "image")
 
 _MAGIC = b"RAGKV\0KV"
 _PREFIX = struct.Struct("<8sQIIII")
 _SLAB = struct.Struct("<QQQ")
-_DTYPES: dict[str, np.dtype[Any]] = {
-    "bfloat16": np.dtype(ml_dtypes.bfloat16),
-    "float16": np.dtype(np.float16),
-    "float32": np.dtype(np.float32),
-}
 
 
 def aligned(nbytes: int) -> int:
     """``nbytes`` rounded up to whole 4 KiB blocks."""
     return -(-nbytes // BLOCK) * BLOCK
-
-
-@dataclass(frozen=True, slots=True)
-class Geometry:
-    """The shape of one model's KV: K and V are each (tokens, kv_heads, head_dim) in every layer."""
-
-    layers: int
-    kv_heads: int
-    head_dim: int
-    dtype: str
-
-    def __post_init__(self) -> None:
-        if self.dtype not in _DTYPES:
-            raise StoreFormatError(
-                f"KV dtype {self.dtype!r} cannot be stored; use one of {', '.join(_DTYPES)}", dtype=self.dtype
-            )
-        for name in ("layers", "kv_heads", "head_dim"):
-            value = getattr(self, name)
-            if type(value) is not int or value < 1:
-                raise StoreFormatError(f"geometry: {name} must be a positive integer, not {value!r}", name=name)
-
-    @property
-    def numpy_dtype(self) -> np.dtype[Any]:
-        """The element type of K and V as numpy knows it (bfloat16 through ml_dtypes)."""
-        return _DTYPES[self.dtype]
-
-    def slab_bytes(self, tokens: int) -> int:
-        """Bytes of one layer's slab: K, directly followed by V."""
-        return 2 * tokens * self.kv_heads * self.head_dim * self.numpy_dtype.itemsize
 
 
 class Slab(NamedTuple):
@@ -128,7 +93,7 @@ class EntryHeader:
     @property
     def slab_bytes(self) -> int:
         """Bytes of each layer's slab."""
-        return self.geometry.slab_bytes(self.tokens)
+        return CODECS[self.codec].slab_bytes(self.geometry, self.tokens)
 
     @property
     def header_bytes(self) -> int:
@@ -183,8 +148,8 @@ def header_size(first: bytes) -> int:
     return size
 
 
-def unpack_header(raw: bytes, file_bytes: int) -> EntryHeader:
-    """Read a header from the first ``header_size`` bytes of a file of ``file_bytes`` bytes.
+def unpack_header(raw: bytes, file_bytes: int | None) -> EntryHeader:
+    """Read a header from the first ``header_size`` bytes of a file of ``file_bytes`` bytes (None: unknown).
 
     Raises:
         CorruptEntryError: the bytes do not match their checksum, or the file is shorter than it says.
@@ -208,7 +173,7 @@ def unpack_header(raw: bytes, file_bytes: int) -> EntryHeader:
     expected = header.with_checksums([slab.checksum for slab in slabs])
     if layers != header.geometry.layers or expected != header or header.header_bytes != size:
         raise CorruptEntryError("the header's slab table does not fit its geometry", layers=layers)
-    if file_bytes != header.file_bytes:
+    if file_bytes not in (None, header.file_bytes):
         raise CorruptEntryError(
             f"the file has {file_bytes} bytes, its header says {header.file_bytes}", file_bytes=file_bytes
         )

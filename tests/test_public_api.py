@@ -13,7 +13,7 @@ from ragkv import errors
 PUBLIC = {
     "ragkv": """Answer AsyncClient Client Document DoneEvent Engine QueryRequest RagkvError Settings SourcesEvent
         TokenEvent __version__ load_settings""",
-    "ragkv.store": """CODECS CheckReport ChunkStore EntryHeader EntryInfo FORMAT_VERSION Geometry KEY_BYTES
+    "ragkv.store": """CODECS CheckReport ChunkStore Codec EntryHeader EntryInfo FORMAT_VERSION Field Geometry KEY_BYTES
         LayerReader OpenEntry SOURCES Slab StoreStats chunk_key""",
     "ragkv.retrievers": """AddReport Catalog Chunk Collection CollectionStats Document DocumentInfo Embedder Filters
         Hit KNOWN_TYPES Metadata Mode Retriever SentenceTransformerEmbedder Splitter SvdEmbedder compile_filters
@@ -37,6 +37,8 @@ EXCEPTIONS = {
     "StoreReadOnlyError": "store_read_only",
     "CorruptEntryError": "corrupt_entry",
     "MissingEntryError": "missing_entry",
+    "RemoteError": "remote",
+    "RemoteRefusedError": "remote_refused",
     "CollectionError": "collection",
     "MissingExtraError": "missing_extra",
     "QueueFullError": "queue_full",
