@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import json
 import os
 import secrets
@@ -24,6 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ragkv.errors import CorruptEntryError, StoreError, StoreFormatError, StoreFullError, StoreReadOnlyError
+from ragkv.store.buffers import aligned_empty
 from ragkv.store.header import BLOCK, EntryHeader, header_size, unpack_header
 from ragkv.store.keys import FORMAT_VERSION, KEY_BYTES
 from ragkv.store.lease import lock, remove_unleased
@@ -109,12 +111,16 @@ class Folder:
 
     def entry_keys(self) -> Iterator[bytes]:
         """The keys that the files under ``entries`` are named by, in no order."""
-        for shard in sorted(self.entries.iterdir()) if self.entries.is_dir() else ():
-            with contextlib.suppress(NotADirectoryError):
-                for name in os.listdir(shard):
-                    key = key_of(name)
-                    if key is not None:
-                        yield key
+        for shard in range(256):
+            yield from self.shard_keys(bytes([shard]))
+
+    def shard_keys(self, first: bytes) -> list[bytes]:
+        """The keys of files whose first byte is ``first``."""
+        try:
+            names = os.listdir(self.entries / first.hex())
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+        return [key for key in map(key_of, names) if key is not None and key[:1] == first]
 
     def remove(self, key: bytes) -> bool:
         """Delete an entry's file unless it is leased. True when it is gone afterwards."""
@@ -211,22 +217,46 @@ class TempFile:
         os.close(self.fd)
 
 
-def read_into(fd: int, buffer: NDArray[np.uint8], offset: int) -> None:
-    """Fill ``buffer`` from ``offset`` on.
+def read_into(fd: int, buffer: NDArray[np.uint8], offset: int, *, block: int = 1) -> None:
+    """Fill ``buffer`` from ``offset`` on. With ``block``, by whole blocks only, as a descriptor set to direct I/O
+    wants it: ``buffer`` and ``offset`` begin on one, and the file ends on one.
 
     Raises:
         CorruptEntryError: the file ends before, or the disk cannot read it.
     """
-    view = buffer.data
-    while view:
+    body = buffer.nbytes // block * block
+    tail = aligned_empty(block if body < buffer.nbytes else 0)
+    done = 0
+    while done < body + tail.nbytes:
+        views = [buffer[done:body].data, tail.data] if done < body else [tail.data]
         try:
-            count = os.preadv(fd, [view], offset)
+            count = os.preadv(fd, views, offset + done)
         except OSError as error:
+            if error.errno == errno.EINVAL and leave_direct(fd):
+                continue
             raise CorruptEntryError(f"the disk cannot read the entry: {error.strerror}") from error
-        if not count:
-            raise CorruptEntryError("the entry's file ends too early", offset=offset)
-        view = view[count:]
-        offset += count
+        if count < block:
+            raise CorruptEntryError("the entry's file ends too early", offset=offset + done)
+        done += count // block * block
+    buffer[body:] = tail[: buffer.nbytes - body]
+
+
+def go_direct(fd: int) -> bool:
+    """Have a file's bytes moved past the page cache, if its file system can; True if so."""
+    try:
+        fcntl.fcntl(fd, fcntl.F_SETFL, fcntl.fcntl(fd, fcntl.F_GETFL) | os.O_DIRECT)
+    except OSError as error:
+        if error.errno == errno.EINVAL:
+            return False
+        raise
+    return True
+
+
+def leave_direct(fd: int) -> bool:
+    """Go through the page cache again (a file system may allow direct I/O, and then refuse it). False if it did."""
+    flags = fcntl.fcntl(fd, fcntl.F_GETFL)
+    fcntl.fcntl(fd, fcntl.F_SETFL, flags & ~os.O_DIRECT)
+    return bool(flags & os.O_DIRECT)
 
 
 def read_header(fd: int) -> EntryHeader:

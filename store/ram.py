@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ragkv.store.buffers import Allocate, Array, Buffers, footprint
 from ragkv.store.header import EntryHeader
 
-Array = NDArray[np.uint8]
+IN_FLIGHT_BYTES = 128 << 20
+"""Buffers kept for slabs on their way to the caller, besides those of the tier's own entries."""
 
 
 class RamEntry(NamedTuple):
@@ -22,14 +25,24 @@ class RamEntry(NamedTuple):
 
     @property
     def nbytes(self) -> int:
-        return sum(slab.nbytes for slab in self.slabs)
+        return entry_bytes(slab.nbytes for slab in self.slabs)
+
+
+def entry_bytes(slabs: Iterable[int]) -> int:
+    """What an entry whose slabs have these lengths takes of the RAM tier."""
+    return sum(map(footprint, slabs))
 
 
 class RamTier:
-    """Safe to call from any thread. Arrays handed out stay valid after their entry has left."""
+    """Safe to call from any thread. Arrays handed out stay valid after their entry has left.
 
-    def __init__(self, capacity: int) -> None:
+    Entries lie in ``buffers``, which lends the memory of those that left to those that come; ``allocate``
+    provides it, in the first place.
+    """
+
+    def __init__(self, capacity: int, allocate: Allocate | None = None) -> None:
         self.capacity = capacity
+        self.buffers = Buffers(capacity + IN_FLIGHT_BYTES, allocate)
         self._entries: OrderedDict[bytes, RamEntry] = OrderedDict()
         self._used = 0
         self._reserved = 0

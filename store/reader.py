@@ -4,30 +4,26 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor, Future, wait
 from types import TracebackType
+from typing import Any
 
 import numpy as np
 import xxhash
+from numpy.typing import NDArray
 
 from ragkv.errors import CorruptEntryError, StoreError
-from ragkv.store.header import BLOCK, EntryHeader
-from ragkv.store.ram import Array, RamEntry, RamTier, read_only
+from ragkv.store.buffers import Allocate, Array, Buffers
+from ragkv.store.codecs import CODECS
+from ragkv.store.header import EntryHeader
+from ragkv.store.ram import RamEntry, RamTier, entry_bytes, read_only
 from ragkv.store.source import Source
 
-Allocate = Callable[[int], Array]
 SlabOrError = Array | StoreError
 
 TASK_BYTES = 256 << 10
 """Slabs smaller than this are read several to a task: handing a task to a thread costs as much as reading them."""
-
-
-def aligned_empty(nbytes: int) -> Array:
-    """An uninitialised uint8 array that begins on a page."""
-    raw = np.empty(nbytes + BLOCK, np.uint8)
-    start = -raw.ctypes.data % BLOCK
-    return raw[start : start + nbytes]
 
 
 class OpenEntry:
@@ -50,6 +46,11 @@ class OpenEntry:
     @property
     def closed(self) -> bool:
         return self._source is None
+
+    def decode(self, slab: Array) -> tuple[NDArray[Any], NDArray[Any]]:
+        """K and V, each (tokens, kv_heads, head_dim) in the geometry's dtype, of one of the entry's slabs."""
+        header = self.header
+        return CODECS[header.codec].decode(slab, header.geometry, header.tokens)
 
     def source(self) -> Source:
         """What a reader needs; it shares the lease, and keeps it until it is done itself."""
@@ -79,11 +80,12 @@ class OpenEntry:
 class _Reading:
     """One entry under reading: what of it stays in RAM, and what went wrong with it so far."""
 
-    def __init__(self, source: Source, allocate: Allocate | None) -> None:
+    def __init__(self, source: Source, buffers: Buffers, allocate: Allocate | None) -> None:
         self.source = source
         self.header = source.header
         self.reserved = 0
         self.kept: dict[int, Array] = {}
+        self._buffers = buffers
         self._allocate = allocate
         self._failed: tuple[int, StoreError] | None = None
         self._lock = threading.Lock()
@@ -96,9 +98,9 @@ class _Reading:
         """The layer's bytes, verified unless they were in RAM already."""
         if self.source.lane is None:
             return self.source.slab(layer, None)
-        error = self.error_at(layer)
-        if error is not None:
-            return error
+        earlier = self.error_at(layer)
+        if earlier is not None:
+            return earlier
         given = self._given(layer)
         try:
             slab = self._own(layer) if given is None else self._into(given, layer)
@@ -126,7 +128,7 @@ class _Reading:
         return given
 
     def _own(self, layer: int) -> Array:
-        buffer = self.source.slab(layer, aligned_empty(self.header.slabs[layer].nbytes))
+        buffer = self.source.slab(layer, self._buffers.take(self.header.slabs[layer].nbytes))
         if not self._matches(layer, buffer):
             raise CorruptEntryError("the slab does not match its checksum; encode its chunk again")
         if self.reserved:
@@ -169,7 +171,7 @@ class LayerReader(Iterator[list[SlabOrError]]):
         self._layers = counts.pop() if counts else 0
         try:
             for entry in entries:
-                self._readings.append(_Reading(entry.source(), allocate))
+                self._readings.append(_Reading(entry.source(), ram.buffers, allocate))
             self._tasks = self._spread()
             for _ in range(min(depth, self._layers)):
                 self._submit()
@@ -223,7 +225,7 @@ class LayerReader(Iterator[list[SlabOrError]]):
             lane = reading.source.lane
             if lane is None:
                 continue
-            nbytes = sum(slab.nbytes for slab in reading.header.slabs)
+            nbytes = entry_bytes(slab.nbytes for slab in reading.header.slabs)
             if self._ram.reserve(nbytes):
                 reading.reserved = nbytes
             filled, task = open_tasks.get(lane, (TASK_BYTES, []))

@@ -7,10 +7,16 @@ from collections.abc import Callable
 from concurrent.futures import Executor
 from typing import Protocol
 
+import numpy as np
+
 from ragkv.errors import StoreError
-from ragkv.store.files import disk_errors, read_into
-from ragkv.store.header import EntryHeader
-from ragkv.store.ram import Array, RamEntry
+from ragkv.store.buffers import Array, Buffers
+from ragkv.store.files import disk_errors, go_direct, read_into
+from ragkv.store.header import BLOCK, EntryHeader
+from ragkv.store.ram import RamEntry
+
+DIRECT_BYTES = 64 << 10
+"""The smallest slab that is read past the page cache."""
 
 
 class Source(Protocol):
@@ -98,23 +104,44 @@ class RamSource(_Leased):
 
 
 class FileSource(_Leased):
-    """An entry of the SSD tier. ``on_reject`` takes its key and its descriptor."""
+    """An entry of the SSD tier. ``on_reject`` takes its key and its descriptor.
+
+    Large slabs are read past the page cache: keeping what is used often is the RAM tier's business, and the
+    kernel's copy would cost time and memory. Small ones are worth its reading ahead.
+    """
 
     tier = "ssd"
 
-    def __init__(self, header: EntryHeader, fd: int, lane: Executor, on_reject: Callable[[bytes, int], None]) -> None:
+    def __init__(
+        self,
+        header: EntryHeader,
+        fd: int,
+        lane: Executor,
+        buffers: Buffers,
+        on_reject: Callable[[bytes, int], None],
+    ) -> None:
         super().__init__(header, fd)
         self.lane = lane
+        self._buffers = buffers
         self._on_reject = on_reject
+        self._direct = all(slab.nbytes >= DIRECT_BYTES for slab in header.slabs) and go_direct(fd)
 
     def slab(self, layer: int, buffer: Array | None) -> Array:
         if buffer is None:
             raise StoreError("a slab on the disk needs a buffer", key=self.header.key.hex())
-        read_into(self.fd, buffer, self.header.slabs[layer].offset)
+        offset = self.header.slabs[layer].offset
+        if not self._direct:
+            read_into(self.fd, buffer, offset)
+        elif buffer.ctypes.data % BLOCK == 0:
+            read_into(self.fd, buffer, offset, block=BLOCK)
+        else:
+            between = self._buffers.take(buffer.nbytes)
+            read_into(self.fd, between, offset, block=BLOCK)
+            np.copyto(buffer, between)
         return buffer
 
     def reject(self) -> None:
         self._on_reject(self.header.key, self.fd)
 
     def share(self) -> FileSource:
-        return FileSource(self.header, self.duplicate(), self.lane, self._on_reject)
+        return FileSource(self.header, self.duplicate(), self.lane, self._buffers, self._on_reject)

@@ -25,12 +25,16 @@ from ragkv.errors import (
     StoreReadOnlyError,
 )
 from ragkv.store import check as checks
+from ragkv.store.buffers import Allocate, Array
+from ragkv.store.codecs import encode_slab
 from ragkv.store.files import Folder, TempFile, disk_errors, read_header
-from ragkv.store.header import EntryHeader, Geometry
+from ragkv.store.geometry import Geometry
+from ragkv.store.header import EntryHeader
 from ragkv.store.index import Index, IndexTxn
 from ragkv.store.lease import lease
 from ragkv.store.ram import RamTier, read_only
-from ragkv.store.reader import Allocate, LayerReader, OpenEntry
+from ragkv.store.reader import LayerReader, OpenEntry
+from ragkv.store.remote import Remote, RemoteSource, RemoteStats, RemoteTier, connect
 from ragkv.store.rows import Row
 from ragkv.store.session import Session
 from ragkv.store.source import FileSource, RamSource
@@ -42,7 +46,7 @@ SlabInput = Part | tuple[Part, ...]
 
 
 class EntryInfo(NamedTuple):
-    """What a look-up tells: the tier the entry would be read from, its tokens, and its bytes on the disk."""
+    """What a look-up tells: the tier the entry would be read from, its tokens, and its bytes there."""
 
     tier: str
     tokens: int
@@ -68,6 +72,8 @@ class StoreStats:
     corrupt: int
     evictions: int
     models: dict[str, int] = field(default_factory=dict)
+    hits_remote: int = 0
+    remote: RemoteStats | None = None
 
 
 class ChunkStore:
@@ -80,6 +86,12 @@ class ChunkStore:
         ram_bytes: the most that the RAM tier may take.
         threads: how many threads read.
         read_only: never write anything; ``put`` and ``delete`` are refused.
+        ram_allocate: provides the memory of the RAM tier, and of slabs on their way there: takes a number of
+            bytes, returns a uint8 array, such as page-locked memory. It is used again and again.
+        remote: the URL of a server that keeps entries for several stores (``redis://…``), or a tier of your own,
+            closed with the store.
+        remote_timeout_ms: the most that asking it may add to ``open`` and ``lookup`` when something is missing
+            here; ten times that is the most a layer waits for it.
 
     Every method may be called from any thread, and several processes may have the same folder open.
 
@@ -96,25 +108,32 @@ class ChunkStore:
         ram_bytes: int,
         threads: int = 4,
         read_only: bool = False,
+        ram_allocate: Allocate | None = None,
+        remote: str | RemoteTier | None = None,
+        remote_timeout_ms: int = 50,
     ) -> None:
         for name, value, least in (
             ("capacity_bytes", capacity_bytes, 1),
             ("ram_bytes", ram_bytes, 0),
             ("threads", threads, 1),
+            ("remote_timeout_ms", remote_timeout_ms, 1),
         ):
             if value < least:
                 raise StoreError(f"{name} must be at least {least}, not {value}", setting=name, value=value)
+        timeout = remote_timeout_ms / 1000
+        tier = connect(remote, timeout=timeout, transfer_timeout=10 * timeout) if isinstance(remote, str) else remote
+        self._remote: Remote | None = None
         self.folder = Folder(path)
         self.folder.prepare(read_only=read_only)
         self.capacity_bytes = capacity_bytes
         self.read_only = read_only
-        self._ram = RamTier(ram_bytes)
+        self._ram = RamTier(ram_bytes, ram_allocate)
         self._counts: Counter[str] = Counter()
         self._lock = threading.Lock()
         self._recency = Recency()
         self._space = Space(self.folder, capacity_bytes, self._recency, self._evicted)
         self._closed = False
-        self._session = Session(self.folder, read_only=read_only)
+        self._session = Session(self.folder, read_only=read_only, tidy=self._tidy)
         self._index: Index = self._session.index
         self._executor = ThreadPoolExecutor(threads, thread_name_prefix="ragkv-store")
         if not read_only:
@@ -126,13 +145,21 @@ class ChunkStore:
             except BaseException:
                 self.close()
                 raise
+        if tier is not None:
+            self._remote = Remote(
+                tier,
+                timeout=timeout,
+                transfer_timeout=10 * timeout,
+                file_of=self.folder.entry_path,
+                keep=None if read_only else self._keep,
+            )
 
     # Reading
 
     def lookup(self, keys: Sequence[bytes]) -> list[EntryInfo | None]:
-        """Say of each key where it would be read from, None if it is not here; one index transaction.
+        """Say of each key where it would be read from, None if it is nowhere; one index transaction.
 
-        Only asking: it counts as no use of the entry, neither for eviction nor in the statistics.
+        What is missing here is asked of the remote tier in one round trip (of 256 keys). Only asking: it counts as no use of the entry, neither for eviction nor in the statistics.
         """
         rows = self._index_open().get_many(keys)
         ram = self._ram
@@ -143,14 +170,24 @@ class ChunkStore:
                 infos.append(None)
             else:
                 infos.append(EntryInfo("ram" if key in ram else "ssd", row.tokens, row.nbytes))
-        return infos
+        afar = self._find_remote([key for key, info in zip(keys, infos, strict=True) if info is None])
+        return [
+            EntryInfo("remote", afar[key].tokens, afar[key].file_bytes) if info is None and key in afar else info
+            for key, info in zip(keys, infos, strict=True)
+        ]
 
     def open(self, keys: Sequence[bytes]) -> list[OpenEntry | StoreError]:
-        """Lease the entries of ``keys``. One that is missing or corrupt comes back as an error."""
+        """Lease the entries of ``keys``. One that is missing or corrupt comes back as an error.
+
+        What is not here is asked of the remote tier, all of it in one round trip (of 256 keys). An entry there
+        has no lease: it may vanish while it is read.
+        """
         rows = self._index_open().get_many(keys)
         opened = [self._open(key, row) for key, row in zip(keys, rows, strict=True)]
-        self._count_hits(opened)
         self._touch([entry.key for entry in opened if isinstance(entry, OpenEntry)])
+        if self._remote is not None:
+            opened = self._open_remote(self._remote, keys, opened)
+        self._count_hits(opened)
         return opened
 
     def open_layers(
@@ -160,8 +197,8 @@ class ChunkStore:
 
         Yields, for layer 0, 1, 2 …, one uint8 array (a slab: K, then V) per entry, in the order given. A slab
         that does not match its checksum gives a CorruptEntryError in its entry's place, from then on; the
-        entry is quarantined. A tier that cannot be reached gives another StoreError there. Entries read to the
-        end move into the RAM tier.
+        entry is quarantined. A remote tier that fails gives another StoreError there. Entries read to the end
+        move into the RAM tier, and from the remote tier to the SSD, in the background.
 
         ``allocate(nbytes)`` provides the buffers for what is read from the SSD; they stay the caller's,
         who may use one again once he is done with its slab. It is called on the reading threads, and up to
@@ -179,6 +216,7 @@ class ChunkStore:
         return LayerReader(entries, depth=depth, allocate=allocate, ram=self._ram)
 
     def __contains__(self, key: object) -> bool:
+        """Whether the entry is here, on this machine."""
         return isinstance(key, bytes) and self._index_open().get_many([key])[0] is not None
 
     # Writing
@@ -199,12 +237,14 @@ class ChunkStore:
         """Store a chunk's KV durably. False if it is there already.
 
         ``slabs`` gives ``geometry.layers`` slabs in order: each the bytes of K, then V, both
-        (tokens, kv_heads, head_dim), as one buffer or array or as a tuple of them. They are taken in turn.
+        (tokens, kv_heads, head_dim) in the geometry's dtype, as one buffer or array or as a tuple of them. They
+        are taken in turn, and encoded by ``codec`` (one of ``CODECS``) on the caller's thread.
 
         Raises:
             StoreFullError: it does not fit the capacity (or what is not leased of it), or the disk is full.
             StoreReadOnlyError: the store was opened with ``read_only``, or its folder has become so.
-            StoreFormatError: a field cannot be stored, or ``slabs`` do not have the geometry's size.
+            StoreFormatError: a field cannot be stored, ``slabs`` do not have the geometry's size, or hold inf or nan
+                where the codec cannot.
         """
         header = EntryHeader(
             key, geometry, tokens, model, codec, source, context_tokens, context_policy, created=time.time()
@@ -216,13 +256,24 @@ class ChunkStore:
         temp = index.write(lambda txn: self._reserve(txn, header))
         try:
             self._write(temp, header, slabs)
-            return index.write(lambda txn: self._publish(txn, temp, header))
+            fresh = index.write(lambda txn: self._publish(txn, temp, header))
         finally:
             temp.discard()
+        if fresh and self._remote is not None:
+            self._remote.add(key, header.file_bytes)
+        return fresh
 
     def delete(self, keys: Sequence[bytes]) -> int:
-        """Remove entries; says how many. Open ones stay, and so does what is not here."""
+        """Remove entries; says how many were removed here. Open ones stay, and so does what is not here.
 
+        They are deleted on the remote tier too, best effort: see ``RemoteStats.deletes_failed``.
+        """
+        removed = self._delete_here(keys)
+        if self._remote is not None and keys:
+            self._remote.delete(keys)
+        return removed
+
+    def _delete_here(self, keys: Sequence[bytes]) -> int:
         def remove(txn: IndexTxn) -> int:
             return sum(self._remove(txn, key) for key in dict.fromkeys(keys) if txn.get(key) is not None)
 
@@ -230,11 +281,14 @@ class ChunkStore:
             return self._writable().write(remove)
 
     def clear(self) -> int:
-        """Remove every entry that is not open, and the quarantine; says how many entries."""
+        """Remove every entry here that is not open, and the quarantine; says how many entries.
+
+        The remote tier keeps what it has: others use it.
+        """
         index = self._writable()
         with disk_errors(self.folder.root):
             self.folder.purge_quarantine()
-        return self.delete(index.read(lambda txn: txn.keys()))
+        return self._delete_here(index.read(lambda txn: txn.keys()))
 
     # Housekeeping
 
@@ -255,6 +309,8 @@ class ChunkStore:
             corrupt=counts["corrupt"],
             evictions=counts["evictions"],
             models={model: count for model, (count, _) in models.items()},
+            hits_remote=counts["remote"],
+            remote=self._remote.stats() if self._remote is not None else None,
         )
 
     def check(self, *, fix: bool = False) -> checks.CheckReport:
@@ -272,18 +328,31 @@ class ChunkStore:
                 self._index.write(lambda txn: self._space.make(txn, 0))
         return report
 
+    def drain(self, timeout: float) -> bool:
+        """Wait until what was put has been uploaded to the remote tier, and what was read there is stored here.
+
+        False if that takes longer than ``timeout`` seconds, or the server is down.
+        """
+        return self._remote is None or self._remote.drain(timeout)
+
     def close(self) -> None:
-        """Flush and close. Open entries keep their lease; what is being read is finished first."""
+        """Flush and close. Open entries keep their lease; what is being read is finished first.
+
+        Uploads still waiting get five seconds; :meth:`drain` first if they must all arrive.
+        """
         with self._lock:
             if self._closed:
                 return
             self._closed = True
+        if self._remote is not None:
+            self._remote.close()
         self._executor.shutdown()
         try:
             self._flush()
         finally:
             self._session.close()
             self._ram.clear()
+            self._ram.buffers.close()
 
     def __enter__(self) -> ChunkStore:
         return self
@@ -327,7 +396,38 @@ class ChunkStore:
             self._quarantine(key, fd)
             os.close(fd)
             return error
-        return OpenEntry(FileSource(header, fd, self._executor, self._quarantine))
+        return OpenEntry(FileSource(header, fd, self._executor, self._ram.buffers, self._quarantine))
+
+    def _find_remote(self, keys: Sequence[bytes]) -> dict[bytes, EntryHeader]:
+        return self._remote.find(list(dict.fromkeys(keys))) if self._remote is not None and keys else {}
+
+    def _open_remote(
+        self, remote: Remote, keys: Sequence[bytes], opened: list[OpenEntry | StoreError]
+    ) -> list[OpenEntry | StoreError]:
+        """``opened`` with what the remote tier has in the places of errors."""
+        afar = self._find_remote([k for k, entry in zip(keys, opened, strict=True) if isinstance(entry, StoreError)])
+        return [
+            OpenEntry(RemoteSource(afar[key], remote)) if isinstance(entry, StoreError) and key in afar else entry
+            for key, entry in zip(keys, opened, strict=True)
+        ]
+
+    def _keep(self, header: EntryHeader, slabs: Sequence[Array]) -> bool:
+        """Store an entry of the remote tier as it is. False if it is here by now."""
+        if self._index.get_many([header.key])[0] is not None:
+            return False
+        if any(
+            xxhash.xxh3_64_intdigest(slab.data) != part.checksum for slab, part in zip(slabs, header.slabs, strict=True)
+        ):
+            raise CorruptEntryError("a slab does not match its checksum", key=header.key.hex())
+        temp = self._index.write(lambda txn: self._reserve(txn, header))
+        try:
+            for slab, part in zip(slabs, header.slabs, strict=True):
+                temp.write([slab.data], part.offset)
+            temp.write([memoryview(header.pack())], 0)
+            temp.sync()
+            return self._index.write(lambda txn: self._publish(txn, temp, header))
+        finally:
+            temp.discard()
 
     def _reserve(self, txn: IndexTxn, header: EntryHeader) -> TempFile:
         self._space.make(txn, header.file_bytes)
@@ -337,12 +437,7 @@ class ChunkStore:
         checksums: list[int] = []
         for slab in slabs:
             parts = [_as_bytes(part) for part in (slab if isinstance(slab, tuple) else (slab,))]
-            size = sum(part.nbytes for part in parts)
-            if size != header.slab_bytes or len(checksums) == header.geometry.layers:
-                raise StoreFormatError(
-                    f"slab {len(checksums)} has {size} bytes; {header.tokens} tokens, {header.geometry} mean "
-                    f"{header.geometry.layers} slabs of {header.slab_bytes}"
-                )
+            parts = encode_slab(header.codec, header.geometry, header.tokens, len(checksums), parts)
             temp.write(parts, header.slab_offset(len(checksums)))
             digest = xxhash.xxh3_64()
             for part in parts:
