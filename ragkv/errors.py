@@ -15,7 +15,9 @@ RagkvError
 │   ├── StoreFullError        the disk is full or the capacity is too small for one entry
 │   ├── StoreReadOnlyError    the folder cannot be written
 │   ├── MissingEntryError     the chunk is not in the store
-│   └── CorruptEntryError     bytes on disk do not match their checksum (served as a miss)
+│   ├── CorruptEntryError     bytes on disk do not match their checksum (served as a miss)
+│   └── RemoteError           the remote tier cannot be reached, or not in time (served as a miss)
+│       └── RemoteRefusedError   it answers, but not what was asked for: out of memory, no permission
 ├── CollectionError           a collection's files cannot be read or written
 ├── MissingExtraError         an optional package is needed; the message names the pip command
 ├── QueueFullError            the server has as much work as it accepts (HTTP 429)
@@ -100,6 +102,14 @@ class MissingEntryError(StoreError):
 
 class CorruptEntryError(StoreError):
     code = "corrupt_entry"
+
+
+class RemoteError(StoreError):
+    code = "remote"
+
+
+class RemoteRefusedError(RemoteError):
+    code = "remote_refused"
 
 
 class CollectionError(RagkvError):

@@ -1,0 +1,205 @@
+"""Write-back: one thread that uploads what was stored, deletes what was deleted, and probes a server that was down."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Generator, Sequence
+from itertools import pairwise
+
+import numpy as np
+import xxhash
+
+from ragkv.errors import CorruptEntryError, RemoteError, RemoteRefusedError, StoreError
+from ragkv.store.files import read_header, read_into
+from ragkv.store.header import EntryHeader
+from ragkv.store.lease import lease
+from ragkv.store.remote.breaker import Breaker
+from ragkv.store.remote.tier import HEAD_BYTES, RemoteTier
+
+
+class WriteBack:
+    """Jobs wait by key alone, in the order they came; deletions go first. While the breaker is open all wait.
+
+    A queued entry holds no lease: with the server down, that would pin the store's capacity. If it is evicted
+    before its turn, it is dropped. It is leased while it is uploaded.
+
+    Args:
+        file_of: the path of an entry's file.
+        capacity: bytes of entries that may wait; more are dropped.
+        count: told of ``writebacks``, ``writebacks_dropped``, ``bytes_out`` and ``deletes_failed``, and how many.
+    """
+
+    def __init__(
+        self,
+        tier: RemoteTier,
+        breaker: Breaker,
+        *,
+        file_of: Callable[[bytes], str],
+        capacity: int,
+        count: Callable[[str, int], None],
+    ) -> None:
+        self._tier, self._breaker, self._file_of, self._count = tier, breaker, file_of, count
+        self._capacity = capacity
+        self._uploads: OrderedDict[bytes, int] = OrderedDict()
+        self._deletes: list[tuple[list[bytes], threading.Event]] = []
+        self._busy = False
+        self._stopping = False
+        self._changed = threading.Condition()
+        breaker.on_change = self._wake
+        self._thread = threading.Thread(target=self._run, name="ragkv-remote-writeback", daemon=True)
+        self._thread.start()
+
+    @property
+    def waiting_bytes(self) -> int:
+        with self._changed:
+            return sum(self._uploads.values())
+
+    def add(self, key: bytes, nbytes: int) -> None:
+        """Queue an entry for upload, or drop it if too much is waiting. Never blocks."""
+        with self._changed:
+            waiting = sum(self._uploads.values()) - self._uploads.get(key, 0)
+            fits = not self._stopping and waiting + nbytes <= self._capacity
+            if fits:
+                self._uploads[key] = nbytes
+                self._changed.notify_all()
+        if not fits:
+            self._count("writebacks_dropped", 1)
+
+    def delete(self, keys: Sequence[bytes]) -> threading.Event:
+        """Delete objects, next in turn, and forget their uploads. The event is set when that was tried."""
+        done = threading.Event()
+        with self._changed:
+            for key in keys:
+                self._uploads.pop(key, None)
+            self._deletes.append((list(keys), done))
+            self._changed.notify_all()
+        return done
+
+    def drain(self, timeout: float) -> bool:
+        """Wait until nothing is left to do; False if that takes longer, or the server is down."""
+        deadline = time.monotonic() + timeout
+        with self._changed:
+            while self._busy or self._uploads or self._deletes:
+                left = deadline - time.monotonic()
+                if left <= 0 or not self._changed.wait(left):
+                    return False
+        return True
+
+    def stop(self) -> None:
+        """Take no further job; what waits is dropped."""
+        with self._changed:
+            self._stopping = True
+            dropped = len(self._uploads)
+            self._uploads.clear()
+            self._changed.notify_all()
+        self._count("writebacks_dropped", dropped)
+
+    def join(self, timeout: float) -> None:
+        self._thread.join(timeout)
+
+    def _wake(self) -> None:
+        with self._changed:
+            self._changed.notify_all()
+
+    def _run(self) -> None:
+        while (job := self._next()) is not None:
+            job()
+
+    def _next(self) -> Callable[[], None] | None:
+        with self._changed:
+            self._busy = False
+            self._changed.notify_all()
+            while not self._stopping:
+                job = self._due()
+                if job is not None:
+                    self._busy = True
+                    return job
+                self._changed.wait(self._breaker.seconds_to_probe())
+            return None
+
+    def _due(self) -> Callable[[], None] | None:
+        if not self._breaker.closed:
+            return (lambda: self._breaker.probe(self._well)) if self._breaker.seconds_to_probe() == 0.0 else None
+        if self._deletes:
+            keys, done = self._deletes.pop(0)
+            return lambda: self._delete(keys, done)
+        if self._uploads:
+            key, nbytes = self._uploads.popitem(last=False)
+            return lambda: self._upload(key, nbytes)
+        return None
+
+    def _well(self) -> bool:
+        try:
+            self._tier.ping()
+        except Exception:  # whatever a client library throws: the server is not well
+            return False
+        return True
+
+    def _delete(self, keys: list[bytes], done: threading.Event) -> None:
+        try:
+            self._tier.delete(keys)
+        except Exception as error:
+            self._count("deletes_failed", len(keys))
+            if not self._well():
+                self._breaker.trip(str(error))
+        finally:
+            done.set()
+
+    def _upload(self, key: bytes, nbytes: int) -> None:
+        try:
+            sent = self._send(key)
+        except RemoteRefusedError:
+            sent = None
+        except (RemoteError, StoreError, OSError) as error:
+            sent = None
+            if isinstance(error, RemoteError) and not self._well():
+                self._breaker.trip(error.message)
+                self._requeue(key, nbytes)
+                return
+        if sent is None:
+            self._count("writebacks_dropped", 1)
+        elif sent:
+            self._count("writebacks", 1)
+            self._count("bytes_out", sent)
+
+    def _requeue(self, key: bytes, nbytes: int) -> None:
+        with self._changed:
+            if not self._stopping:
+                self._uploads[key] = nbytes
+                self._uploads.move_to_end(key, last=False)
+                return
+        self._count("writebacks_dropped", 1)
+
+    def _send(self, key: bytes) -> int | None:
+        """Upload the entry; the bytes sent, 0 if it is there already, None if it is gone here."""
+        fd = lease(self._file_of(key))
+        if fd is None:
+            return None
+        try:
+            header = read_header(fd)
+            if header.key != key or header.header_bytes > HEAD_BYTES:
+                return None
+            if self._tier.heads([key])[0] is not None:
+                return 0
+            with contextlib.closing(_parts(fd, header)) as parts:
+                self._tier.put(key, parts)
+            return header.file_bytes
+        finally:
+            os.close(fd)
+
+
+def _parts(fd: int, header: EntryHeader) -> Generator[memoryview]:
+    """The file, cut where slabs begin, each slab verified: rot must not spread."""
+    cuts = [slab.offset for slab in header.slabs] + [header.file_bytes]
+    yield memoryview(os.pread(fd, header.header_bytes, 0))
+    buffer = np.empty(max(end - start for start, end in pairwise(cuts)), np.uint8)
+    for slab, (start, end) in zip(header.slabs, pairwise(cuts), strict=True):
+        part = buffer[: end - start]
+        read_into(fd, part, start)
+        if xxhash.xxh3_64_intdigest(part[: slab.nbytes].data) != slab.checksum:
+            raise CorruptEntryError("the slab does not match its checksum; it is not uploaded", key=header.key.hex())
+        yield part.data
