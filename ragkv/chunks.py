@@ -52,16 +52,19 @@ class EncodeGroup:
         return sum(key is not None for key in self.keys)
 
     @property
-    def wanted_tokens(self) -> int:
-        return sum(len(part) for part, key in zip(self.parts, self.keys, strict=True) if key is not None)
+    def wanted_lengths(self) -> list[int]:
+        """Tokens of each wanted chunk."""
+        return [len(part) for part, key in zip(self.parts, self.keys, strict=True) if key is not None]
 
 
 class ChunkTokenizer:
     """Turns a document's chunk texts into :class:`ChunkTokens` for one model and one context policy."""
 
-    def __init__(self, tokenizer: Tokenizer, *, model_fingerprint: str, dtype: str, context_tokens: int) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, *, model_fingerprint: str, dtype: str, context_tokens: int, codec: str = "raw"
+    ) -> None:
         self._tokenizer, self._limit = tokenizer, context_tokens
-        self._model, self._dtype = model_fingerprint, dtype
+        self._model, self._dtype, self._codec = model_fingerprint, dtype, codec
 
     def document(self, texts: Sequence[str], policy: ContextPolicy) -> list[ChunkTokens]:
         """Tokens and keys of all chunks of a document, given their texts in order."""
@@ -84,7 +87,7 @@ class ChunkTokenizer:
             model=self._model,
             tokenizer=self._tokenizer.fingerprint,
             dtype=self._dtype,
-            codec="raw",
+            codec=self._codec,
             context_policy=policy,
             context=(*self._tokenizer.bos, *context),
             tokens=ids,

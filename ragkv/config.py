@@ -46,6 +46,9 @@ class Settings(BaseSettings):
     )
     context_tokens: int = Field(1024, ge=0, description="most tokens of document context a chunk is encoded behind")
     encode: Literal["eager", "lazy"] = Field("eager", description="compute KV at ingest, or at first use")
+    kv_codec: Literal["raw", "int8", "fp8"] = Field(
+        "raw", description="how chunk KV is stored; `int8` and `fp8` halve its bytes, at a small error"
+    )
     embedder: str = Field("svd", description="`svd` (fitted per collection), a local path, or a hub id")
     max_document_bytes: int = Field(16 * 2**20, ge=1, description="larger documents are refused")
 

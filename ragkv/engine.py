@@ -97,6 +97,7 @@ class Engine:
             model_fingerprint=checkpoint.model_fingerprint,
             dtype=dtype,
             context_tokens=_context_tokens(settings, checkpoint.runner.max_positions),
+            codec=settings.kv_codec,
         )
         self._loop = EngineLoop(
             checkpoint.runner,
@@ -109,7 +110,7 @@ class Engine:
         self._output = OutputThread()
         # Retrieval and tokenising for asyncio callers; the loop's own few threads are left to whoever else needs them.
         self._callers = ThreadPoolExecutor(8, thread_name_prefix="ragkv-caller")
-        self._writer = Writer(checkpoint, self._loop, self._store, dtype)
+        self._writer = Writer(checkpoint, self._loop, self._store, settings.kv_codec)
         self._pipeline = Pipeline(checkpoint, self._catalog, splitter, chunk_tokenizer, settings)
         self._ingestor = Ingestor(
             checkpoint, self._catalog, splitter, chunk_tokenizer, self._store, self._writer, settings

@@ -54,7 +54,7 @@ class Ingestor:
         writer: Writer,
         settings: Settings,
     ) -> None:
-        self._bytes_per_token = checkpoint.runner.shape.bytes_per_token
+        self._entry_bytes = partial(checkpoint.runner.shape.entry_bytes, codec=settings.kv_codec)
         self._catalog, self._splitter, self._chunk_tokenizer = catalog, splitter, chunk_tokenizer
         self._store, self._writer, self._settings = store, writer, settings
         self._pending: set[bytes] = set()
@@ -67,7 +67,7 @@ class Ingestor:
 
     def estimate(self, documents: Iterable[Document]) -> IngestEstimate:
         """Bytes and work that ingesting ``documents`` will take; computes no KV."""
-        count = chunks = tokens = new_tokens = encode_tokens = 0
+        count = chunks = tokens = kv_bytes = new_kv_bytes = encode_tokens = 0
         planned: set[bytes] = set()
         for document in documents:
             count += 1
@@ -79,14 +79,15 @@ class Ingestor:
             planned.update(key for group in groups for key in group.keys if key)
             chunks += len(parts)
             tokens += sum(len(part.ids) for part in parts)
-            new_tokens += sum(group.wanted_tokens for group in groups)
+            kv_bytes += sum(self._entry_bytes(len(part.ids)) for part in parts)
+            new_kv_bytes += sum(self._entry_bytes(length) for group in groups for length in group.wanted_lengths)
             encode_tokens += sum(group.tokens for group in groups)
         return IngestEstimate(
             documents=count,
             chunks=chunks,
             tokens=tokens,
-            kv_bytes=tokens * self._bytes_per_token,
-            new_kv_bytes=new_tokens * self._bytes_per_token,
+            kv_bytes=kv_bytes,
+            new_kv_bytes=new_kv_bytes,
             encode_tokens=encode_tokens,
             capacity_bytes=self._settings.store_bytes,
         )

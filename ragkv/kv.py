@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 import torch
 
+from ragkv.store import CODECS, Geometry
+
 
 @dataclass(frozen=True)
 class KvShape:
@@ -21,8 +23,13 @@ class KvShape:
     dtype: torch.dtype
 
     @property
-    def bytes_per_token(self) -> int:
-        return 2 * self.layers * self.kv_heads * self.head_dim * self.dtype.itemsize
+    def geometry(self) -> Geometry:
+        """The same shape as the chunk store knows it."""
+        return Geometry(self.layers, self.kv_heads, self.head_dim, str(self.dtype).removeprefix("torch."))
+
+    def entry_bytes(self, tokens: int, codec: str) -> int:
+        """Bytes of the KV of a chunk of ``tokens`` tokens, stored with ``codec``."""
+        return self.layers * CODECS[codec].slab_bytes(self.geometry, tokens)
 
 
 class RequestKV:

@@ -1,9 +1,9 @@
 """Bringing stored chunks into a request's KV, layer by layer.
 
-The store reads layers ahead on its own threads; a :class:`Stager` gathers a layer's slabs in one host buffer, and the
-:class:`LayerLoader` moves it to the device, rotates it to the chunks' positions in this prompt and writes it into the
-request's slots. On CUDA the three overlap: stages are page-locked and filled ahead by threads, copies run on a stream
-of their own, and only the stream that computes waits for them.
+The store reads layers ahead on its own threads; a :class:`Stager` gathers a layer's slabs, as they are stored, in one
+host buffer; the :class:`LayerLoader` moves it to the device, unpacks it there, rotates it to the chunks' positions in
+this prompt and writes it into the request's slots. On CUDA these overlap: stages are page-locked and filled ahead by
+threads, copies run on a stream of their own, and only the stream that computes waits for them.
 """
 
 from __future__ import annotations
@@ -11,15 +11,17 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 
-from ragkv.errors import StoreError
-from ragkv.kv import KvShape, RequestKV
+from ragkv.errors import CorruptEntryError, StoreError
+from ragkv.kv import RequestKV
 from ragkv.plan import Span
 from ragkv.runner import ModelRunner
+from ragkv.unpacking import Unpacker
 
 Slabs = Iterator[list[np.ndarray | StoreError]]
 
@@ -37,30 +39,31 @@ class ChunkLostError(Exception):
 
 
 class Stager:
-    """Hands out layer after layer of all spans' K and V, gathered in one host tensor.
+    """Hands out layer after layer of all spans, gathered in one host tensor.
 
     Args:
-        slabs: for each layer, one uint8 slab per span: K (tokens, kv_heads, head_dim), position-free, then V.
+        slabs: for each layer, one uint8 slab per span, as stored.
+        unpacker: says where their bytes go.
+        layers: how many there are.
         ahead: layers to gather in advance, on threads; 0 gathers when asked, on the caller's thread.
         pinned: page-lock the stages.
     """
 
-    def __init__(self, spans: Sequence[Span], slabs: Slabs, shape: KvShape, *, ahead: int, pinned: bool) -> None:
-        self._spans, self._slabs = spans, slabs
-        tokens = sum(span.length for span in spans)
-        self._stages = torch.empty(
-            (ahead + 1, 2, tokens, shape.kv_heads, shape.head_dim), dtype=shape.dtype, pin_memory=pinned
-        )
+    def __init__(
+        self, spans: Sequence[Span], slabs: Slabs, unpacker: Unpacker, *, layers: int, ahead: int, pinned: bool
+    ) -> None:
+        self._spans, self._slabs, self._unpacker = spans, slabs, unpacker
+        self._stages = torch.empty((ahead + 1, unpacker.nbytes), dtype=torch.uint8, pin_memory=pinned)
         self._released: list[torch.cuda.Event | None] = [None] * (ahead + 1)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="ragkv-stager") if ahead else None
         self._filling: deque[Future[torch.Tensor]] = deque()
         self._asked = 0
-        self._layers = shape.layers
+        self._layers = layers
         for _ in range(ahead):
             self._fill_ahead()
 
     def next_layer(self) -> torch.Tensor:
-        """(2, tokens, kv_heads, head_dim): K and V of the next layer. The caller's until it asks again, or, with
+        """The stage, uint8 (unpacker.nbytes,), of the next layer. The caller's until it asks again, or, with
         :meth:`release_after`, until the event.
 
         Raises:
@@ -91,27 +94,30 @@ class Stager:
         if (event := self._released[turn]) is not None:
             event.synchronize()
         slabs = next(self._slabs)
-        stage = self._stages[turn].view(torch.uint8).flatten(2).numpy()
-        copies, at = [], 0
-        for span, slab in zip(self._spans, slabs, strict=True):
+        stage = self._stages[turn].numpy()
+        jobs = []
+        for i, (span, slab) in enumerate(zip(self._spans, slabs, strict=True)):
             if isinstance(slab, StoreError):
                 raise ChunkLostError(span, slab)
-            copies.append((stage[:, at : at + span.length], slab.reshape(2, span.length, -1)))
-            at += span.length
+            if slab.nbytes != self._unpacker.slab_bytes[i]:
+                raise ChunkLostError(span, CorruptEntryError("its slab has another size than the model's KV"))
+            jobs.append(partial(_copy, stage, slab, self._unpacker.pieces[i]))
         if self._thread:
-            done, _ = wait([_COPIERS.submit(np.copyto, to, source) for to, source in copies])
+            done, _ = wait([_COPIERS.submit(job) for job in jobs])
             for future in done:
                 future.result()
         else:
-            for to, source in copies:
-                np.copyto(to, source)
+            for job in jobs:
+                job()
         return self._stages[turn]
 
 
 class LayerLoader:
-    """Places layer after layer of ``spans`` into ``kv``; close it before closing ``slabs``."""
+    """Places layer after layer of ``spans``, stored with ``codec``, into ``kv``; close it before closing ``slabs``."""
 
-    def __init__(self, runner: ModelRunner, kv: RequestKV, spans: Sequence[Span], slabs: Slabs) -> None:
+    def __init__(
+        self, runner: ModelRunner, kv: RequestKV, spans: Sequence[Span], slabs: Slabs, codec: str = "raw"
+    ) -> None:
         self._runner, self._kv = runner, kv
         self._next = 0
         positions = np.concatenate([np.arange(s.start, s.end) for s in spans])
@@ -120,7 +126,9 @@ class LayerLoader:
         self._angles = runner.rope.angles(runner.tensor(positions))
         cuda = runner.device.type == "cuda"
         self._stream: Any = torch.cuda.Stream(runner.device) if cuda else None  # type: ignore[no-untyped-call]
-        self._stager = Stager(spans, slabs, runner.shape, ahead=CUDA_LAYERS_AHEAD if cuda else 0, pinned=cuda)
+        self._unpacker = Unpacker(codec, runner.shape, [span.length for span in spans], runner.device)
+        ahead = CUDA_LAYERS_AHEAD if cuda else 0
+        self._stager = Stager(spans, slabs, self._unpacker, layers=runner.shape.layers, ahead=ahead, pinned=cuda)
 
     def ensure(self, layer: int) -> None:
         """Have all layers up to ``layer`` placed; waits for the disk where it must.
@@ -129,7 +137,7 @@ class LayerLoader:
             ChunkLostError: a slab is unreadable; nothing of it was placed.
         """
         while self._next <= layer:
-            keys, values = self._on_device(self._stager.next_layer())
+            keys, values = self._unpacker.unpack(self._on_device(self._stager.next_layer()))
             self._kv.write(self._next, self._slots, self._runner.rope.place(keys, self._angles, self._next), values)
             self._next += 1
 
@@ -147,6 +155,11 @@ class LayerLoader:
         computing.wait_event(event)
         moved.record_stream(computing)
         return moved
+
+
+def _copy(stage: np.ndarray, slab: np.ndarray, pieces: Sequence[tuple[slice, slice]]) -> None:
+    for to, source in pieces:
+        np.copyto(stage[to], slab[source])
 
 
 def _as_slice(positions: np.ndarray, base: int) -> slice | None:

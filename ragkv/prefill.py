@@ -109,9 +109,10 @@ class Prefill:
     def _blend(self, entries: dict[Span, OpenEntry]) -> Generator[None, None, PrefillResult]:
         kv = self._runner.new_kv(len(self._plan.ids) + self._room)
         spans = list(entries)
+        [codec] = {entry.header.codec for entry in entries.values()}  # it is part of their keys
         with (
             closing(self._store.open_layers(list(entries.values()))) as slabs,
-            closing(LayerLoader(self._runner, kv, spans, slabs)) as loader,
+            closing(LayerLoader(self._runner, kv, spans, slabs, codec)) as loader,
         ):
             blend = Blend(
                 self._runner,

@@ -12,7 +12,7 @@ from ragkv.chunks import EncodeGroup
 from ragkv.encode import EncodedChunk
 from ragkv.errors import EngineClosedError, RagkvError
 from ragkv.loop import EngineLoop
-from ragkv.store import ChunkStore, Geometry
+from ragkv.store import ChunkStore
 
 log = logging.getLogger("ragkv")
 _IN_FLIGHT = 8
@@ -21,11 +21,10 @@ _IN_FLIGHT = 8
 class Writer:
     """Computes and stores chunk entries: groups go to the engine thread, results to a thread that writes."""
 
-    def __init__(self, checkpoint: Checkpoint, loop: EngineLoop, store: ChunkStore, dtype: str) -> None:
-        shape = checkpoint.runner.shape
+    def __init__(self, checkpoint: Checkpoint, loop: EngineLoop, store: ChunkStore, codec: str) -> None:
+        self._shape, self._codec = checkpoint.runner.shape, codec
         self._loop, self._store = loop, store
         self._model = checkpoint.model_fingerprint
-        self._geometry = Geometry(shape.layers, shape.kv_heads, shape.head_dim, dtype)
         self._threads = ThreadPoolExecutor(2, thread_name_prefix="ragkv-writer")
 
     def submit(self, group: EncodeGroup, done: Callable[[int, Exception | None], None]) -> None:
@@ -51,14 +50,15 @@ class Writer:
             for chunk in chunks:
                 stored = self._store.put(
                     chunk.key,
-                    self._geometry,
+                    self._shape.geometry,
                     chunk.slabs,
                     tokens=chunk.tokens,
                     model=self._model,
+                    codec=self._codec,
                     context_tokens=chunk.context_tokens,
                     context_policy=chunk.context_policy,
                 )
-                written += sum(slab.nbytes for slab in chunk.slabs) if stored else 0
+                written += self._shape.entry_bytes(chunk.tokens, self._codec) if stored else 0
         except Exception as error:  # reported to whoever waits
             done(written, error)
         else:

@@ -248,7 +248,8 @@ def _unpack_int8(packed: Bytes, out: NDArray[np.float32]) -> None:
 
 
 # ml_dtypes converts float8 one by one, ten times slower than this. A float32 times 2^-120 has the exponent that the
-# same number has in e4m3, denormal ones included: sign, exponent and three bits of mantissa are its upper bits.
+# same number has in e4m3, denormal ones included: sign, exponent and three bits of mantissa are its upper bits. (Of
+# numbers below e4m3's smallest normal one it keeps what is above 2^-29, so a tie there may be seen that was none.)
 _E4M3 = np.float32(2.0**-120)
 
 

@@ -114,7 +114,7 @@ def test_a_slab_is_k_then_v_of_every_token(family):
     shape = (2, 10, runner.shape.kv_heads, runner.shape.head_dim)
     for layer, slab in enumerate(entry.slabs):
         assert slab.dtype == np.uint8
-        assert slab.nbytes * runner.shape.layers == 10 * runner.shape.bytes_per_token
+        assert slab.nbytes * runner.shape.layers == runner.shape.entry_bytes(10, "raw")
         keys, values = floats(slab).reshape(shape)
         made_keys, made_values = kv.read(layer, 10)
         assert torch.equal(values, made_values)

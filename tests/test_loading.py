@@ -10,6 +10,8 @@ from ragkv.errors import CorruptEntryError
 from ragkv.loading import ChunkLostError, LayerLoader, Stager
 from ragkv.plan import Span
 from ragkv.runner import ModelRunner
+from ragkv.store import CODECS, Geometry
+from ragkv.unpacking import Unpacker
 from tests.blend_kit import close
 from tests.families import make_model, make_runner
 
@@ -28,9 +30,24 @@ def slabs_of(runner, spans, seed=0):
     ]
 
 
-def as_bytes(layers):
+def as_bytes(layers, codec="raw"):
     for slabs in layers:
-        yield [slab.view(torch.uint8).numpy().reshape(-1) for slab in slabs]
+        yield [encoded(slab, codec) for slab in slabs]
+
+
+def encoded(slab, codec):
+    """The bytes that the store would have of K and V."""
+    both = slab.view(torch.uint8).numpy().view(numpy_dtype(slab.dtype))
+    return np.concatenate([part.reshape(-1).view(np.uint8) for part in CODECS[codec].encode(*both)])
+
+
+def numpy_dtype(dtype):
+    return Geometry(1, 1, 1, str(dtype).removeprefix("torch.")).numpy_dtype
+
+
+def stager(runner, places, source, *, ahead, codec="raw"):
+    unpacker = Unpacker(codec, runner.shape, [span.length for span in places], runner.device)
+    return Stager(places, source, unpacker, layers=runner.shape.layers, ahead=ahead, pinned=False), unpacker
 
 
 def sentinel(runner, capacity, base=0):
@@ -120,10 +137,11 @@ def test_gathering_ahead_on_threads_equals_gathering_when_asked():
     """The fast path's parity with its plain twin; a stage is reused only after the layer behind it was asked for."""
     runner, places = make_runner("llama"), spans((0, 7), (9, 14))
     layers = slabs_of(runner, places)
-    plain = Stager(places, as_bytes(layers), runner.shape, ahead=0, pinned=False)
-    ahead = Stager(places, as_bytes(layers), runner.shape, ahead=2, pinned=False)
+    plain, unpacker = stager(runner, places, as_bytes(layers), ahead=0)
+    ahead, _ = stager(runner, places, as_bytes(layers), ahead=2)
     for _ in layers:
-        assert torch.equal(plain.next_layer(), ahead.next_layer())
+        for one, other in zip(*(unpacker.unpack(s.next_layer()) for s in (plain, ahead)), strict=True):
+            assert torch.equal(one, other)
     ahead.close()
 
 
@@ -131,13 +149,13 @@ def test_a_damaged_slab_is_told_in_its_layer_when_gathered_ahead():
     runner, places = make_runner("llama"), spans((0, 7), (9, 14))
     layers = list(as_bytes(slabs_of(runner, places)))
     layers[2][1] = CorruptEntryError("flipped")
-    stager = Stager(places, iter(layers), runner.shape, ahead=3, pinned=False)
-    stager.next_layer()
-    stager.next_layer()
+    ahead, _ = stager(runner, places, iter(layers), ahead=3)
+    ahead.next_layer()
+    ahead.next_layer()
     with pytest.raises(ChunkLostError) as lost:
-        stager.next_layer()
+        ahead.next_layer()
     assert lost.value.span is places[1]
-    stager.close()
+    ahead.close()
 
 
 def test_closing_stops_gathering():
@@ -149,6 +167,6 @@ def test_closing_stops_gathering():
             taken.append(layer)
             yield layer
 
-    stager = Stager(places, source(), runner.shape, ahead=1, pinned=False)
-    stager.close()
+    ahead, _ = stager(runner, places, source(), ahead=1)
+    ahead.close()
     assert len(taken) <= 1

@@ -26,7 +26,7 @@ def test_the_shape_is_that_of_what_the_model_writes(name):
     fused = hasattr(attention, "qkv_proj")
     heads = runner.config.num_attention_heads * shape.head_dim
     assert width == ((attention.qkv_proj.out_features - heads) // 2 if fused else attention.k_proj.out_features)
-    assert shape.bytes_per_token == 2 * shape.layers * width * 4
+    assert shape.entry_bytes(3, "raw") == 3 * 2 * shape.layers * width * 4
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3", "smollm3"])
