@@ -9,6 +9,7 @@ itself, and is renamed when it is whole. The braces keep both names in one slot 
 from __future__ import annotations
 
 import contextlib
+import re
 import secrets
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -147,6 +148,8 @@ def _without_secrets(url: str) -> str:
         unknown = [name for name, _ in parse_qsl(parts.query) if name != "db" and not name.startswith("ssl_")]
     except ValueError:
         raise _bad_url() from None
+    if parts.scheme != "unix" and not re.fullmatch(r"/?\d*", parts.path):
+        raise _bad_url()  # an unescaped slash in the password, and what follows it
     if unknown:
         message = f"setting 'remote_url': unknown options {', '.join(unknown)}; it takes db and ssl_… only"
         raise ConfigError(message, setting="remote_url")

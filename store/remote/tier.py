@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from typing import Protocol
-from urllib.parse import urlsplit
 
 from ragkv.errors import ConfigError, MissingExtraError
 
@@ -80,8 +79,7 @@ def connect(url: str, *, timeout: float, transfer_timeout: float) -> RemoteTier:
     except ModuleNotFoundError as error:
         message = "a remote tier needs the redis package: pip install 'ragkv[remote]'"
         raise MissingExtraError(message, extra="remote") from error
-    scheme = urlsplit(url).scheme
-    if scheme not in SCHEMES:
+    if url.partition(":")[0] not in SCHEMES:
         raise ConfigError(
             f"setting 'remote_url': it must begin with {', '.join(f'{s}://' for s in SCHEMES)}", setting="remote_url"
         )

@@ -13,7 +13,7 @@ from itertools import pairwise
 import numpy as np
 import xxhash
 
-from ragkv.errors import CorruptEntryError, RemoteError, RemoteRefusedError, StoreError
+from ragkv.errors import CorruptEntryError, RemoteRefusedError, StoreFormatError
 from ragkv.store.files import read_header, read_into
 from ragkv.store.header import EntryHeader
 from ragkv.store.lease import lease
@@ -30,7 +30,7 @@ class WriteBack:
     Args:
         file_of: the path of an entry's file.
         capacity: bytes of entries that may wait; more are dropped.
-        count: told of ``writebacks``, ``writebacks_dropped``, ``bytes_out`` and ``deletes_failed``, and how many.
+        count: called with the name of a field of ``RemoteStats``, and by how much it rises.
     """
 
     def __init__(
@@ -93,10 +93,12 @@ class WriteBack:
         """Take no further job; what waits is dropped."""
         with self._changed:
             self._stopping = True
-            dropped = len(self._uploads)
+            uploads, deletes = len(self._uploads), sum(len(keys) for keys, _ in self._deletes)
             self._uploads.clear()
+            self._deletes.clear()
             self._changed.notify_all()
-        self._count("writebacks_dropped", dropped)
+        self._count("writebacks_dropped", uploads)
+        self._count("deletes_failed", deletes)
 
     def join(self, timeout: float) -> None:
         self._thread.join(timeout)
@@ -139,25 +141,36 @@ class WriteBack:
             return False
         return True
 
+    def _down(self, error: Exception) -> bool:
+        """After a failure: is it the server, and not what was asked of it? Then everything waits for it."""
+        if isinstance(error, RemoteRefusedError):
+            return False
+        self._count("errors", 1)
+        if self._well():
+            return False
+        self._breaker.trip(str(error))
+        return True
+
     def _delete(self, keys: list[bytes], done: threading.Event) -> None:
         try:
             self._tier.delete(keys)
         except Exception as error:
-            self._count("deletes_failed", len(keys))
-            if not self._well():
-                self._breaker.trip(str(error))
+            if self._down(error):
+                with self._changed:
+                    self._deletes.insert(0, (keys, done))
+            else:
+                self._count("deletes_failed", len(keys))
         finally:
             done.set()
 
     def _upload(self, key: bytes, nbytes: int) -> None:
+        sent = None
         try:
             sent = self._send(key)
-        except RemoteRefusedError:
-            sent = None
-        except (RemoteError, StoreError, OSError) as error:
-            sent = None
-            if isinstance(error, RemoteError) and not self._well():
-                self._breaker.trip(error.message)
+        except (CorruptEntryError, StoreFormatError):
+            pass  # for the next reader to find
+        except Exception as error:
+            if self._down(error):
                 self._requeue(key, nbytes)
                 return
         if sent is None:

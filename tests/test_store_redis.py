@@ -1,0 +1,177 @@
+"""Redis as a remote tier, against a real server."""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+import pytest
+
+from ragkv.errors import ConfigError, RemoteError, RemoteRefusedError
+from ragkv.store.remote import connect, redis
+from ragkv.store.remote.redis import RedisTier
+from tests.redis_kit import started
+from tests.store_kit import key_for
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    server = started(tmp_path_factory.mktemp("redis"))
+    yield server
+    server.kill()
+
+
+@pytest.fixture
+def tier(server):
+    server.client.flushall()
+    tier = RedisTier(server.url, timeout=5, transfer_timeout=5)
+    yield tier
+    tier.close()
+
+
+def parts_of(i: int, *sizes: int) -> list[memoryview]:
+    rng = np.random.default_rng(i)
+    return [rng.integers(0, 256, size, dtype=np.uint8).data for size in sizes]
+
+
+def test_what_is_put_is_read_back_part_by_part(tier):
+    parts = parts_of(1, 4096, 8192, 12288)
+    tier.put(key_for(1), parts)
+    assert tier.heads([key_for(2), key_for(1)]) == [None, parts[0]]
+    assert tier.get(key_for(1), 4096, 8192) == parts[1]
+    assert tier.get(key_for(1), 12288, 12000) == parts[2][:12000]
+    assert tier.get(key_for(1), 24576, 10) is None
+    assert tier.get(key_for(2), 0, 10) is None
+
+
+def test_large_parts_are_cut_and_come_back_whole(tier, server, monkeypatch):
+    monkeypatch.setattr(redis, "PIECE_BYTES", 1000)
+    parts = parts_of(1, 4096, 2500)
+    tier.put(key_for(1), parts)
+    [name] = server.entries()
+    assert server.client.hlen(name) == 5 + 3
+    assert tier.get(key_for(1), 4096, 2500) == parts[1]
+    server.client.hdel(name, "5096")
+    assert tier.get(key_for(1), 4096, 2500) is None
+
+
+def test_names_hold_the_version_and_the_key_only(tier, server):
+    tier.put(key_for(1), parts_of(1, 4096))
+    assert server.entries() == [f"ragkv:1:{{{key_for(1).hex()}}}"]
+    assert server.client.ttl(server.entries()[0]) == -1
+
+
+def test_parts_may_be_overwritten_once_the_next_is_asked_for(tier):
+    def reused():
+        buffer = np.empty(4096, np.uint8)
+        for value in (1, 2, 3):
+            buffer[:] = value
+            yield buffer.data
+
+    tier.put(key_for(1), reused())
+    assert [bytes(tier.get(key_for(1), 4096 * i, 1)) for i in range(3)] == [b"\1", b"\2", b"\3"]
+
+
+def test_an_upload_that_breaks_off_is_never_seen_and_expires(tier, server):
+    seen = []
+
+    def broken():
+        yield from parts_of(1, 4096, 8192)
+        seen.extend(tier.heads([key_for(1)]))
+        [upload] = server.entries()
+        assert 0 < server.client.ttl(upload) <= redis.UPLOAD_SECONDS
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        tier.put(key_for(1), broken())
+    assert seen == [None]
+    assert server.entries() == []
+
+
+def test_an_upload_that_was_evicted_halfway_is_not_published(tier, server):
+    def evicted():
+        yield from parts_of(1, 4096)
+        server.client.flushall()
+        yield from parts_of(2, 8192)
+
+    with pytest.raises(RemoteRefusedError, match="memory"):
+        tier.put(key_for(1), evicted())
+    assert tier.heads([key_for(1)]) == [None]
+    assert server.entries() == []
+
+
+def test_a_second_upload_replaces_the_first_whole(tier, server):
+    tier.put(key_for(1), parts_of(1, 4096, 4096, 4096))
+    tier.put(key_for(1), parts_of(1, 4096))
+    assert server.client.hlen(server.entries()[0]) == 1
+
+
+def test_delete(tier, server):
+    tier.put(key_for(1), parts_of(1, 4096))
+    tier.delete([key_for(1), key_for(2)])
+    assert server.entries() == []
+
+
+def test_a_full_server_refuses(tier, server):
+    server.client.config_set("maxmemory", "2mb")
+    try:
+        with pytest.raises(RemoteRefusedError, match="memory"):
+            tier.put(key_for(1), parts_of(1, 4096, *[500_000] * 8))
+        tier.ping()
+    finally:
+        server.client.config_set("maxmemory", "0")
+    assert server.entries() == []
+
+
+def test_nobody_there_is_a_remote_error(tmp_path):
+    tier = RedisTier(f"unix://{tmp_path}/none.sock", timeout=1, transfer_timeout=1)
+    with pytest.raises(RemoteError, match=r"none\.sock"):
+        tier.ping()
+    tier.close()
+
+
+def test_a_socket_a_database_and_valkey_urls(server, tmp_path):
+    for url in (server.url.replace("/0", "/3"), server.url.replace("redis:", "valkey:").replace("/0", "?db=3")):
+        tier = connect(url, timeout=5, transfer_timeout=5)
+        tier.put(key_for(3), parts_of(1, 4096))
+        tier.close()
+    assert server.client.info("keyspace")["db3"]["keys"] == 1
+
+
+def test_a_password_opens_the_door_and_is_never_shown(tmp_path):
+    server = started(tmp_path)
+    try:
+        server.client.acl_setuser("ann", enabled=True, passwords=["+s3cr3t/x"], keys=["*"], commands=["+@all"])
+        server.client.acl_setuser("default", enabled=True, reset_passwords=True, passwords=["+other"])
+        for password in ("s3cr3t%2Fx", "wr0ng"):
+            url = server.url.replace("//", f"//ann:{password}@")
+            tier = RedisTier(url, timeout=5, transfer_timeout=5)
+            assert tier.name == server.url
+            if password == "wr0ng":
+                with pytest.raises(RemoteError) as error:
+                    tier.ping()
+                assert not re.search(r"\bann\b|wr0ng", f"{error.value} {error.value.context}")
+            else:
+                tier.ping()
+            tier.close()
+    finally:
+        server.kill()
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "s3cr3t",
+        "http://:s3cr3t@host",
+        "redis://:s3cr3t/x@host:6379/0",
+        "redis://user/s3cr3t@host",
+        "redis://:pw@host:s3cr3t",
+        "redis://:s3cr3t@host/0?socket_timeout=1000",
+        "redis://:s3cr3t@host/0?decode_responses=1",
+        "redis://:s3cr3t@[host/0",
+    ],
+)
+def test_a_url_that_cannot_be_used_is_refused_and_not_repeated(url):
+    with pytest.raises(ConfigError, match="remote_url") as error:
+        connect(url, timeout=1, transfer_timeout=1)
+    assert "s3cr3t" not in f"{error.value} {error.value.context} {error.value.__cause__}"
