@@ -9,12 +9,15 @@ from typing import Annotated, Any, get_args
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from ragkv import terminal
 from ragkv.config import load_settings
 from ragkv.errors import ConfigError
+from ragkv.eval.cases import CONDITIONS, Draw
 from ragkv.eval.questions import jsonl, read_questions
+from ragkv.eval.worlds_names import SPLITS
 from ragkv.types import ContextPolicy, Method
 
 app = typer.Typer(no_args_is_help=True, help="Measure retrieval and answer quality; replay questions through a server.")
@@ -77,37 +80,91 @@ def replay(
 
 @app.command()
 def quality(
+    suite: Annotated[str, typer.Option(help="worlds: invented worlds, which nobody knows by heart.")] = "worlds",
     methods: Annotated[str, typer.Option(help="Names, comma-separated.")] = ALL_METHODS,
-    ratio: Annotated[str, typer.Option(help="Ratios, comma-separated.")] = "0.15",
+    ratio: Annotated[
+        str, typer.Option(help="Ratios, comma-separated, for hkvd, epic, question and random; `default` has its own.")
+    ] = "0.15",
     context_policy: Annotated[str, typer.Option(help="`alone`, `document`, or both, comma-separated.")] = "document",
-    condition: Annotated[str, typer.Option(help="shuffled, ordered or neighbour-missing.")] = "shuffled",
-    limit: Annotated[int, typer.Option(min=1, help="Questions to ask.")] = 140,
-    size: Annotated[int, typer.Option(min=4, help="Documents of a world.")] = 9,
+    condition: Annotated[
+        str,
+        typer.Option(
+            help="shuffled, ordered, neighbour-missing, comma-separated. All are asked the same questions: with "
+            "neighbour-missing among them only such as have a neighbour to miss."
+        ),
+    ] = "shuffled",
+    limit: Annotated[int, typer.Option(min=1, help="Questions to ask, of all kinds in equal numbers.")] = 140,
+    size: Annotated[int, typer.Option(min=4, help="Chunks of a world.")] = 12,
+    context_tokens: Annotated[
+        int | None, typer.Option(min=256, help="In place of --size: add documents up to about so many tokens.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="First world.")] = 0,
     split: Annotated[str, typer.Option(help="train, dev or test: names the model has or has not seen.")] = "test",
     model: Annotated[str | None, typer.Option(help="`bundled`, a folder, or a hub id.")] = None,
+    jobs: Annotated[int, typer.Option(min=1, help="Processes, each with a model of its own.")] = 1,
+    each_alone: Annotated[
+        bool, typer.Option("--each-alone", help="Ask every question from scratch, which is slow, and report TTFT.")
+    ] = False,
+    plot: Annotated[Path | None, typer.Option(help="Draw quality against recomputed share: .png, .svg, .pdf.")] = None,
+    plot_kinds: Annotated[bool, typer.Option("--plot-kinds", help="Draw the kinds of question as well.")] = False,
+    rows_from: Annotated[
+        Path | None, typer.Option("--rows", help="Ask nothing: show or draw what --json printed into this file.")
+    ] = None,
     json_: Json = False,
 ) -> None:
-    """Exact match on invented worlds, by kind of question, for every method."""
-    from ragkv.checkpoint import load_checkpoint
-    from ragkv.eval.quality import CONDITIONS, Setting, WorldsSuite, relate_to_full
+    """Exact match on invented worlds, by kind of question, for every method, beside full prefill."""
+    _choices(suite, ("worlds",), "--suite")
+    from ragkv.eval.quality import grid, measure_quality, read_rows
 
-    settings = load_settings(model=model)
-    asked = [
-        Setting(method, share, policy)
-        for policy in _choices(context_policy, get_args(ContextPolicy), "--context-policy")
-        for method in _choices(methods, get_args(Method), "--methods")
-        for share in ([0.0] if method in ("full", "none") else _ratios(ratio))
-    ]
-    [where] = _choices(condition, CONDITIONS, "--condition")
-    [names] = _choices(split, ("train", "dev", "test"), "--split")
-    checkpoint = load_checkpoint(
-        settings.model, device=settings.device, dtype=settings.dtype, cache_dir=settings.data_dir.expanduser()
-    )
-    suite = WorldsSuite(checkpoint, size=size, seed=seed, split=names, context_tokens=settings.context_tokens)
-    with terminal.progress(err, quiet=json_) as say:
-        rows = relate_to_full(suite.run(asked, condition=where, limit=limit, say=say))
-    _show(rows, json_)
+    if rows_from:
+        rows = read_rows(rows_from)
+    else:
+        settings = load_settings(model=model)
+        [names] = _choices(split, SPLITS, "--split")
+        policies = _choices(context_policy, get_args(ContextPolicy), "--context-policy")
+        asked = grid(_choices(methods, get_args(Method), "--methods"), _ratios(ratio), policies, settings.ratio)
+        conditions = _choices(condition, CONDITIONS, "--condition")
+        draw = Draw(limit, size, context_tokens, seed, names)
+        with terminal.progress(err, quiet=json_) as say:
+            rows = measure_quality(settings, asked, conditions, draw, jobs=jobs, each_alone=each_alone, say=say)
+    if plot:
+        from ragkv.eval.quality_plot import plot as draw_rows
+
+        draw_rows(rows, plot, kinds=plot_kinds)
+    if json_:
+        print(json.dumps(rows))
+    else:
+        from ragkv.eval.quality_table import show
+
+        show(out, rows)
+
+
+@app.command()
+def store(
+    size: Annotated[str, typer.Option(help="Whose KV: 8b, 1b or tiny.")] = "8b",
+    entries: Annotated[int, typer.Option(min=1, help="Chunks to write and read in a pass.")] = 16,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens of a chunk.")] = 512,
+    passes: Annotated[int, typer.Option(min=1, help="Passes; figures are medians over them.")] = 5,
+    rows: Annotated[int, typer.Option(min=1, help="Entries of the index that is opened and asked.")] = 1_000_000,
+    threads: Annotated[int, typer.Option(min=1, help="Threads that everybody reads and writes with.")] = 4,
+    path: Annotated[
+        Path | None, typer.Option(exists=True, file_okay=False, help="A folder on the disk to measure (data folder).")
+    ] = None,
+    json_: Json = False,
+) -> None:
+    """The chunk store's speed, beside the raw disk's and beside what else chunks could be kept in."""
+    from ragkv.eval.store_speed import Plan, measure_store, tables
+
+    plan = Plan(size, entries, tokens, passes, rows, threads, path or load_settings().data_dir.expanduser())
+    with terminal.progress(err, quiet=not err.is_terminal) as say:
+        result = measure_store(plan, say=say)
+    if json_:
+        print(json.dumps(result))
+        return
+    for name, lines in tables(result).items():
+        out.print(f"\n[bold]{escape(name)}[/]", highlight=False)
+        if lines:
+            _show(lines, as_json=False)
 
 
 def _choices(given: str, known: Sequence[str], option: str) -> list[Any]:

@@ -46,6 +46,11 @@ class AttentionStep:
     def rows(self) -> int:
         return int(self.positions.shape[0])
 
+    @property
+    def sees_all(self) -> bool:
+        """No mask is needed: there is one row, the last, and it sees every key."""
+        return self.rows == 1
+
     def update(
         self, keys: torch.Tensor, values: torch.Tensor, layer_idx: int, *_: Any, **__: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -111,7 +116,7 @@ def attention(
         step.collect(_weights(scored, k, step.mask(window)[-step.score_rows :], scaling))
     if step.contiguous and window is None:
         out = sdpa(q, k, v, is_causal=True, scale=scaling)
-    elif step.rows == 1 and window is None:
+    elif step.sees_all and window is None:
         out = sdpa(q, k, v, scale=scaling)
     else:
         out = torch.empty_like(q)

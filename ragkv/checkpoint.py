@@ -68,6 +68,11 @@ def load_checkpoint(name: str, *, device: str = "auto", dtype: str = "auto", cac
     return Checkpoint(name, runner, tokenizer, fingerprint)
 
 
+def load_tokenizer(name: str) -> Tokenizer:
+    """The tokenizer of checkpoint ``name`` alone. Raises NotAModelError."""
+    return _load_tokenizer(name, _resolve(name))
+
+
 def _load_tokenizer(name: str, folder: Path) -> Tokenizer:
     # Without any of these the library makes up an empty vocabulary and says nothing.
     if not any((folder / file).is_file() for file in TOKENIZER_FILES):

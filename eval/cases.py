@@ -1,0 +1,126 @@
+"""What a quality run asks: worlds, the questions of each, and the chunks a question finds in its prompt."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal, get_args
+
+from ragkv.errors import InputError
+from ragkv.eval.worlds import KINDS, Question, World, WorldDocument, make_world
+from ragkv.eval.worlds_names import Dice, Split
+
+Condition = Literal["shuffled", "ordered", "neighbour-missing"]
+CONDITIONS: tuple[Condition, ...] = get_args(Condition)
+Place = tuple[str, int]
+Count = Callable[[WorldDocument], int]
+
+OFFERED_PER_KIND = 8
+ASKED_PER_KIND = 2
+WORLDS_PER_QUESTION = 20
+
+
+@dataclass(frozen=True)
+class Draw:
+    """Which questions are asked: ``limit`` of them, the kinds in equal numbers, at most two of a kind a world.
+
+    Attributes:
+        size: chunks of a world.
+        context_tokens: in place of ``size``: a world's documents are grown to about so many tokens.
+        seed: of the first world; the worlds after it count on.
+        neighbours: only questions that need a chunk which has another one before it in its document.
+    """
+
+    limit: int
+    size: int
+    context_tokens: int | None
+    seed: int
+    split: Split
+    neighbours: bool = False
+
+
+@dataclass(frozen=True)
+class Case:
+    """A world and what is asked about it."""
+
+    seed: int
+    documents: tuple[WorldDocument, ...]
+    questions: tuple[Question, ...]
+
+
+def draw_cases(draw: Draw, count: Count) -> list[Case]:
+    """The cases of a run; a function of ``draw`` alone, as long as ``count`` tells the same tokens of a document.
+
+    Raises:
+        InputError: worlds of this size hold too few questions of some kind.
+    """
+    left = {kind: draw.limit // len(KINDS) + (i < draw.limit % len(KINDS)) for i, kind in enumerate(KINDS)}
+    cases: list[Case] = []
+    for seed in range(draw.seed, draw.seed + WORLDS_PER_QUESTION * draw.limit):
+        if not any(left.values()):
+            return cases
+        world = _world(draw, seed, count)
+        chosen = list(_choose(world, left, draw.neighbours))
+        for question in chosen:
+            left[question.kind] -= 1
+        if chosen:
+            case = Case(seed, tuple(world.documents), tuple(chosen))
+            cases.append(_trimmed(case, draw.context_tokens, count) if draw.context_tokens else case)
+    if any(left.values()):
+        short = ", ".join(kind for kind, missing in left.items() if missing)
+        raise InputError(f"worlds of {draw.size} chunks hold too few questions of kind {short}; raise --size")
+    return cases
+
+
+def _world(draw: Draw, seed: int, count: Count) -> World:
+    """A world of ``size`` chunks, or one of at least ``context_tokens`` tokens."""
+    wanted = draw.context_tokens
+    if wanted is None:
+        return make_world(seed, draw.split, draw.size, OFFERED_PER_KIND)
+    size = max(4, wanted // 100)
+    while True:
+        world = make_world(seed, draw.split, size, OFFERED_PER_KIND)
+        tokens = sum(count(document) for document in world.documents)
+        if tokens >= wanted:
+            return world
+        size = math.ceil(size * max(1.1, wanted / tokens))
+
+
+def _choose(world: World, left: dict[str, int], neighbours: bool) -> Iterator[Question]:
+    for kind, wanted in left.items():
+        fitting = [q for q in world.questions if q.kind == kind and (not neighbours or neighbour(q))]
+        yield from fitting[: min(wanted, ASKED_PER_KIND)]
+
+
+def _trimmed(case: Case, tokens: int, count: Count) -> Case:
+    """``case`` with so many distractors, documents no question needs, that the context has about ``tokens``."""
+    needed = {document for question in case.questions for document, _ in question.evidence}
+    tokens -= sum(count(document) for document in case.documents if document.id in needed)
+    for document in Dice(f"distractors/{case.seed}").shuffled(case.documents):
+        if document.id not in needed and count(document) <= tokens:
+            needed.add(document.id)
+            tokens -= count(document)
+    return replace(case, documents=tuple(document for document in case.documents if document.id in needed))
+
+
+def neighbour(question: Question) -> Place | None:
+    """The chunk before the first one the question needs that has a chunk before it in its document."""
+    return next(((document, chunk - 1) for document, chunk in question.evidence if chunk), None)
+
+
+def in_order(case: Case, condition: Condition) -> list[WorldDocument]:
+    """The documents as they stand in the prompt: by id, those of a type together, or shuffled."""
+    if condition == "ordered":
+        return sorted(case.documents, key=lambda document: document.id)
+    return Dice(f"order/{case.seed}").shuffled(case.documents)
+
+
+def groups(case: Case, condition: Condition) -> list[tuple[Place | None, Sequence[Question]]]:
+    """Questions that share a context, with the chunk it lacks."""
+    if condition != "neighbour-missing":
+        return [(None, case.questions)]
+    by_place: dict[Place | None, list[Question]] = {}
+    for question in case.questions:
+        by_place.setdefault(neighbour(question), []).append(question)
+    return list(by_place.items())

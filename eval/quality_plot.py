@@ -1,0 +1,121 @@
+"""Quality against recomputed share, drawn: a panel for each context policy and condition, a line for each method."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ragkv.errors import InputError, MissingExtraError
+from ragkv.eval.score import Row, wilson
+from ragkv.eval.worlds import KINDS
+
+# Okabe and Ito's palette: told apart by colour-blind readers, and in print by the markers.
+_LOOKS = {
+    "question": ("#0072B2", "o"),
+    "hkvd": ("#D55E00", "s"),
+    "epic": ("#009E73", "^"),
+    "random": ("#999999", "v"),
+    "none": ("#000000", "D"),
+    "default": ("#CC79A7", "*"),
+}
+_FULL = "#333333"
+_BEHIND = {"alone": "chunks encoded alone", "document": "chunks encoded behind their document"}
+# Methods share their x: error bars stand side by side, a third of a point apart.
+_APART = 0.33
+
+
+def plot(rows: Sequence[Row], path: Path, *, kinds: bool = False) -> None:
+    """Draw ``rows`` into ``path``, whose ending (.png, .svg, .pdf) says the format; ``kinds`` adds a row of small
+    panels, one for each kind of question, under every panel's name.
+
+    Raises:
+        MissingExtraError: matplotlib is not installed.
+        InputError: a format matplotlib does not know.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise MissingExtraError("--plot needs matplotlib: pip install 'ragkv[plots]'", extra="plots") from error
+    panels = list(dict.fromkeys((row["context_policy"], row["condition"]) for row in rows))
+    heights = [4.2] + [2.3] * (len(panels) if kinds else 0)
+    width = max(5.2 * len(panels), 13.0 if kinds else 6.4)
+    figure = Figure(figsize=(width, sum(heights) + 0.6), layout="constrained")
+    known = FigureCanvasAgg(figure).get_supported_filetypes()
+    if path.suffix.lstrip(".") not in known:
+        raise InputError(f"{path} cannot be drawn: name a file that ends in .{', .'.join(sorted(known))}")
+    parts = figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
+    for axes, panel in zip(parts[0].subplots(1, len(panels), sharey=True, squeeze=False)[0], panels, strict=True):
+        _draw(axes, _of(rows, panel))
+        axes.set_title(", ".join((_BEHIND[panel[0]], panel[1])), fontsize=10, loc="left")
+        axes.set_xlabel("recomputed share of context token-layers, %")
+    parts[0].axes[0].set_ylabel("exact match, %")
+    for part, panel in zip(parts[1:], panels, strict=False):
+        _draw_kinds(part, _of(rows, panel), f"{_BEHIND[panel[0]]}, {panel[1]}")
+    lines = {line.get_label(): line for axes in parts[0].axes for line in axes.get_legend_handles_labels()[0]}
+    figure.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=len(lines), frameon=False)
+    figure.savefig(path, dpi=160)
+
+
+def _of(rows: Sequence[Row], panel: tuple[str, str]) -> list[Row]:
+    return [row for row in rows if (row["context_policy"], row["condition"]) == panel]
+
+
+def _draw_kinds(part: Any, rows: Sequence[Row], title: str) -> None:
+    kinds = [kind for kind in KINDS if kind in rows[0]["by_kind"]]
+    part.suptitle(title, fontsize=9, x=0.01, ha="left")
+    for axes, kind in zip(part.subplots(1, len(kinds), sharey=True, squeeze=False)[0], kinds, strict=True):
+        _draw(axes, [_kind_row(row, kind) for row in rows], small=True)
+        axes.set_title(kind, fontsize=9, loc="left")
+
+
+def _kind_row(row: Row, kind: str) -> Row:
+    share, asked = row["by_kind"][kind], row["questions_by_kind"][kind]
+    return {**row, "exact_match": share, "exact_match_interval": wilson(round(share * asked), asked)}
+
+
+def _draw(axes: Any, rows: Sequence[Row], *, small: bool = False) -> None:
+    axes.grid(axis="y", color="#e5e5e5", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.tick_params(labelsize=7 if small else 9)
+    for row in rows:
+        if row["method"] == "full":
+            axes.axhline(100 * row["exact_match"], color=_FULL, linestyle="--", linewidth=1.2, label="full prefill")
+            axes.axhspan(*(100 * bound for bound in row["exact_match_interval"]), color=_FULL, alpha=0.10, linewidth=0)
+    nothing = [row for row in rows if row["method"] == "none"]
+    methods = [name for name in _LOOKS if any(row["method"] == name for row in rows)]
+    lines = [name for name in methods if name not in ("none", "default")]
+    for name in methods:
+        own = [row for row in rows if row["method"] == name]
+        shift = _APART * (lines.index(name) - (len(lines) - 1) / 2) if name in lines else 0.0
+        # A method that repairs nothing is plain reuse: every line starts there.
+        starts = nothing if name in lines and all(row["ratio"] for row in own) else []
+        _draw_method(axes, name, [*starts, *own], shift, small)
+
+
+def _draw_method(axes: Any, name: str, rows: Sequence[Row], shift: float, small: bool) -> None:
+    rows = sorted(rows, key=lambda row: row["recomputed_share"])
+    colour, marker = _LOOKS[name]
+    shares = [100 * row["recomputed_share"] + (shift if row["recomputed_share"] else 0.0) for row in rows]
+    matches = [100 * row["exact_match"] for row in rows]
+    reach = [[abs(100 * row["exact_match_interval"][side] - m) for row, m in zip(rows, matches, strict=True)]
+             for side in (0, 1)]  # fmt: skip
+    above = name in ("none", "default")
+    axes.errorbar(
+        shares,
+        matches,
+        yerr=None if small else reach,
+        color=colour,
+        marker=marker,
+        markersize=(3.5 if small else 5.5) * (2.0 if marker == "*" else 1.0),
+        markeredgecolor="white" if above else colour,
+        markeredgewidth=0.6,
+        linewidth=1.0 if small else 1.5,
+        elinewidth=0.8,
+        capsize=0 if small else 2,
+        linestyle="none" if above else "-",
+        zorder=4 if above else 3,
+        label="none (plain reuse)" if name == "none" else name,
+    )
