@@ -28,7 +28,7 @@ from ragkv.pipeline import resolve_method
 from ragkv.plan import PlannedChunk, PromptPlan, make_plan
 from ragkv.prefill import FULL, Prefill, PrefillResult
 from ragkv.retrievers import Chunk
-from ragkv.store import ChunkStore, Geometry
+from ragkv.store import ChunkStore
 from ragkv.tokenizer import question_text
 from ragkv.types import ContextPolicy, Method
 
@@ -80,6 +80,7 @@ class Bench:
         context_tokens: document context that a chunk is encoded behind.
         threads: of the CPU; 0 leaves it to torch.
         each_alone: ask every question from scratch.
+        codec: of the stored KV.
     """
 
     model: str
@@ -91,6 +92,7 @@ class Bench:
     settings: tuple[Setting, ...]
     conditions: tuple[Condition, ...]
     each_alone: bool = False
+    codec: str = "raw"
 
     @contextmanager
     def asker(self, folder: Path) -> Iterator[Asker]:
@@ -107,14 +109,13 @@ class Asker:
 
     def __init__(self, checkpoint: Checkpoint, store: ChunkStore, bench: Bench) -> None:
         self._runner, self._tokenizer, self._store = checkpoint.runner, checkpoint.tokenizer, store
-        shape = checkpoint.runner.shape
-        dtype = str(shape.dtype).removeprefix("torch.")
-        self._geometry = Geometry(shape.layers, shape.kv_heads, shape.head_dim, dtype)
+        self._geometry, self._codec = checkpoint.runner.shape.geometry, bench.codec
         self._chunks = ChunkTokenizer(
             checkpoint.tokenizer,
             model_fingerprint=checkpoint.model_fingerprint,
-            dtype=dtype,
+            dtype=self._geometry.dtype,
             context_tokens=bench.context_tokens,
+            codec=bench.codec,
         )
         self._works = list(dict.fromkeys(setting.work for setting in bench.settings))
         self._conditions, self._each_alone = bench.conditions, bench.each_alone
@@ -169,7 +170,14 @@ class Asker:
                 missing = {part.key for part in parts} - keys
                 for group in self._chunks.groups(parts, missing):
                     for chunk in _drain(encode(self._runner, group)):
-                        self._store.put(chunk.key, self._geometry, chunk.slabs, tokens=chunk.tokens, model="eval")
+                        self._store.put(
+                            chunk.key,
+                            self._geometry,
+                            chunk.slabs,
+                            tokens=chunk.tokens,
+                            model="eval",
+                            codec=self._codec,
+                        )
                 keys |= missing
         try:
             yield

@@ -101,6 +101,7 @@ def quality(
     seed: Annotated[int, typer.Option(help="First world.")] = 0,
     split: Annotated[str, typer.Option(help="train, dev or test: names the model has or has not seen.")] = "test",
     model: Annotated[str | None, typer.Option(help="`bundled`, a folder, or a hub id.")] = None,
+    codec: Annotated[str | None, typer.Option(help="Of the stored KV: raw, int8 or fp8.")] = None,
     jobs: Annotated[int, typer.Option(min=1, help="Processes, each with a model of its own.")] = 1,
     each_alone: Annotated[
         bool, typer.Option("--each-alone", help="Ask every question from scratch, which is slow, and report TTFT.")
@@ -119,7 +120,7 @@ def quality(
     if rows_from:
         rows = read_rows(rows_from)
     else:
-        settings = load_settings(model=model)
+        settings = load_settings(model=model, kv_codec=codec)
         [names] = _choices(split, SPLITS, "--split")
         policies = _choices(context_policy, get_args(ContextPolicy), "--context-policy")
         asked = grid(_choices(methods, get_args(Method), "--methods"), _ratios(ratio), policies, settings.ratio)

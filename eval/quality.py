@@ -57,6 +57,7 @@ def measure_quality(
         settings=tuple(asked),
         conditions=tuple(conditions),
         each_alone=each_alone,
+        codec=settings.kv_codec,
     )
     draw = replace(draw, neighbours="neighbour-missing" in conditions)
     tokenizer = load_tokenizer(settings.model)
