@@ -26,8 +26,8 @@ _APART = 0.33
 
 
 def plot(rows: Sequence[Row], path: Path, *, kinds: bool = False) -> None:
-    """Draw ``rows`` into ``path``, whose ending (.png, .svg, .pdf) says the format; ``kinds`` adds a row of small
-    panels, one for each kind of question, under every panel's name.
+    """Draw ``rows`` into ``path``, whose ending (.png, .svg, .pdf) says the format; ``kinds`` adds small
+    panels, one for each kind of question, a row for every panel.
 
     Raises:
         MissingExtraError: matplotlib is not installed.
@@ -38,24 +38,32 @@ def plot(rows: Sequence[Row], path: Path, *, kinds: bool = False) -> None:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise MissingExtraError("--plot needs matplotlib: pip install 'ragkv[plots]'", extra="plots") from error
-    panels = list(dict.fromkeys((row["context_policy"], row["condition"]) for row in rows))
-    heights = [4.2] + [2.3] * (len(panels) if kinds else 0)
-    width = max(5.2 * len(panels), 13.0 if kinds else 6.4)
-    figure = Figure(figsize=(width, sum(heights) + 0.6), layout="constrained")
+    conditions = list(dict.fromkeys(row["condition"] for row in rows))
+    policies = list(dict.fromkeys(row["context_policy"] for row in rows))
+    panels = [(policy, condition) for condition in conditions for policy in policies]
+    heights = [3.8 * len(conditions)] + [2.1] * (len(panels) if kinds else 0)
+    figure = Figure(
+        figsize=(13.0 if kinds else max(6.4, 5.6 * len(policies)), sum(heights) + 0.5), layout="constrained"
+    )
     known = FigureCanvasAgg(figure).get_supported_filetypes()
     if path.suffix.lstrip(".") not in known:
         raise InputError(f"{path} cannot be drawn: name a file that ends in .{', .'.join(sorted(known))}")
     parts = figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
-    for axes, panel in zip(parts[0].subplots(1, len(panels), sharey=True, squeeze=False)[0], panels, strict=True):
+    grid = parts[0].subplots(len(conditions), len(policies), sharex=True, sharey=True, squeeze=False)
+    for axes, panel in zip(grid.flat, panels, strict=True):
         _draw(axes, _of(rows, panel))
-        axes.set_title(", ".join((_BEHIND[panel[0]], panel[1])), fontsize=10, loc="left")
-        axes.set_xlabel("recomputed share of context token-layers, %")
-    parts[0].axes[0].set_ylabel("exact match, %")
+        axes.set_title(_title(panel), fontsize=10, loc="left")
     for part, panel in zip(parts[1:], panels, strict=False):
-        _draw_kinds(part, _of(rows, panel), f"{_BEHIND[panel[0]]}, {panel[1]}")
-    lines = {line.get_label(): line for axes in parts[0].axes for line in axes.get_legend_handles_labels()[0]}
+        _draw_kinds(part, _of(rows, panel), _title(panel))
+    parts[0].supxlabel("recomputed share of context token-layers, %", fontsize=10)
+    parts[0].supylabel("exact match, %", fontsize=10)
+    lines = {name: line for axes in grid.flat for line, name in zip(*axes.get_legend_handles_labels(), strict=True)}
     figure.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=len(lines), frameon=False)
     figure.savefig(path, dpi=160)
+
+
+def _title(panel: tuple[str, str]) -> str:
+    return f"{_BEHIND[panel[0]]}, {panel[1]}"
 
 
 def _of(rows: Sequence[Row], panel: tuple[str, str]) -> list[Row]:
@@ -109,7 +117,7 @@ def _draw_method(axes: Any, name: str, rows: Sequence[Row], shift: float, small:
         yerr=None if small else reach,
         color=colour,
         marker=marker,
-        markersize=(3.5 if small else 5.5) * (2.0 if marker == "*" else 1.0),
+        markersize=(3.5 if small else 5.5) * (2.4 if marker == "*" else 1.0),
         markeredgecolor="white" if above else colour,
         markeredgewidth=0.6,
         linewidth=1.0 if small else 1.5,

@@ -21,7 +21,7 @@ def show(console: Console, rows: Sequence[Row]) -> None:
     for (policy, condition), group in groupby(rows, lambda row: (row["context_policy"], row["condition"])):
         own = list(group)
         wide.print(f"[bold]chunks encoded {_BEHIND[policy]}, {condition}[/]: {_sample(own[0])}", highlight=False)
-        wide.print(_table(own))
+        wide.print(_table(own), end="\n\n")
 
 
 def _sample(row: Row) -> str:
