@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, get_args
@@ -18,6 +19,7 @@ from ragkv.errors import ConfigError
 from ragkv.eval.cases import CONDITIONS, Draw
 from ragkv.eval.questions import jsonl, read_questions
 from ragkv.eval.worlds_names import SPLITS
+from ragkv.store.policies import POLICIES
 from ragkv.types import ContextPolicy, Method
 
 app = typer.Typer(no_args_is_help=True, help="Measure retrieval and answer quality; replay questions through a server.")
@@ -168,12 +170,62 @@ def store(
             _show(lines, as_json=False)
 
 
+@app.command("cache-policy")
+def cache_policy(
+    trace: Annotated[
+        Path | None, typer.Argument(help="A conversation trace: JSON lines with hash_ids of 512-token blocks.")
+    ] = None,
+    policies: Annotated[str, typer.Option(help="Names, comma-separated.")] = ",".join(POLICIES),
+    sizes: Annotated[str, typer.Option(help="Sizes of the cache, in % of all distinct tokens.")] = "1,3,10,30",
+    zipf: Annotated[str, typer.Option(help="Exponents of the Zipf traces; empty for none.")] = "0.6,0.8,1.0,1.2",
+    scan_share: Annotated[float, typer.Option(min=0, max=0.9, help="One-hit share of the Zipf traces.")] = 0.2,
+    seed: Annotated[int, typer.Option(help="Of the Zipf traces.")] = 0,
+    plot: Annotated[Path | None, typer.Option(help="Draw what is saved: .png, .svg, .pdf.")] = None,
+    json_: Json = False,
+) -> None:
+    """Which chunks the store should keep: every eviction policy on traces, beside the optimum."""
+    from ragkv.eval import cache_policy_plot
+    from ragkv.eval.cache_policy import compare, tables
+    from ragkv.eval.traces import read_trace, zipf_trace
+
+    names = _choices(policies, tuple(POLICIES), "--policies")
+    shares = [size / 100 for size in _numbers(sizes, "--sizes", 0, 100)]
+    exponents = _numbers(zipf, "--zipf", 0, 10)
+    if plot:
+        cache_policy_plot.check(plot)
+    traces = [read_trace(trace)] if trace else []
+    traces += [zipf_trace(exponent, seed=seed, scan_share=scan_share) for exponent in exponents]
+    if not (names and shares and traces):
+        raise ConfigError("nothing to compare: name a trace or --zipf, --policies and --sizes")
+    with terminal.progress(err, quiet=not err.is_terminal) as say:
+        result = compare(traces, names, shares, say=say)
+    if plot:
+        cache_policy_plot.plot(result, plot)
+    if json_:
+        print(json.dumps(result))
+        return
+    for name, lines in tables(result).items():
+        out.print(f"\n[bold]{name}[/]", highlight=False)
+        _show(lines, as_json=False)
+    out.print(f"\nmost saved over all: {result['winner']}", highlight=False)
+
+
 def _choices(given: str, known: Sequence[str], option: str) -> list[Any]:
     chosen = [name.strip() for name in given.split(",") if name.strip()]
     for name in chosen:
         if name not in known:
             raise ConfigError(f"{option}: {name!r} is not one of {', '.join(known)}")
     return chosen
+
+
+def _numbers(given: str, option: str, least: float, most: float) -> list[float]:
+    try:
+        numbers = [float(part) for part in given.split(",") if part.strip()]
+    except ValueError:
+        numbers = [math.nan]
+    if not all(least < number <= most for number in numbers):
+        raise ConfigError(f"{option} wants numbers above {least}, up to {most}, got {given!r}")
+    return numbers
 
 
 def _ratios(given: str) -> list[float]:
