@@ -8,7 +8,7 @@ import tomllib
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, ValidationError
+from pydantic import Field, SecretStr, ValidationError
 from pydantic_settings import (
     BaseSettings,
     PydanticBaseSettingsSource,
@@ -21,7 +21,7 @@ from ragkv.types import ContextPolicy, Method, RetrievalMode
 
 ENV_PREFIX = "RAGKV_"
 CONFIG_FILE_VARIABLE = "RAGKV_CONFIG"
-_SECRET = ("api_key",)
+_SECRET = ("api_key", "remote_url")
 DEFAULT_SYSTEM_PROMPT = "Answer the question from the documents. Reply with the answer only."
 
 
@@ -54,6 +54,12 @@ class Settings(BaseSettings):
 
     store_bytes: int = Field(20 * 2**30, ge=2**20, description="most bytes the chunk store takes on disk")
     ram_bytes: int = Field(1 * 2**30, ge=0, description="most bytes of chunk KV kept in RAM")
+    remote_url: SecretStr | None = Field(
+        None, description="a Redis or Valkey server that keeps chunk KV for several machines: `redis://host:6379/0`"
+    )
+    remote_timeout_ms: int = Field(
+        50, ge=1, le=60_000, description="most time a request waits for an answer of it; ten times that for a layer"
+    )
 
     retrieval: RetrievalMode = Field("fused", description="`bm25`, `dense`, or `fused` by reciprocal rank")
     top_k: int = Field(10, ge=1, le=1000, description="chunks to retrieve")

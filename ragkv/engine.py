@@ -10,6 +10,7 @@ import uuid
 from collections.abc import AsyncIterator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import asdict
 from typing import Any, Literal
 
 import torch
@@ -28,7 +29,7 @@ from ragkv.pipeline import Pipeline
 from ragkv.retrievers import Catalog, Document, Splitter
 from ragkv.sampling import Sampler
 from ragkv.selfcheck import find_fault
-from ragkv.store import ChunkStore
+from ragkv.store import ChunkStore, StoreStats
 from ragkv.types import (
     Answer,
     CollectionInfo,
@@ -41,6 +42,7 @@ from ragkv.types import (
     IngestEstimate,
     IngestReport,
     QueryRequest,
+    RemoteInfo,
     StoreCheck,
     StoreInfo,
     make_request,
@@ -66,7 +68,14 @@ class Engine:
         self.settings = settings = _settings(settings, overrides)
         if settings.threads:
             torch.set_num_threads(settings.threads)
-        self._store = ChunkStore(settings.store_dir, capacity_bytes=settings.store_bytes, ram_bytes=settings.ram_bytes)
+        remote = settings.remote_url
+        self._store = ChunkStore(
+            settings.store_dir,
+            capacity_bytes=settings.store_bytes,
+            ram_bytes=settings.ram_bytes,
+            remote=remote.get_secret_value() if remote else None,
+            remote_timeout_ms=settings.remote_timeout_ms,
+        )
         try:
             self._start(settings)
         except BaseException:
@@ -289,6 +298,7 @@ class Engine:
             "store_misses": stats.misses,
             "store_corrupt": stats.corrupt,
             "store_evictions": stats.evictions,
+            **_remote_metrics(stats),
         }
 
     def cache_stats(self) -> StoreInfo:
@@ -351,6 +361,17 @@ class Engine:
         self._loop.submit(delivery.generation, accepted=delivery.announce)
 
 
+def _remote_metrics(stats: StoreStats) -> dict[str, float]:
+    if stats.remote is None:
+        return {}
+    numbers = {name: value for name, value in asdict(stats.remote).items() if isinstance(value, int)}
+    return {
+        "store_hits_remote": stats.hits_remote,
+        "store_remote_open": stats.remote.breaker != "closed",
+        **{f"store_remote_{name}": value for name, value in numbers.items()},
+    }
+
+
 def store_info(store: ChunkStore) -> StoreInfo:
     stats = store.stats()
     return StoreInfo(
@@ -363,10 +384,12 @@ def store_info(store: ChunkStore) -> StoreInfo:
         ram_capacity_bytes=stats.ram_capacity_bytes,
         hits_ram=stats.hits_ram,
         hits_ssd=stats.hits_ssd,
+        hits_remote=stats.hits_remote,
         misses=stats.misses,
         corrupt=stats.corrupt,
         evictions=stats.evictions,
         entries_by_model=stats.models,
+        remote=None if stats.remote is None else RemoteInfo(**asdict(stats.remote)),
     )
 
 

@@ -9,7 +9,7 @@ threads, copies run on a stream of their own, and only the stream that computes 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from functools import partial
 from typing import Any
@@ -31,11 +31,14 @@ _COPIERS = ThreadPoolExecutor(6, thread_name_prefix="ragkv-copier")
 
 
 class ChunkLostError(Exception):
-    """A chunk's stored KV turned out unreadable on the way; internal, answered by computing the chunk."""
+    """Chunks' stored KV turned out unreadable on the way; internal, answered by computing them.
 
-    def __init__(self, span: Span, cause: StoreError) -> None:
-        super().__init__(str(cause))
-        self.span, self.cause = span, cause
+    ``causes`` holds all that are lost in a layer: a remote tier that fails loses many at once.
+    """
+
+    def __init__(self, causes: Mapping[Span, StoreError]) -> None:
+        super().__init__("; ".join(map(str, causes.values())))
+        self.causes = causes
 
 
 class Stager:
@@ -95,13 +98,16 @@ class Stager:
             event.synchronize()
         slabs = next(self._slabs)
         stage = self._stages[turn].numpy()
-        jobs = []
+        jobs, lost = [], {}
         for i, (span, slab) in enumerate(zip(self._spans, slabs, strict=True)):
             if isinstance(slab, StoreError):
-                raise ChunkLostError(span, slab)
-            if slab.nbytes != self._unpacker.slab_bytes[i]:
-                raise ChunkLostError(span, CorruptEntryError("its slab has another size than the model's KV"))
-            jobs.append(partial(_copy, stage, slab, self._unpacker.pieces[i]))
+                lost[span] = slab
+            elif slab.nbytes != self._unpacker.slab_bytes[i]:
+                lost[span] = CorruptEntryError("its slab has another size than the model's KV")
+            else:
+                jobs.append(partial(_copy, stage, slab, self._unpacker.pieces[i]))
+        if lost:
+            raise ChunkLostError(lost)
         if self._thread:
             done, _ = wait([_COPIERS.submit(job) for job in jobs])
             for future in done:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Generator
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
+from typing import cast
 
 import torch
 
@@ -87,7 +88,7 @@ class Prefill:
                     result = yield from self._blend(entries)
                     break
                 except ChunkLostError as lost:
-                    self._why[lost.span] = _unreadable(lost.cause)
+                    self._why.update((span, _unreadable(cause)) for span, cause in lost.causes.items())
         result.to_encode = [span for span in self._plan.spans if span in self._why]
         return result
 
@@ -137,7 +138,7 @@ class Prefill:
         repaired = int(blend.computed[span.start : span.end].sum())
         dense = blend.dense_layers if span.context_present else 0
         return SpanOutcome(
-            "ram" if entry.tier == "ram" else "ssd",
+            cast(KvSource, entry.tier),
             None if span.context_present else "not repaired: its document context is not in this prompt",
             span.length if dense else repaired,
             span.length * dense + repaired * (layers - dense),

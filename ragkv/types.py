@@ -17,7 +17,7 @@ Method = Literal["default", "none", "hkvd", "epic", "question", "random", "full"
 ContextPolicy = Literal["document", "alone"]
 RetrievalMode = Literal["fused", "bm25", "dense"]
 FinishReason = Literal["stop", "length", "cancelled"]
-KvSource = Literal["ram", "ssd", "computed", "dropped"]
+KvSource = Literal["ram", "ssd", "remote", "computed", "dropped"]
 
 
 def _valid(text: str) -> str:
@@ -248,6 +248,23 @@ class CollectionInfo(Reply):
     chunks: int
 
 
+class RemoteInfo(Reply):
+    """The remote tier as this process sees it: ``breaker`` is `closed` (in use), `open` or `half-open`."""
+
+    name: str
+    breaker: str
+    errors: int
+    corrupt: int
+    bytes_in: int
+    bytes_out: int
+    promotions: int
+    promotions_dropped: int
+    writebacks: int
+    writebacks_dropped: int
+    writebacks_waiting_bytes: int
+    deletes_failed: int
+
+
 class StoreInfo(Reply):
     """The chunk store's state, as ``ragkv cache stats`` prints it."""
 
@@ -260,10 +277,12 @@ class StoreInfo(Reply):
     ram_capacity_bytes: int
     hits_ram: int
     hits_ssd: int
+    hits_remote: int
     misses: int
     corrupt: int
     evictions: int
     entries_by_model: dict[str, int]
+    remote: RemoteInfo | None = Field(None, description="the remote tier, if there is one")
 
 
 class StoreCheck(Reply):

@@ -19,6 +19,7 @@ from ragkv.prefill import Prefill, PrefillResult
 from ragkv.retrievers import Chunk
 from ragkv.runner import ModelRunner
 from ragkv.store import ChunkStore, Geometry, chunk_key
+from ragkv.store.remote import RemoteTier
 from tests.families import make_runner
 
 BOS = (1,)
@@ -47,9 +48,13 @@ def close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-4)
 class Desk:
     """A runner, a store, and chunks of documents given as lengths: ``document("d", 20, 13)``."""
 
-    def __init__(self, root: Path, family: str = "llama", *, ram_bytes: int = 0) -> None:
+    def __init__(
+        self, root: Path, family: str = "llama", *, ram_bytes: int = 0, remote: RemoteTier | None = None
+    ) -> None:
         self.runner: ModelRunner = make_runner(family)
-        self.store = ChunkStore(root / "store", capacity_bytes=2**26, ram_bytes=ram_bytes, threads=2)
+        self.store = ChunkStore(
+            root / "store", capacity_bytes=2**26, ram_bytes=ram_bytes, threads=2, remote=remote, remote_timeout_ms=1000
+        )
         shape = self.runner.shape
         self.geometry = Geometry(shape.layers, shape.kv_heads, shape.head_dim, "float32")
         self.seed = 10

@@ -91,11 +91,18 @@ def test_a_named_file_that_is_missing_is_an_error(tmp_path, monkeypatch):
         load_settings()
 
 
-def test_a_secret_is_not_repeated_in_the_error():
+@pytest.mark.parametrize("wrong", [{"api_key": "hunter2"}, {"remote_url": ["redis://:hunter2@host"]}])
+def test_a_secret_is_not_repeated_in_the_error(wrong):
     with pytest.raises(ConfigError) as caught:
-        load_settings(api_key="hunter2")
-    assert "api_key" in str(caught.value)
+        load_settings(**wrong)
+    assert next(iter(wrong)) in str(caught.value)
     assert "hunter2" not in str(caught.value)
+
+
+def test_the_remote_url_is_not_shown_with_the_settings():
+    settings = load_settings(remote_url="redis://:hunter2@host")
+    assert "hunter2" not in f"{settings!r} {settings} {settings.model_dump()}"
+    assert _settings(settings, {"top_k": 4}).remote_url.get_secret_value() == "redis://:hunter2@host"
 
 
 def test_every_setting_has_a_description():

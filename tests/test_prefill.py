@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 
 import pytest
 import torch
 
 from ragkv.clock import Stopwatch
+from ragkv.errors import RemoteError
 from ragkv.selection import STRATEGIES
 from tests.blend_kit import Desk, close, drain
 from tests.families import MOVABLE
+from tests.remote_kit import FakeTier
 from tests.store_kit import flip
 
 REPAIRING = sorted(set(STRATEGIES) - {"none"})
@@ -203,6 +206,53 @@ def test_a_damaged_header_is_named(desk):
     result = desk.run(desk.plan(one, two), "none")
     assert [o.kv for o in result.outcomes] == ["computed", "ssd"]
     assert "unreadable" in result.outcomes[0].why
+
+
+@pytest.fixture
+def afar(tmp_path):
+    """A desk whose chunks can be sent to a remote tier."""
+    with contextlib.closing(FakeTier()) as tier:
+        desk = Desk(tmp_path, remote=tier)
+        yield desk, tier
+        desk.store.close()
+
+
+def send(desk, *chunks):
+    desk.put(*chunks)
+    assert desk.store.drain(20)
+    desk.store.clear()
+
+
+def test_remote_chunks_blend_like_local_ones(afar):
+    desk, _ = afar
+    first, second, third = desk.document("d", 23, 18, 11)
+    send(desk, first, third)
+    desk.put(second)
+    plan = desk.plan(first, second, third)
+    result = desk.run(plan, "none")
+    close(result.logits, desk.library(plan))
+    assert [o.kv for o in result.outcomes] == ["remote", "ssd", "remote"]
+    assert result.to_encode == []
+
+
+@pytest.mark.parametrize("layer", range(4))
+def test_a_remote_tier_that_fails_on_the_way_costs_its_chunks_a_recompute(afar, layer):
+    desk, tier = afar
+    first, second, third = desk.document("d", 23, 18, 11)
+    send(desk, first, third)
+    desk.put(second)
+
+    def fail_from_layer(method):
+        if method == "get" and tier.asked.count("get") > 2 * layer:
+            raise RemoteError("the plug is out")
+
+    tier.before = fail_from_layer
+    plan = desk.plan(first, second, third)
+    result = desk.run(plan, "hkvd", 0.2)
+    close(result.logits, desk.library(plan))
+    assert [o.kv for o in result.outcomes] == ["computed", "ssd", "computed"]
+    assert "unreadable" in result.outcomes[0].why
+    assert [span.chunk for span in result.to_encode] == [first, third]
 
 
 @pytest.mark.parametrize("layer", range(1, 5))

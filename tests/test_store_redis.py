@@ -10,7 +10,7 @@ import pytest
 from ragkv.errors import ConfigError, RemoteError, RemoteRefusedError
 from ragkv.store.remote import connect, redis
 from ragkv.store.remote.redis import RedisTier
-from tests.redis_kit import started
+from tests.remote_kit import started
 from tests.store_kit import key_for
 
 

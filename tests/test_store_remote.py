@@ -23,7 +23,7 @@ from ragkv.errors import (
 from ragkv.store import ChunkStore, OpenEntry
 from ragkv.store.remote import client
 from ragkv.store.remote.breaker import Breaker
-from tests.redis_kit import started
+from tests.remote_kit import FakeTier, started
 from tests.store_kit import FILE, TOKENS, entry_file, flip, holds, key_for, open_one, put, slabs_for
 
 SOON = 20.0  # seconds until a test gives up; nothing here takes that long
@@ -82,55 +82,6 @@ def make(tmp_path):
         yield make
 
 
-class Fake:
-    """A tier in memory, with hooks for what a server can do wrong."""
-
-    name = "fake://"
-
-    def __init__(self) -> None:
-        self.objects: dict[bytes, bytes] = {}
-        self.asked: list[str] = []
-        self.before = lambda method: None
-        self.closed = threading.Event()
-
-    def _called(self, method: str) -> None:
-        self.asked.append(method)
-        self.before(method)
-
-    def ping(self):
-        self._called("ping")
-
-    def heads(self, keys):
-        self._called("heads")
-        return [self.objects[key][:4096] if key in self.objects else None for key in keys]
-
-    def get(self, key, offset, nbytes):
-        self._called("get")
-        return self.objects[key][offset : offset + nbytes] if key in self.objects else None
-
-    def put(self, key, parts):
-        self._called("put")
-        self.objects[key] = b"".join(parts)
-
-    def delete(self, keys):
-        self._called("delete")
-        for key in keys:
-            self.objects.pop(key, None)
-
-    def close(self):
-        self.closed.set()
-
-    def down(self, *methods: str) -> None:
-        def fail(method):
-            if not methods or method in methods:
-                raise RemoteError("the plug is out")
-
-        self.before = fail
-
-    def up(self) -> None:
-        self.before = lambda method: None
-
-
 def filled(make, remote, n: int = 1) -> None:
     """Put entries 0 … n-1 and have them uploaded."""
     store = make("filler", remote)
@@ -171,7 +122,7 @@ def test_what_was_read_to_the_end_is_here_afterwards_byte_for_byte(make, server,
 
 
 def test_what_was_not_read_to_the_end_is_not_kept(make):
-    fake = Fake()
+    fake = FakeTier()
     filled(make, fake)
     store = make("two", fake)
     with open_one(store, 0) as entry, store.open_layers([entry], depth=1) as reader:
@@ -233,7 +184,7 @@ def test_a_damaged_local_entry_is_healed_from_the_remote_one(make, server, tmp_p
 
 
 def test_rot_on_the_disk_is_not_uploaded(make, tmp_path):
-    fake = Fake()
+    fake = FakeTier()
     fake.down()
     store = make("one", fake)
     store.lookup([key_for(9)] * 3)
@@ -261,7 +212,7 @@ def test_delete_deletes_there_too_and_clear_does_not(make, server):
 
 
 def test_a_delete_forgets_the_upload_that_waits(make):
-    fake, gate = Fake(), threading.Event()
+    fake, gate = FakeTier(), threading.Event()
     fake.before = lambda method: gate.wait(SOON) if method == "put" else None
     store = make("one", fake)
     for i in (1, 2):
@@ -327,7 +278,7 @@ def test_a_dead_remote_costs_no_more_than_misses(make, tmp_path):
 
 
 def test_what_is_all_here_asks_nobody(make):
-    fake = Fake()
+    fake = FakeTier()
     store = make("one", fake)
     put(store, 1)
     assert store.drain(SOON)
@@ -389,13 +340,14 @@ def test_a_restarted_server_gets_what_was_put_meanwhile(make, own_server):
 
 
 def test_a_server_that_sends_too_slowly_is_not_waited_for(make):
-    fake, gate = Fake(), threading.Event()
+    fake, gate = FakeTier(), threading.Event()
     filled(make, fake, 8)
     store = make("two", fake, remote_timeout_ms=10)
     fake.before = lambda method: gate.wait(SOON) if method == "get" else None  # heads at once, bytes never
     entries = store.open([key_for(i) for i in range(8)])
     [*_, last] = store.open_layers(entries)
     assert all(isinstance(slab, RemoteError) for slab in last)
+    assert store.stats().remote.breaker != "closed"
     for entry in entries:
         entry.close()
     assert fake.asked.count("get") <= 4 + 3  # as many as there are threads, then the breaker
@@ -403,7 +355,7 @@ def test_a_server_that_sends_too_slowly_is_not_waited_for(make):
 
 
 def test_a_hanging_lookup_ends_in_time(make):
-    fake, gate = Fake(), threading.Event()
+    fake, gate = FakeTier(), threading.Event()
     store = make("one", fake, remote_timeout_ms=10)
     fake.before = lambda method: gate.wait(SOON)
     assert store.lookup([key_for(1)]) == [None]
@@ -411,7 +363,7 @@ def test_a_hanging_lookup_ends_in_time(make):
 
 
 def test_a_client_library_that_throws_anything_fails_no_request(make):
-    fake = Fake()
+    fake = FakeTier()
     filled(make, fake)
     store = make("two", fake)
 
@@ -479,7 +431,7 @@ def test_damaged_objects_are_never_served_and_dropped_there(make, server, field)
 
 
 def test_another_chunks_object_under_a_key_is_dropped(make):
-    fake = Fake()
+    fake = FakeTier()
     filled(make, fake, 2)
     fake.objects[key_for(5)] = fake.objects[key_for(0)]
     store = make("two", fake)
@@ -489,7 +441,7 @@ def test_another_chunks_object_under_a_key_is_dropped(make):
 
 
 def test_shortened_objects_are_corrupt(make):
-    fake = Fake()
+    fake = FakeTier()
     filled(make, fake)
     fake.objects[key_for(0)] = fake.objects[key_for(0)][:-5000]
     store = make("two", fake)
@@ -516,7 +468,7 @@ def test_a_full_server_drops_uploads_and_is_still_read(make, server):
 
 
 def test_a_full_queue_drops_and_never_blocks(make):
-    fake, gate = Fake(), threading.Event()
+    fake, gate = FakeTier(), threading.Event()
     fake.before = lambda method: gate.wait(SOON) if method == "put" else None
     store = make("one", fake)
     store._remote._writes._capacity = 2 * FILE
@@ -532,7 +484,7 @@ def test_a_full_queue_drops_and_never_blocks(make):
 
 
 def test_an_entry_evicted_before_its_upload_is_dropped(make):
-    fake = Fake()
+    fake = FakeTier()
     fake.down()
     store = make("one", fake, capacity_bytes=3 * 32768)
     for i in range(8):

@@ -112,6 +112,7 @@ class Remote:
 
         Raises:
             MissingEntryError: the object has gone.
+            CorruptEntryError: it is shorter than its header says.
             RemoteError: it cannot be read, or not in time, or the breaker is open.
         """
         slab = header.slabs[layer]
@@ -121,7 +122,10 @@ class Remote:
             self._writes.delete([header.key])  # or a part of it has: then nobody shall find the rest
             raise MissingEntryError("the chunk has left the remote tier; encode it again", key=header.key.hex())
         self._count("bytes_in", slab.nbytes)
-        return np.frombuffer(raw, np.uint8)
+        array = np.frombuffer(raw, np.uint8)
+        if array.nbytes != slab.nbytes:
+            raise CorruptEntryError("the remote object ends too early", key=header.key.hex())
+        return array
 
     def expel(self, key: bytes) -> None:
         """Count an object as corrupt, and have it deleted."""

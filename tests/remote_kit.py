@@ -1,4 +1,4 @@
-"""A real redis-server of a test's own, that can be killed, frozen and started again on the same port."""
+"""Remote tiers for tests: a real redis-server that can be killed and frozen, and one in memory that can be told to fail."""
 
 from __future__ import annotations
 
@@ -7,12 +7,16 @@ import shutil
 import signal
 import socket
 import subprocess
+import threading
 import time
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import pytest
 from redis import Redis
 from redis.exceptions import RedisError
+
+from ragkv.errors import RemoteError
 
 SERVER = shutil.which("redis-server") or shutil.which("valkey-server")
 
@@ -62,3 +66,52 @@ def started(folder: Path, *options: str) -> Server:
             pytest.fail("CI must have a redis-server: apt-get install redis-server")
         pytest.skip("no redis-server here: apt-get install redis-server")
     return Server(folder, *options)
+
+
+class FakeTier:
+    """A tier in memory, with hooks for what a server can do wrong."""
+
+    name = "fake://"
+
+    def __init__(self) -> None:
+        self.objects: dict[bytes, bytes] = {}
+        self.asked: list[str] = []
+        self.before: Callable[[str], object] = lambda method: None
+        self.closed = threading.Event()
+
+    def _called(self, method: str) -> None:
+        self.asked.append(method)
+        self.before(method)
+
+    def ping(self) -> None:
+        self._called("ping")
+
+    def heads(self, keys: Sequence[bytes]) -> list[bytes | None]:
+        self._called("heads")
+        return [self.objects[key][:4096] if key in self.objects else None for key in keys]
+
+    def get(self, key: bytes, offset: int, nbytes: int) -> bytes | None:
+        self._called("get")
+        return self.objects[key][offset : offset + nbytes] if key in self.objects else None
+
+    def put(self, key: bytes, parts: Iterable[memoryview]) -> None:
+        self._called("put")
+        self.objects[key] = b"".join([bytes(part) for part in parts])
+
+    def delete(self, keys: Sequence[bytes]) -> None:
+        self._called("delete")
+        for key in keys:
+            self.objects.pop(key, None)
+
+    def close(self) -> None:
+        self.closed.set()
+
+    def down(self, *methods: str) -> None:
+        def fail(method: str) -> None:
+            if not methods or method in methods:
+                raise RemoteError("the plug is out")
+
+        self.before = fail
+
+    def up(self) -> None:
+        self.before = lambda method: None
