@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -16,36 +17,44 @@ from ragkv.store.files import Folder, disk_bytes, key_of, read_header, read_into
 from ragkv.store.header import EntryHeader
 from ragkv.store.index import Index, IndexTxn
 from ragkv.store.lease import lease
-from ragkv.store.rows import Row
+from ragkv.store.rows import QUEUES, Row
 
 ROWS_PER_TRANSACTION = 1000
+MOST_CONTEXT = 2**32 - 1
 
 
 @dataclass(slots=True)
 class CheckReport:
-    """What ``ChunkStore.check`` found, as chunk keys; with ``fix`` it has been repaired."""
+    """What ``ChunkStore.check`` found, as chunk keys; with ``fix`` it has been repaired.
+
+    ``tables_sound`` says whether the order of eviction and the tallies agreed with the rows.
+    """
 
     entries: int = 0
     orphans: list[bytes] = field(default_factory=list)
     missing: list[bytes] = field(default_factory=list)
     corrupt: list[bytes] = field(default_factory=list)
     miscounted: list[bytes] = field(default_factory=list)
+    tables_sound: bool = True
     fixed: bool = False
 
     @property
     def clean(self) -> bool:
         """Whether nothing was wrong."""
-        return not (self.orphans or self.missing or self.corrupt or self.miscounted)
+        return self.tables_sound and not (self.orphans or self.missing or self.corrupt or self.miscounted)
 
 
 def row_of(header: EntryHeader, nbytes: int) -> Row:
     """The index row of an entry whose file takes ``nbytes`` of the disk."""
-    return Row(nbytes, header.tokens, header.geometry.layers, header.created, header.model)
+    context = min(header.context_tokens, MOST_CONTEXT)
+    return Row(nbytes, header.tokens, header.geometry.layers, header.created, header.model, context)
 
 
 def check(folder: Folder, index: Index, *, fix: bool) -> CheckReport:
     """Compare rows with files and verify every checksum; with ``fix`` repair, key by key."""
-    report = CheckReport(fixed=fix)
+    report = CheckReport(fixed=fix, tables_sound=index.read(tables_sound))
+    if fix and not report.tables_sound:
+        index.write(lambda txn: txn.rebuild())
     known = set(index.read(lambda txn: txn.keys()))
     report.entries = len(known)
     found = set(folder.entry_keys())
@@ -73,6 +82,28 @@ def check(folder: Folder, index: Index, *, fix: bool) -> CheckReport:
     return report
 
 
+def tables_sound(txn: IndexTxn, pause: Callable[[], None] = lambda: None) -> bool:
+    """Whether each row is sound and has its place in the order of eviction, and the tallies are their sums.
+
+    ``pause`` is called now and then, and may raise to stop.
+    """
+    tallies: defaultdict[str, list[int]] = defaultdict(lambda: [0, 0])
+    queued = [0] * QUEUES
+    count = 0
+    for count, (key, row) in enumerate(txn.rows(), 1):
+        if row is None or not txn.in_order(key, row):
+            return False
+        tally = tallies[row.model]
+        tally[0] += 1
+        tally[1] += row.nbytes
+        queued[row.place.queue] += row.nbytes
+        if not count % ROWS_PER_TRANSACTION:
+            pause()
+    if txn.state.nbytes != queued:
+        return False
+    return txn.ordered() == count and txn.models() == {model: tuple(tally) for model, tally in tallies.items()}
+
+
 def recover(folder: Folder, txn: IndexTxn) -> None:
     """Clear up after writers that died: drop what they had not finished, take in what only lacked its row."""
     for temp in folder.stale_temps():
@@ -81,7 +112,7 @@ def recover(folder: Folder, txn: IndexTxn) -> None:
             path = folder.entry_path(key)
             with contextlib.suppress(FileNotFoundError):
                 if os.path.samefile(temp, path):
-                    _adopt(folder, txn, key)
+                    adopt(folder, txn, key)
         temp.unlink(missing_ok=True)  # its writer may just have finished
 
 
@@ -92,7 +123,7 @@ def adopt_orphans(folder: Folder, index: Index) -> None:
     """
     known = set(index.read(lambda txn: txn.keys()))
     orphans = [key for key in folder.entry_keys() if key not in known]
-    keys = sorted(orphans, key=lambda key: _modified(folder.entry_path(key)))
+    keys = sorted(orphans, key=lambda key: modified(folder.entry_path(key)))
     for start in range(0, len(keys), ROWS_PER_TRANSACTION):
         some = keys[start : start + ROWS_PER_TRANSACTION]
         index.write(partial(_adopt_all, folder, some))
@@ -113,10 +144,11 @@ def _reindex(folder: Folder, key: bytes, header: EntryHeader | None, txn: IndexT
 
 def _adopt_all(folder: Folder, keys: list[bytes], txn: IndexTxn) -> None:
     for key in keys:
-        _adopt(folder, txn, key)
+        adopt(folder, txn, key)
 
 
-def _adopt(folder: Folder, txn: IndexTxn, key: bytes) -> None:
+def adopt(folder: Folder, txn: IndexTxn, key: bytes) -> None:
+    """Index an entry's file by its header; quarantine it if that is damaged."""
     with _leased(folder, key) as fd:
         if fd is None:
             return
@@ -157,7 +189,7 @@ def _leased(folder: Folder, key: bytes) -> Iterator[int | None]:
             os.close(fd)
 
 
-def _modified(path: str) -> float:
+def modified(path: str) -> float:
     try:
         return os.stat(path).st_mtime
     except FileNotFoundError:

@@ -18,7 +18,7 @@ import fcntl
 import json
 import os
 import secrets
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -150,71 +150,6 @@ class Folder:
                     os.close(fd)
                 if stale:
                     yield path
-
-
-class TempFile:
-    """An entry being written. Its whole size is allocated at once, so that the capacity holds throughout."""
-
-    def __init__(self, folder: Folder, key: bytes, nbytes: int) -> None:
-        self.path = folder.tmp / f"{key.hex()}.{secrets.token_hex(8)}"
-        self._final = folder.entry_path(key)
-        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
-        with disk_errors(self.path):
-            self.fd = os.open(self.path, flags, 0o600)
-            try:
-                lock(self.fd, exclusive=True)
-                os.posix_fallocate(self.fd, 0, nbytes)
-            except BaseException:
-                self.discard()
-                raise
-
-    @property
-    def nbytes(self) -> int:
-        """What the disk counts for it."""
-        return os.fstat(self.fd).st_blocks * 512
-
-    def write(self, parts: Iterable[memoryview], offset: int) -> None:
-        """Write ``parts`` one behind the other, from ``offset`` on."""
-        with disk_errors(self.path):
-            for part in parts:
-                view = part.cast("B")
-                while view:
-                    written = os.pwrite(self.fd, view, offset)
-                    offset += written
-                    view = view[written:]
-
-    def sync(self) -> None:
-        with disk_errors(self.path):
-            os.fsync(self.fd)
-
-    def publish(self) -> None:
-        """Give the finished file its final name, durably. Calling it again is harmless.
-
-        The temporary name stays until ``discard``: if the process dies before the index knows the entry, the
-        next one to open the store finds it by that name, and nothing is left uncounted.
-        """
-        shard = os.path.dirname(self._final)
-        with disk_errors(self._final):
-            lock(self.fd, exclusive=False)  # from now on it can be read, and still not be taken for stale
-            with contextlib.suppress(FileExistsError):
-                os.mkdir(shard, 0o700)
-                sync_folder(os.path.dirname(shard))
-            try:
-                os.link(self.path, self._final)
-            except FileExistsError:
-                if not os.path.samestat(os.stat(self._final), os.fstat(self.fd)):
-                    os.replace(self.path, self._final)
-            except OSError as error:
-                if error.errno not in (errno.EPERM, errno.EOPNOTSUPP):
-                    raise
-                os.replace(self.path, self._final)  # a file system without hard links
-            sync_folder(shard)
-
-    def discard(self) -> None:
-        """Drop the temporary name (what was published stays) and close the file."""
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(self.path)
-        os.close(self.fd)
 
 
 def read_into(fd: int, buffer: NDArray[np.uint8], offset: int, *, block: int = 1) -> None:

@@ -7,10 +7,9 @@ publishes or removes a file does it inside one.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import shutil
-import subprocess
-import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -20,12 +19,15 @@ import lmdb
 import xxhash
 
 from ragkv.errors import StoreError, StoreFullError, StoreReadOnlyError
-from ragkv.store import rows
-from ragkv.store.rows import DATABASES, RANK, TALLY, Row, pack_row, unpack_row
+from ragkv.store import pages
+from ragkv.store.files import disk_errors
+from ragkv.store.queues import Queues
+from ragkv.store.rows import DATABASES, LAYOUT, QUEUES, TALLY, Ghost, Place, Row, ShelfState, pack_row, unpack_row
+from ragkv.store.shelf import GHOSTS_PER_ENTRY
 
 MAP_BYTES = 1 << 30
 MAX_READERS = 1024
-PROBE_SECONDS = 300
+SNAPSHOTS_TRIED = 5
 
 T = TypeVar("T")
 
@@ -33,66 +35,148 @@ T = TypeVar("T")
 class IndexTxn:
     """A write transaction. Everything it changes appears at once, or not at all."""
 
-    def __init__(self, txn: Any, entries: Any, order: Any, models: Any) -> None:
+    def __init__(self, txn: Any, entries: Any, order: Any, models: Any, ghosts: Any, state: Any) -> None:
         self._txn = txn
         self._entries = entries
-        self._order = order
         self._models = models
+        self._queues = Queues(txn, order, ghosts, state)
+        self._state: ShelfState | None = None
 
     def get(self, key: bytes) -> Row | None:
         value = self._txn.get(key, db=self._entries)
         return None if value is None else unpack_row(key, value)
 
     def put(self, key: bytes, row: Row) -> None:
-        """Insert or replace a row as the last one to be evicted."""
-        self.delete(key)
-        with self._txn.cursor(self._order) as cursor:
-            # A counter and no clock: the order survives clocks that jump.
-            rank = RANK.unpack(cursor.key())[0] + 1 if cursor.last() else 1
-        row = row._replace(rank=rank)
-        self._txn.put(key, pack_row(key, row), db=self._entries)
-        self._txn.put(RANK.pack(rank), key, db=self._order, append=True)
-        self._tally(row, 1)
-
-    def touch(self, keys: Sequence[bytes]) -> None:
-        """Move rows to the end of the order of eviction."""
-        for key in keys:
-            row = self.get(key)
-            if row is not None:
-                self.put(key, row)
+        """Insert or replace a row. One without a place keeps that of the row it replaces, or leaves first."""
+        old = self.get(key)
+        if not row.place.tick:
+            row = row.at(old.place if old else Place(tick=self.state.next_tick()))
+        if old:
+            self._drop(key, old)
+        self._insert(key, row)
 
     def delete(self, key: bytes) -> bool:
         row = self.get(key)
-        if row is None:
-            return False
-        self._txn.delete(key, db=self._entries)
-        self._txn.delete(RANK.pack(row.rank), db=self._order)
-        self._tally(row, -1)
-        return True
+        if row is not None:
+            self._drop(key, row)
+        return row is not None
 
-    def oldest(self) -> Iterator[tuple[bytes, Row]]:
-        """Rows in the order of eviction. Rows seen may be deleted on the way."""
-        rank = b""
-        with self._txn.cursor(self._order) as cursor:
-            while cursor.set_range(rank) if rank else cursor.first():
-                at, key = cursor.item()
-                row = self.get(key)
-                if row is not None:
-                    yield key, row
-                rank = at + b"\0"
+    def _insert(self, key: bytes, row: Row) -> None:
+        self._txn.put(key, pack_row(key, row), db=self._entries)
+        self._queues.add(row.place, key)
+        self.state.nbytes[row.place.queue] += row.nbytes
+        self._tally(row, 1)
+
+    def _drop(self, key: bytes, row: Row) -> None:
+        self._txn.delete(key, db=self._entries)
+        self._queues.drop(row.place)
+        self.state.nbytes[row.place.queue] -= row.nbytes
+        self._tally(row, -1)
+
+    # As a shelf (see shelf.py)
+
+    @property
+    def state(self) -> ShelfState:
+        """Of all entries together; the index saves it with the transaction."""
+        if self._state is None:
+            self._state = self._queues.load() or self._derived()
+        return self._state
+
+    def save(self) -> None:
+        if self._state is not None:
+            self._queues.save(self._state)
+
+    def next(self, queue: int, after: Place | None = None) -> tuple[bytes, Row] | None:
+        """The first row of a queue, or the first behind ``after``."""
+        while found := self._queues.next(queue, after):
+            after, key = found
+            row = self.get(key)
+            if row is not None:  # a damaged one is no victim
+                return key, row
+        return None
+
+    def move(self, key: bytes, place: Place) -> None:
+        """Give a row another place."""
+        row = self.get(key)
+        if row is None:
+            return
+        if place.order != row.place.order:
+            self._queues.drop(row.place)
+            self._queues.add(place, key)
+            self.state.nbytes[row.place.queue] -= row.nbytes
+            self.state.nbytes[place.queue] += row.nbytes
+        self._txn.put(key, pack_row(key, row.at(place)), db=self._entries)
+
+    def remember(self, key: bytes, ghost: Ghost) -> None:
+        self._queues.remember(key, ghost, number=sum(self.state.gone), most=GHOSTS_PER_ENTRY * len(self))
+
+    def recall(self, key: bytes) -> Ghost | None:
+        return self._queues.recall(key)
+
+    def __len__(self) -> int:
+        return int(self._txn.stat(self._entries)["entries"])
+
+    # As a whole
 
     def models(self) -> dict[str, tuple[int, int]]:
         """Entries and bytes per model fingerprint."""
         with self._txn.cursor(self._models) as cursor:
-            return {model.decode(): TALLY.unpack(value) for model, value in cursor}
+            return {model.decode(errors="replace"): TALLY.unpack(value) for model, value in cursor}
 
     def nbytes(self) -> int:
         """Bytes of all entries, as the disk counts them."""
         return sum(nbytes for _, nbytes in self.models().values())
 
-    def keys(self) -> list[bytes]:
+    def keys(self, prefix: bytes = b"") -> list[bytes]:
         with self._txn.cursor(self._entries) as cursor:
-            return list(cursor.iternext(values=False))
+            if prefix and not cursor.set_range(prefix):
+                return []
+            keys = cursor.iternext(values=False)
+            return list(itertools.takewhile(lambda key: key.startswith(prefix), keys) if prefix else keys)
+
+    def rows(self) -> Iterator[tuple[bytes, Row | None]]:
+        """Every key with its row; None where the row does not match its checksum."""
+        with self._txn.cursor(self._entries) as cursor:
+            for key, value in cursor:
+                yield key, unpack_row(key, value)
+
+    def in_order(self, key: bytes, row: Row) -> bool:
+        """Whether the order of eviction has the row in its place."""
+        return self._queues.at(row.place) == key
+
+    def ordered(self) -> int:
+        """How many places the order of eviction has."""
+        return len(self._queues)
+
+    def rebuild(self) -> None:
+        """Drop damaged rows, and derive the order of eviction and the tallies from the sound ones."""
+        sound = []
+        for key, row in list(self.rows()):
+            if row is None:
+                self._txn.delete(key, db=self._entries)
+            else:
+                sound.append((row.place, key, row))
+        self._queues.clear()
+        self._txn.drop(self._models, delete=False)
+        self._state = ShelfState(tick=max((place.tick for place, _, _ in sound), default=0))
+        for place, key, row in sorted(sound):
+            taken = self._queues.at(place) is not None
+            self._insert(key, row.at(place._replace(tick=self.state.next_tick())) if taken else row)
+        self._state.age = self._lowest()
+
+    def _derived(self) -> ShelfState:
+        state = ShelfState()
+        for place, key in self._queues:
+            state.tick = max(state.tick, place.tick)
+            row = self.get(key)
+            state.nbytes[place.queue] += row.nbytes if row else 0
+        state.age = self._lowest()
+        return state
+
+    def _lowest(self) -> int:
+        """The lowest priority: what the age was about, or newcomers would stand far from those that are here."""
+        found = self._queues.next(QUEUES - 1, None)
+        return found[0].priority if found else 0
 
     def _tally(self, row: Row, sign: int) -> None:
         model = row.model.encode()
@@ -105,9 +189,15 @@ class IndexTxn:
 
 
 class Index:
-    """One LMDB environment. Safe to use from many threads, not across ``fork``."""
+    """One LMDB environment. Safe to use from many threads, not across ``fork``.
 
-    def __init__(self, path: Path, *, read_only: bool, map_bytes: int = MAP_BYTES) -> None:
+    With ``verify`` every page of it is checked before LMDB is let near it.
+
+    Raises:
+        DamagedPagesError: a page is not sound.
+    """
+
+    def __init__(self, path: Path, *, read_only: bool, verify: bool = False, map_bytes: int = MAP_BYTES) -> None:
         self.path = path
         self.read_only = read_only
         self._pid = os.getpid()
@@ -115,15 +205,28 @@ class Index:
         self._active = 0
         if not read_only:
             path.mkdir(mode=0o700, exist_ok=True)
-        with _lmdb_errors(path):
+        with contextlib.ExitStack() as undo, disk_errors(path), _lmdb_errors(path):
+            if verify:
+                pages.read_metas(path / "data.mdb")
             self._env = _environment(path, read_only, map_bytes)
+            undo.callback(self._env.close)
+            self._data_fd = os.open(path / "data.mdb", os.O_RDONLY | os.O_CLOEXEC)
+            undo.callback(os.close, self._data_fd)
+            self._data_bytes = 0
             with contextlib.suppress(lmdb.ReadonlyError):
                 self._env.reader_check()
+            if verify:
+                self._verify()
             self._dbs = [self._env.open_db(name, create=not read_only) for name in DATABASES]
+            undo.pop_all()
+
+    @property
+    def forked(self) -> bool:
+        return os.getpid() != self._pid
 
     def check_process(self) -> None:
         """LMDB can be neither used nor opened again in a process that inherited it through ``fork``."""
-        if os.getpid() != self._pid:
+        if self.forked:
             raise StoreError(
                 f"the store {self.path.parent} was opened before this process was forked; open it in the child "
                 "only, or start the child with the spawn method",
@@ -153,18 +256,40 @@ class Index:
         """
         if self.read_only:
             raise StoreReadOnlyError(f"{self.path.parent} was opened with read_only=True", path=str(self.path))
-        return self._run(lambda txn: work(IndexTxn(txn, *self._dbs)), write=True)
+
+        def run(txn: Any) -> T:
+            rows = IndexTxn(txn, *self._dbs)
+            result = work(rows)
+            rows.save()
+            return result
+
+        return self._run(run, write=True)
 
     def close(self) -> None:
-        """Close, and leave a checksum by which the next opening knows the file to be sound."""
         with self._idle:
             self._idle.wait_for(lambda: not self._active)
-            if os.getpid() != self._pid:
+            if self.forked:
                 return  # the parent's to close
             self._env.close()
-        if not self.read_only:
-            with contextlib.suppress(OSError):
-                (self.path / "clean").write_bytes(_fingerprint(self.path))
+            fd, self._data_fd = self._data_fd, -1
+            if fd >= 0:
+                os.close(fd)
+
+    def _verify(self) -> None:
+        def verify(txn: Any) -> None:
+            # The transaction keeps other processes from recycling the snapshot's pages meanwhile.
+            names = pages.verify(self.path / "data.mdb", txn.id())
+            if not names.issuperset(DATABASES):
+                raise pages.DamagedPagesError("a database is missing")
+
+        for attempt in range(1, SNAPSHOTS_TRIED + 1):
+            try:
+                self._run(verify, write=False)
+                return
+            except pages.DamagedPagesError:
+                # Another process may have replaced both meta pages while they were being read.
+                if attempt == SNAPSHOTS_TRIED:
+                    raise
 
     def _run(self, work: Callable[[Any], T], *, write: bool) -> T:
         self.check_process()
@@ -180,6 +305,7 @@ class Index:
 
     @contextlib.contextmanager
     def _transaction(self, write: bool) -> Iterator[Any]:
+        self._check_file()
         with self._idle:
             self._active += 1
         try:
@@ -189,6 +315,18 @@ class Index:
             with self._idle:
                 self._active -= 1
                 self._idle.notify_all()
+
+    def _check_file(self) -> None:
+        """LMDB would be killed by a file that somebody has truncated, and write on into one that is gone."""
+        if self._data_fd < 0:
+            return  # closed, which LMDB says itself
+        seen = self._data_bytes  # read first: another thread may see the file grown, and say so, in between
+        stat = os.fstat(self._data_fd)
+        if stat.st_size < seen or not stat.st_nlink:
+            happened = "truncated" if stat.st_nlink else "deleted"
+            message = f"the index {self.path} was {happened} while it was open; close the store and open it again"
+            raise StoreError(message, path=str(self.path))
+        self._data_bytes = stat.st_size
 
     def _resize(self, map_bytes: int) -> None:
         with self._idle:
@@ -206,16 +344,17 @@ def is_clean(path: Path) -> bool:
         return False
 
 
-def is_sound(path: Path) -> bool:
-    """Whether a child process could walk all of the index; LMDB may crash on a damaged one."""
-    # -P, and the paths by hand: the script's own folder must not shadow other packages.
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
-    command = [sys.executable, "-P", rows.__file__, str(path)]
-    try:
-        probe = subprocess.run(command, env=env, capture_output=True, timeout=PROBE_SECONDS, check=False)  # noqa: S603 - our own interpreter and script
-    except subprocess.TimeoutExpired:
-        return False
-    return probe.returncode == 0
+def mark_clean(path: Path) -> None:
+    """Leave a checksum by which the next opening knows the file to be sound, if it is; nobody may have it open.
+
+    What was damaged while it was open must not pass for sound from then on, so it is verified once more.
+    """
+    if is_clean(path):
+        return
+    with contextlib.suppress(OSError, pages.DamagedPagesError):
+        data = path / "data.mdb"
+        pages.verify(data, max(meta.txnid for meta in pages.read_metas(data)))
+        (path / "clean").write_bytes(_fingerprint(path))
 
 
 def move_aside(path: Path) -> None:
@@ -259,8 +398,8 @@ def _data_bytes(path: Path) -> int:
 
 
 def _fingerprint(path: Path) -> bytes:
-    """Size and xxh3_64 of the data file. (1 GB takes about 0.1 s.)"""
-    digest = xxhash.xxh3_64()
+    """Size and xxh3_64 of the layout and the data file. (1 GB takes about 0.1 s.)"""
+    digest = xxhash.xxh3_64(LAYOUT)
     size = 0
     with open(path / "data.mdb", "rb") as file:
         while block := file.read(1 << 20):

@@ -86,9 +86,9 @@ class S3Fifo:
 class CostAware:
     """What saves least per byte leaves first: priority = age + uses * cost / bytes.
 
-    The age is the lowest priority on the shelf. It rises with every eviction, so that what was used much, long
+    The age is the priority of the last that left. It rises as entries leave, so that what was used much, long
     ago, leaves in the end; uses are counted up to ``MOST_USES``, which bounds how long that takes. An entry not
-    yet used counts as a fraction of a use, so that a stream of one-hit entries evicts itself and nobody else.
+    yet used counts as a fraction of a use, so that a stream of one-hit entries evicts itself, and hardly others.
 
     How large that fraction should be depends on the load, and is learnt from keys that come back soon after they
     had to leave: if they left unused, newcomers need more time; if they had been used, the others do.
@@ -114,11 +114,9 @@ class CostAware:
         return _in_order(shelf, PROBATION, RECENT, WORTH)
 
     def _place(self, shelf: Shelf, item: Item, uses: int) -> Place:
-        first = shelf.next(WORTH)
-        age = first[1].place.priority if first else 0
         counts = uses * ONE_USE + LEANS[shelf.state.lean]
         worth = counts * item.cost // max(1, item.nbytes)
-        return Place(WORTH, min(age + worth, MOST_PRIORITY), shelf.state.next_tick(), uses)
+        return Place(WORTH, min(shelf.state.age + worth, MOST_PRIORITY), shelf.state.next_tick(), uses)
 
     def _learn(self, shelf: Shelf, ghost: Ghost) -> None:
         state, used = shelf.state, ghost.uses > 0
@@ -145,6 +143,7 @@ def evict(shelf: Shelf, key: bytes, item: Item) -> None:
     """Take a victim off the shelf, and remember it in case it comes back."""
     used = item.place.uses > 0
     shelf.state.gone[used] += 1
+    shelf.state.age = max(shelf.state.age, item.place.priority)
     shelf.delete(key)
     shelf.remember(key, Ghost(item.place.uses, shelf.state.gone[used]))
 

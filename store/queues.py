@@ -10,7 +10,7 @@ from typing import Any
 from ragkv.store.rows import Ghost, Place, ShelfState
 
 _GHOST = struct.Struct("<QQB")
-_TICK = struct.Struct(">Q")
+_NUMBER = struct.Struct(">Q")
 _NAME_BYTES = 16
 _STATE = b"state"
 
@@ -63,27 +63,27 @@ class Queues:
     def save(self, state: ShelfState) -> None:
         self._txn.put(_STATE, state.pack(), db=self._state)
 
-    def remember(self, key: bytes, ghost: Ghost, *, tick: int, most: int) -> None:
+    def remember(self, key: bytes, ghost: Ghost, *, number: int, most: int) -> None:
         """Note who left; of more than ``most`` the oldest are forgotten."""
         self.recall(key)
-        # Two records: one by name, and one by tick to find the oldest.
+        # Two records: one by name, and one by number to find the oldest.
         name = key[:_NAME_BYTES]
-        self._txn.put(b"n" + name, _GHOST.pack(tick, ghost.gone, ghost.uses), db=self._ghosts)
-        self._txn.put(b"t" + _TICK.pack(tick), name, db=self._ghosts)
+        self._txn.put(b"k" + name, _GHOST.pack(number, ghost.gone, ghost.uses), db=self._ghosts)
+        self._txn.put(b"#" + _NUMBER.pack(number), name, db=self._ghosts)
         excess = self._txn.stat(self._ghosts)["entries"] // 2 - most
         if excess > 0:
             with self._txn.cursor(self._ghosts) as cursor:
-                cursor.set_range(b"t")
+                cursor.set_range(b"#")
                 oldest = list(islice(cursor, excess))
             for at, forgotten in oldest:
                 self._txn.delete(at, db=self._ghosts)
-                self._txn.delete(b"n" + forgotten, db=self._ghosts)
+                self._txn.delete(b"k" + forgotten, db=self._ghosts)
 
     def recall(self, key: bytes) -> Ghost | None:
         """What is remembered of the key; remembering it ends with that."""
-        value = self._txn.pop(b"n" + key[:_NAME_BYTES], db=self._ghosts)
+        value = self._txn.pop(b"k" + key[:_NAME_BYTES], db=self._ghosts)
         if value is None or len(value) != _GHOST.size:
             return None
-        tick, gone, uses = _GHOST.unpack(value)
-        self._txn.delete(b"t" + _TICK.pack(tick), db=self._ghosts)
+        number, gone, uses = _GHOST.unpack(value)
+        self._txn.delete(b"#" + _NUMBER.pack(number), db=self._ghosts)
         return Ghost(uses, gone)

@@ -6,43 +6,86 @@ import contextlib
 import os
 import shutil
 import threading
+from collections.abc import Callable
+from dataclasses import dataclass
 
 from ragkv.errors import StoreError, StoreFormatError
 from ragkv.store.check import adopt_orphans
 from ragkv.store.files import Folder, disk_errors
-from ragkv.store.index import Index, is_clean, is_sound, move_aside
+from ragkv.store.index import Index, is_clean, mark_clean, move_aside
 from ragkv.store.lease import lock
+from ragkv.store.pages import DamagedPagesError
+from ragkv.store.reconcile import Reconciler
 
-_indexes: dict[str, tuple[Index, int]] = {}  # LMDB allows one environment per process and file
+
+@dataclass(slots=True)
+class _Shared:
+    """This process's one index of a folder, as LMDB allows no second, and who uses it."""
+
+    index: Index
+    reconciler: Reconciler | None = None
+    users: int = 1
+
+
+_indexes: dict[str, _Shared] = {}
 _indexes_lock = threading.Lock()
 
 
 class Session:
-    """Holds the folder's lock (shared; exclusive while an index is examined) and this process's one index."""
+    """Holds the folder's lock (shared; exclusive while an index is examined) and this process's one index.
 
-    def __init__(self, folder: Folder, *, read_only: bool) -> None:
+    ``tidy`` is called with the index when it counts every file: at once, or in the background after an unclean
+    end. Not with ``read_only``.
+    """
+
+    def __init__(self, folder: Folder, *, read_only: bool, tidy: Callable[[Index], None]) -> None:
         self._folder = folder
+        self._tidy = tidy
         self._read_only = read_only
         self._name = os.path.realpath(folder.index)
         self._fd = self._open_lock()
         try:
             with _indexes_lock:
-                self.index = self._shared() or self._first()
+                self._shared = self._join() or self._first()
         except BaseException:
             os.close(self._fd)
             raise
+        self.index = self._shared.index
+        if not read_only and self._shared.reconciler is None:
+            try:
+                tidy(self.index)
+            except BaseException:
+                self.close()
+                raise
+
+    def wait_counted(self) -> None:
+        """Wait until the index counts every file."""
+        if self._shared.reconciler is not None:
+            self._shared.reconciler.wait_counted()
+
+    def wait_reconciled(self) -> None:
+        """Wait until nothing is left to do in the background."""
+        if self._shared.reconciler is not None:
+            self._shared.reconciler.wait_finished()
 
     def close(self) -> None:
         """Give index and lock back; the last one of the process closes the index."""
         with _indexes_lock:
-            index, users = _indexes.get(self._name, (None, 0))
-            if index is self.index:
-                if users > 1:
-                    _indexes[self._name] = (self.index, users - 1)
-                else:
+            self._shared.users -= 1
+            if not self._shared.users:
+                if _indexes.get(self._name) is self._shared:
                     del _indexes[self._name]
-                    self.index.close()
+                self._close_index()
         os.close(self._fd)
+
+    def _close_index(self) -> None:
+        if self.index.forked:
+            return  # all of it is the parent's, the lock as well
+        reconciler = self._shared.reconciler
+        reconciled = reconciler is None or reconciler.close()
+        self.index.close()
+        if reconciled and not self._read_only and lock(self._fd, exclusive=True):
+            mark_clean(self._folder.index)
 
     def _open_lock(self) -> int:
         path = self._folder.root / "lock"
@@ -50,10 +93,11 @@ class Session:
         with disk_errors(path):
             return os.open(path, flags | os.O_CLOEXEC, 0o600)
 
-    def _shared(self) -> Index | None:
-        index, users = _indexes.get(self._name, (None, 0))
-        if index is None:
+    def _join(self) -> _Shared | None:
+        shared = _indexes.get(self._name)
+        if shared is None:
             return None
+        index = shared.index
         index.check_process()
         if index.read_only and not self._read_only:
             raise StoreError(
@@ -61,10 +105,10 @@ class Session:
                 path=str(self._folder.root),
             )
         lock(self._fd, exclusive=False, wait=True)
-        _indexes[self._name] = (index, users + 1)
-        return index
+        shared.users += 1
+        return shared
 
-    def _first(self) -> Index:
+    def _first(self) -> _Shared:
         sole = not self._read_only and lock(self._fd, exclusive=True)
         if not sole:
             lock(self._fd, exclusive=False, wait=True)  # whoever repairs the index holds it exclusively
@@ -72,21 +116,25 @@ class Session:
             # Stale readers, and a damaged lock file, go with it; nobody else has it open.
             (self._folder.index / "lock.mdb").unlink(missing_ok=True)
         clean = is_clean(self._folder.index)
-        if not clean and not self._usable():
-            self._repair()
-        index = Index(self._folder.index, read_only=self._read_only)
-        if sole and not clean:
-            # A flipped bit can make LMDB fall back to its last transaction but one, which is sound as well.
-            adopt_orphans(self._folder, index)
-        _indexes[self._name] = (index, 1)
+        index = self._open(clean)
         lock(self._fd, exclusive=False)
-        return index
+        # A damaged meta page makes LMDB fall back to its last transaction but one, which is sound as well.
+        reconciler = Reconciler(self._folder, index, self._tidy) if sole and not clean else None
+        _indexes[self._name] = shared = _Shared(index, reconciler)
+        return shared
 
-    def _usable(self) -> bool:
-        data = self._folder.index / "data.mdb"
+    def _open(self, clean: bool) -> Index:
+        folder = self._folder
+        if clean:
+            return Index(folder.index, read_only=self._read_only)
+        data = folder.index / "data.mdb"
         if data.exists() and data.stat().st_size:
-            return is_sound(self._folder.index)
-        return not self._read_only and next(self._folder.entry_keys(), None) is None
+            with contextlib.suppress(DamagedPagesError):
+                return Index(folder.index, read_only=self._read_only, verify=True)
+        elif not self._read_only and next(folder.entry_keys(), None) is None:
+            return Index(folder.index, read_only=False)
+        self._repair()
+        return Index(folder.index, read_only=False)
 
     def _repair(self) -> None:
         root = self._folder.root

@@ -4,43 +4,47 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from ragkv.errors import StoreFullError
 from ragkv.store.check import recover
 from ragkv.store.files import Folder, disk_bytes, disk_errors, key_of
 from ragkv.store.header import BLOCK
 from ragkv.store.index import IndexTxn
+from ragkv.store.policies import Policy, evict
+from ragkv.store.rows import Row
 
 TOUCHES_BEFORE_FLUSH = 4096
 SECONDS_BEFORE_FLUSH = 30.0
 
 
 class Recency:
-    """Uses noted in memory. The index learns of them in batches, as each transaction flushes the disk."""
+    """Uses noted in memory. The index learns of them in batches, as each transaction flushes the disk.
+
+    What dies with the process are its last uses, which are hints, and no entry.
+    """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._keys: dict[bytes, None] = {}
+        self._uses: dict[bytes, int] = {}
         self._flushed = time.monotonic()
 
     def note(self, keys: Sequence[bytes]) -> bool:
         """Note uses; True when it is time to write them to the index."""
         with self._lock:
             for key in keys:
-                self._keys.pop(key, None)
-            self._keys.update(dict.fromkeys(keys))
+                self._uses[key] = self._uses.pop(key, 0) + 1
             now = time.monotonic()
-            if len(self._keys) < TOUCHES_BEFORE_FLUSH and now - self._flushed < SECONDS_BEFORE_FLUSH:
+            if len(self._uses) < TOUCHES_BEFORE_FLUSH and now - self._flushed < SECONDS_BEFORE_FLUSH:
                 return False
             self._flushed = now
             return True
 
-    def take(self) -> list[bytes]:
-        """The keys used since the last call, the latest use last."""
+    def take(self) -> dict[bytes, int]:
+        """How often each key was used since the last call, the latest use last."""
         with self._lock:
-            keys, self._keys = list(self._keys), {}
-        return keys
+            uses, self._uses = self._uses, {}
+        return uses
 
 
 class Space:
@@ -50,9 +54,12 @@ class Space:
     called with each key that had to leave.
     """
 
-    def __init__(self, folder: Folder, capacity: int, recency: Recency, on_evict: Callable[[bytes], None]) -> None:
+    def __init__(
+        self, folder: Folder, capacity: int, policy: Policy, recency: Recency, on_evict: Callable[[bytes], None]
+    ) -> None:
         self.capacity = capacity
         self._folder = folder
+        self._policy = policy
         self._recency = recency
         self._on_evict = on_evict
 
@@ -74,8 +81,19 @@ class Space:
                     self._folder.purge_quarantine()
             excess = self._used(txn) - room
             if excess > 0:
-                txn.touch(self._recency.take())
+                self.use(txn, self._recency.take())
                 self._evict(txn, excess)
+
+    def admit(self, txn: IndexTxn, key: bytes, row: Row) -> None:
+        """Enter a new row where the policy wants it."""
+        txn.put(key, row.at(self._policy.admit(txn, row, txn.recall(key))))
+
+    def use(self, txn: IndexTxn, uses: Mapping[bytes, int]) -> None:
+        """Tell the policy of uses, in their order."""
+        for key, times in uses.items():
+            row = txn.get(key)
+            if row is not None:
+                txn.move(key, self._policy.use(txn, row, times))
 
     def _used(self, txn: IndexTxn) -> int:
         """Bytes of indexed entries, of those being written, and of the quarantine."""
@@ -88,9 +106,9 @@ class Space:
         return used
 
     def _evict(self, txn: IndexTxn, excess: int) -> None:
-        for key, row in txn.oldest():
+        for key, row in self._policy.victims(txn):
             if self._folder.remove(key):
-                txn.delete(key)
+                evict(txn, key, row)
                 self._on_evict(key)
                 excess -= row.nbytes
             if excess <= 0:

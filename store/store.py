@@ -7,13 +7,12 @@ import os
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
-import xxhash
 from numpy.typing import NDArray
 
 from ragkv.errors import (
@@ -27,11 +26,12 @@ from ragkv.errors import (
 from ragkv.store import check as checks
 from ragkv.store.buffers import Allocate, Array
 from ragkv.store.codecs import encode_slab
-from ragkv.store.files import Folder, TempFile, disk_errors, read_header
+from ragkv.store.files import Folder, disk_errors, read_header
 from ragkv.store.geometry import Geometry
 from ragkv.store.header import EntryHeader
 from ragkv.store.index import Index, IndexTxn
 from ragkv.store.lease import lease
+from ragkv.store.policies import DEFAULT_POLICY, make_policy
 from ragkv.store.ram import RamTier, read_only
 from ragkv.store.reader import LayerReader, OpenEntry
 from ragkv.store.remote import Remote, RemoteSource, RemoteStats, RemoteTier, connect
@@ -39,6 +39,7 @@ from ragkv.store.rows import Row
 from ragkv.store.session import Session
 from ragkv.store.source import FileSource, RamSource
 from ragkv.store.space import Recency, Space
+from ragkv.store.writer import EntryWriter
 
 Part = bytes | bytearray | memoryview | NDArray[Any]
 SlabInput = Part | tuple[Part, ...]
@@ -81,11 +82,13 @@ class ChunkStore:
 
     Args:
         path: the store's folder; created if missing.
-        capacity_bytes: the most that entry files may take, as the disk counts; held during writes too. Least
-            recently used entries make room, open ones excepted.
+        capacity_bytes: the most that entry files may take, as the disk counts; held during writes too. Entries
+            make room as ``policy`` says, open ones excepted.
         ram_bytes: the most that the RAM tier may take.
-        threads: how many threads read.
+        threads: how many threads read, and how many write.
         read_only: never write anything; ``put`` and ``delete`` are refused.
+        policy: who makes room: ``cost``, ``s3-fifo`` or ``lru`` (see docs/store.md). All that have a folder open
+            should name the same.
         ram_allocate: provides the memory of the RAM tier, and of slabs on their way there: takes a number of
             bytes, returns a uint8 array, such as page-locked memory. It is used again and again.
         remote: the URL of a server that keeps entries for several stores (``redis://…``), or a tier of your own,
@@ -108,6 +111,7 @@ class ChunkStore:
         ram_bytes: int,
         threads: int = 4,
         read_only: bool = False,
+        policy: str = DEFAULT_POLICY,
         ram_allocate: Allocate | None = None,
         remote: str | RemoteTier | None = None,
         remote_timeout_ms: int = 50,
@@ -131,20 +135,12 @@ class ChunkStore:
         self._counts: Counter[str] = Counter()
         self._lock = threading.Lock()
         self._recency = Recency()
-        self._space = Space(self.folder, capacity_bytes, self._recency, self._evicted)
+        self._space = Space(self.folder, capacity_bytes, make_policy(policy), self._recency, self._evicted)
         self._closed = False
         self._session = Session(self.folder, read_only=read_only, tidy=self._tidy)
         self._index: Index = self._session.index
         self._executor = ThreadPoolExecutor(threads, thread_name_prefix="ragkv-store")
-        if not read_only:
-            try:
-                # A smaller cap than last time, or writers that died: both are put right before anything else.
-                self._index.write(lambda txn: self._space.make(txn, 0, tidy=True))
-            except StoreFullError:
-                pass  # all of it is leased elsewhere; the next put tries again
-            except BaseException:
-                self.close()
-                raise
+        self._writer = EntryWriter(self.folder, self._index, self._space, self._ram.buffers, threads)
         if tier is not None:
             self._remote = Remote(
                 tier,
@@ -159,7 +155,8 @@ class ChunkStore:
     def lookup(self, keys: Sequence[bytes]) -> list[EntryInfo | None]:
         """Say of each key where it would be read from, None if it is nowhere; one index transaction.
 
-        What is missing here is asked of the remote tier in one round trip (of 256 keys). Only asking: it counts as no use of the entry, neither for eviction nor in the statistics.
+        What is missing here is asked of the remote tier in one round trip (of 256 keys). Only
+        asking: it counts as no use of the entry, neither for eviction nor in the statistics.
         """
         rows = self._index_open().get_many(keys)
         ram = self._ram
@@ -249,16 +246,11 @@ class ChunkStore:
         header = EntryHeader(
             key, geometry, tokens, model, codec, source, context_tokens, context_policy, created=time.time()
         )
-        index = self._writable()
+        self._writable()
         if key in self and os.path.exists(self.folder.entry_path(key)):
             self._touch([key])
             return False
-        temp = index.write(lambda txn: self._reserve(txn, header))
-        try:
-            self._write(temp, header, slabs)
-            fresh = index.write(lambda txn: self._publish(txn, temp, header))
-        finally:
-            temp.discard()
+        fresh = self._writer.write(header, _encoded(header, slabs))
         if fresh and self._remote is not None:
             self._remote.add(key, header.file_bytes)
         return fresh
@@ -317,8 +309,10 @@ class ChunkStore:
         """Compare index and files both ways and verify every checksum; with ``fix`` repair what is wrong.
 
         Whole orphans are taken into the index (if the capacity allows), damaged ones and damaged entries are
-        quarantined, rows without a file are dropped, byte counts corrected.
+        quarantined, rows without a file are dropped, byte counts corrected. What is being repaired in the
+        background since the store was opened is finished first.
         """
+        self._session.wait_reconciled()
         report = checks.check(self.folder, self._writable() if fix else self._index_open(), fix=fix)
         if fix:
             self._count("corrupt", len(report.corrupt))
@@ -347,6 +341,7 @@ class ChunkStore:
         if self._remote is not None:
             self._remote.close()
         self._executor.shutdown()
+        self._writer.close()
         try:
             self._flush()
         finally:
@@ -371,7 +366,13 @@ class ChunkStore:
         if self.read_only:
             message = f"{self.folder.root} was opened with read_only=True; open it without to change it"
             raise StoreReadOnlyError(message, path=str(self.folder.root))
+        self._session.wait_counted()
         return self._index_open()
+
+    def _tidy(self, index: Index) -> None:
+        """A smaller cap than last time, or writers that died: both are put right before anything is written."""
+        with contextlib.suppress(StoreFullError):  # all of it is leased elsewhere; the next put tries again
+            index.write(lambda txn: self._space.make(txn, 0, tidy=True))
 
     def _open(self, key: bytes, row: Row | None) -> OpenEntry | StoreError:
         missing = MissingEntryError("the chunk is not in the store; encode it again", key=key.hex())
@@ -415,46 +416,7 @@ class ChunkStore:
         """Store an entry of the remote tier as it is. False if it is here by now."""
         if self._index.get_many([header.key])[0] is not None:
             return False
-        if any(
-            xxhash.xxh3_64_intdigest(slab.data) != part.checksum for slab, part in zip(slabs, header.slabs, strict=True)
-        ):
-            raise CorruptEntryError("a slab does not match its checksum", key=header.key.hex())
-        temp = self._index.write(lambda txn: self._reserve(txn, header))
-        try:
-            for slab, part in zip(slabs, header.slabs, strict=True):
-                temp.write([slab.data], part.offset)
-            temp.write([memoryview(header.pack())], 0)
-            temp.sync()
-            return self._index.write(lambda txn: self._publish(txn, temp, header))
-        finally:
-            temp.discard()
-
-    def _reserve(self, txn: IndexTxn, header: EntryHeader) -> TempFile:
-        self._space.make(txn, header.file_bytes)
-        return TempFile(self.folder, header.key, header.file_bytes)
-
-    def _write(self, temp: TempFile, header: EntryHeader, slabs: Iterable[SlabInput]) -> None:
-        checksums: list[int] = []
-        for slab in slabs:
-            parts = [_as_bytes(part) for part in (slab if isinstance(slab, tuple) else (slab,))]
-            parts = encode_slab(header.codec, header.geometry, header.tokens, len(checksums), parts)
-            temp.write(parts, header.slab_offset(len(checksums)))
-            digest = xxhash.xxh3_64()
-            for part in parts:
-                digest.update(part)
-            checksums.append(digest.intdigest())
-        if len(checksums) != header.geometry.layers:
-            raise StoreFormatError(f"{len(checksums)} slabs were given, {header.geometry} means another number")
-        temp.write([memoryview(header.with_checksums(checksums).pack())], 0)
-        temp.sync()
-
-    def _publish(self, txn: IndexTxn, temp: TempFile, header: EntryHeader) -> bool:
-        if txn.get(header.key) is not None and os.path.exists(self.folder.entry_path(header.key)):
-            return False  # another writer was quicker
-        self._space.make(txn, 0)  # the disk may count more than was reserved
-        temp.publish()
-        txn.put(header.key, checks.row_of(header, temp.nbytes))
-        return True
+        return self._writer.write(header, ([slab.data] for slab in slabs))
 
     def _remove(self, txn: IndexTxn, key: bytes) -> bool:
         if not self.folder.remove(key):
@@ -487,10 +449,10 @@ class ChunkStore:
                 self._executor.submit(self._flush)
 
     def _flush(self) -> None:
-        keys = self._recency.take()
-        if keys:
+        uses = self._recency.take()
+        if uses:
             with contextlib.suppress(StoreError):  # the order of use is a hint; losing it harms nobody
-                self._index.write(lambda txn: txn.touch(keys))
+                self._index.write(lambda txn: self._space.use(txn, uses))
 
     def _evicted(self, key: bytes) -> None:
         self._ram.drop(key)
@@ -499,6 +461,12 @@ class ChunkStore:
     def _count(self, event: str, by: int = 1) -> None:
         with self._lock:
             self._counts[event] += by
+
+
+def _encoded(header: EntryHeader, slabs: Iterable[SlabInput]) -> Iterator[Sequence[memoryview]]:
+    for number, slab in enumerate(slabs):
+        parts = [_as_bytes(part) for part in (slab if isinstance(slab, tuple) else (slab,))]
+        yield encode_slab(header.codec, header.geometry, header.tokens, number, parts)
 
 
 def _as_bytes(part: Part) -> memoryview:

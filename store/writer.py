@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections import deque
-from collections.abc import Iterable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future, wait
+from functools import partial
 
 import numpy as np
 import xxhash
@@ -17,8 +19,11 @@ from ragkv.store.commit import GroupCommit
 from ragkv.store.files import Folder
 from ragkv.store.header import EntryHeader, aligned
 from ragkv.store.index import Index, IndexTxn
+from ragkv.store.ranked import RankedExecutor
 from ragkv.store.space import Space
 from ragkv.store.temp import TempFile
+
+Submit = Callable[[Callable[[], None]], Future[None]]
 
 WRITE_BYTES = 4 << 20
 """What goes to the disk at once, if slabs are smaller."""
@@ -38,7 +43,8 @@ class EntryWriter:
         self._space = space
         self._buffers = buffers
         self._commits = GroupCommit(index)
-        self._executor = ThreadPoolExecutor(threads, thread_name_prefix="ragkv-store-writer")
+        self._executor = RankedExecutor(threads, "ragkv-store-writer")
+        self._age = itertools.count()
 
     def write(self, header: EntryHeader, slabs: Iterable[Sequence[memoryview]]) -> bool:
         """Store an entry durably, each slab given in parts. False if another was quicker.
@@ -67,7 +73,8 @@ class EntryWriter:
 
     def _fill(self, temp: TempFile, header: EntryHeader, slabs: Iterable[Sequence[memoryview]]) -> EntryHeader:
         """The header with the checksums of what was written."""
-        gathered = _Gathered(temp, header, self._executor, self._buffers)
+        write = partial(self._executor.submit, next(self._age))
+        gathered = _Gathered(temp, header, write, self._buffers)
         try:
             for parts in slabs:
                 gathered.add(parts)
@@ -97,11 +104,11 @@ class EntryWriter:
 class _Gathered:
     """Slabs one behind the other in a few large buffers, which threads write as they are full."""
 
-    def __init__(self, temp: TempFile, header: EntryHeader, executor: ThreadPoolExecutor, buffers: Buffers) -> None:
+    def __init__(self, temp: TempFile, header: EntryHeader, submit: Submit, buffers: Buffers) -> None:
         self.checksums: list[int] = []
         self._temp = temp
         self._header = header
-        self._executor = executor
+        self._submit = submit
         self._buffers = buffers
         self._step = aligned(header.slab_bytes)
         self._slabs = min(max(1, WRITE_BYTES // self._step), header.geometry.layers)
@@ -147,6 +154,7 @@ class _Gathered:
             return
         while len(self._writing) >= WRITES_AHEAD:
             self._writing.popleft().result()
-        self._writing.append(self._executor.submit(self._temp.write, self._buffer[: self._filled], self._offset))
+        memory = self._buffer[: self._filled]
+        self._writing.append(self._submit(partial(self._temp.write, memory, self._offset)))
         self._offset += self._filled
         self._buffer, self._filled = None, 0
