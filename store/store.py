@@ -124,6 +124,7 @@ class ChunkStore:
         ):
             if value < least:
                 raise StoreError(f"{name} must be at least {least}, not {value}", setting=name, value=value)
+        chosen = make_policy(policy)
         timeout = remote_timeout_ms / 1000
         tier = connect(remote, timeout=timeout, transfer_timeout=10 * timeout) if isinstance(remote, str) else remote
         self._remote: Remote | None = None
@@ -135,7 +136,7 @@ class ChunkStore:
         self._counts: Counter[str] = Counter()
         self._lock = threading.Lock()
         self._recency = Recency()
-        self._space = Space(self.folder, capacity_bytes, make_policy(policy), self._recency, self._evicted)
+        self._space = Space(self.folder, capacity_bytes, chosen, self._recency, self._evicted)
         self._closed = False
         self._session = Session(self.folder, read_only=read_only, tidy=self._tidy)
         self._index: Index = self._session.index

@@ -1,0 +1,273 @@
+"""The byte cap and the policies' state in a real store: folders, files, crashes, several processes."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import signal
+import time
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ragkv.errors import StoreError, StoreFullError
+from ragkv.store import ChunkStore, OpenEntry
+from ragkv.store.policies import POLICIES
+from ragkv.store.rows import Row
+from ragkv.store.temp import TempFile
+from tests.store_kit import FILE, GEOMETRY, disk_usage, holds, key_for, open_one, put, python
+
+EVERY = list(POLICIES)
+MIB = 1 << 20
+CAPACITY = 6 * FILE + 4096
+
+
+def store_at(root, policy="cost", capacity=CAPACITY):
+    return ChunkStore(root, capacity_bytes=capacity, ram_bytes=0, policy=policy)
+
+
+def use(store: ChunkStore, *numbers: int) -> None:
+    for i in numbers:
+        open_one(store, i).close()
+
+
+def here(store: ChunkStore, numbers) -> list[int]:
+    return [i for i in numbers if key_for(i) in store]
+
+
+def sized(store: ChunkStore, i: int, tokens: int) -> bool:
+    slab = np.random.default_rng(i).integers(0, 256, GEOMETRY.slab_bytes(tokens), dtype=np.uint8)
+    return store.put(key_for(i), GEOMETRY, [slab] * GEOMETRY.layers, tokens=tokens, model="m")
+
+
+@pytest.mark.parametrize("policy", EVERY)
+@given(
+    steps=st.lists(
+        st.tuples(st.sampled_from(["put", "use", "hold", "release", "delete"]), st.integers(0, 9)), max_size=25
+    )
+)
+@settings(max_examples=12, deadline=None)
+def test_the_cap_holds_whatever_happens(tmp_path_factory, policy, steps):
+    """Puts of many sizes, uses, leases and deletions: never above the cap, no leased entry gone, all bytes counted."""
+    root = tmp_path_factory.mktemp("store")
+    capacity = 5 * FILE
+    held: dict[int, OpenEntry] = {}
+    with store_at(root, policy, capacity) as store:
+        for action, i in steps:
+            if action == "put":
+                with contextlib.suppress(StoreFullError):
+                    sized(store, i, 20 + 40 * (i % 4))
+            elif action == "use":
+                store.open([key_for(i)])
+            elif action == "hold" and i not in held:
+                [entry] = store.open([key_for(i)])
+                if isinstance(entry, OpenEntry):
+                    held[i] = entry
+            elif action == "release" and i in held:
+                held.pop(i).close()
+            elif action == "delete":
+                store.delete([key_for(i)])
+            assert disk_usage(root) <= capacity
+            assert set(here(store, held)) == set(held)
+        for entry in held.values():
+            entry.close()
+        assert store.check().clean
+        assert store.stats().bytes == disk_usage(root)
+    shutil.rmtree(root)
+
+
+def test_the_cap_holds_while_an_entry_is_written(tmp_path, monkeypatch):
+    with store_at(tmp_path / "kv") as store:
+        for i in range(6):
+            put(store, i)
+        seen = []
+        write = TempFile.write
+        monkeypatch.setattr(TempFile, "write", lambda *args: (seen.append(disk_usage(tmp_path / "kv")), write(*args)))
+        put(store, 6)
+        assert seen
+        assert max(seen) <= CAPACITY
+
+
+@pytest.mark.parametrize(("policy", "stay"), [("lru", []), ("s3-fifo", [0, 1]), ("cost", [0, 1])])
+def test_the_store_evicts_as_its_policy_says(tmp_path, policy, stay):
+    with store_at(tmp_path / "kv", policy) as store:
+        put(store, 0)
+        put(store, 1)
+        for _ in range(3):
+            use(store, 0, 1)
+        for i in range(10, 22):
+            put(store, i)
+        assert here(store, [0, 1]) == stay
+        assert holds(store, 21)
+
+
+def test_the_default_is_cost_and_unknown_policies_are_refused(tmp_path):
+    with ChunkStore(tmp_path / "kv", capacity_bytes=MIB, ram_bytes=0) as store:
+        assert put(store, 0)
+    with pytest.raises(StoreError, match=r"fifo2.*lru, s3-fifo, cost"):
+        store_at(tmp_path / "other", "fifo2")
+    assert not (tmp_path / "other").exists()
+
+
+def test_context_is_part_of_what_an_entry_saves(tmp_path):
+    """Chunks deep in their document cost more to compute again than their first ones: those leave first."""
+    with store_at(tmp_path / "kv") as store:
+        for i in range(6):
+            put(store, i, context_tokens=1000 * (i % 2), context_policy="document")
+            use(store, i)
+        for i in range(6, 9):
+            put(store, i, context_tokens=1000, context_policy="document")
+            use(store, i)
+        assert here(store, range(9)) == [1, 3, 5, 6, 7, 8]
+    assert Row(4096, 50, 3, 0.0, "m", 1000).cost == 3 * 1050
+
+
+def test_leased_entries_are_passed_over(tmp_path):
+    for policy in EVERY:
+        with store_at(tmp_path / policy, policy) as store:
+            for i in range(6):
+                put(store, i)
+            with open_one(store, 0), open_one(store, 1):
+                for i in range(6, 18):
+                    put(store, i)
+                assert here(store, [0, 1]) == [0, 1]
+            held = [open_one(store, i) for i in here(store, range(18))]
+            with pytest.raises(StoreFullError, match="close some"):
+                put(store, 20)
+            for entry in held:
+                entry.close()
+            assert put(store, 20)
+
+
+@pytest.mark.parametrize("policy", ["s3-fifo", "cost"])
+def test_uses_survive_closing(tmp_path, policy):
+    with store_at(tmp_path / "kv", policy) as store:
+        for i in range(6):
+            put(store, i)
+        use(store, 0, 0, 0)
+    with store_at(tmp_path / "kv", policy) as store:
+        for i in range(6, 14):
+            put(store, i)
+        assert here(store, range(6)) == [0]
+
+
+def test_who_had_to_leave_is_remembered_after_closing(tmp_path):
+    with store_at(tmp_path / "kv") as store:
+        for i in range(12):
+            put(store, i)
+        assert not here(store, [0])
+    with store_at(tmp_path / "kv") as store:
+        put(store, 0)
+        for i in range(12, 22):
+            put(store, i)
+        assert here(store, [0, 12]) == [0]
+
+
+def test_clocks_may_jump(tmp_path, monkeypatch):
+    now = iter([1e9, 5e9, 0.0, 2e9, -1.0, 3e9] * 4)
+    monkeypatch.setattr(time, "time", lambda: next(now))
+    with store_at(tmp_path / "kv", "lru") as store:
+        for i in range(12):
+            put(store, i)
+            assert here(store, range(12)) == list(range(max(0, i - 5), i + 1))
+
+
+KILLED = """
+import sys
+from ragkv.store import ChunkStore
+from tests.store_kit import FILE, key_for, put
+store = ChunkStore(sys.argv[1], capacity_bytes=6 * FILE + 4096, ram_bytes=0, policy=sys.argv[2])
+for i in range(6):
+    put(store, i)
+for i in range(3):
+    [entry] = store.open([key_for(0)])
+    entry.close()
+print("ready", flush=True)
+i = 100
+while True:
+    put(store, i)
+    i += 1
+"""
+
+
+@pytest.mark.parametrize("policy", EVERY)
+def test_a_killed_process_takes_hints_with_it_and_nothing_else(tmp_path, policy):
+    root = tmp_path / "kv"
+    with python(KILLED, root, policy) as process:
+        assert process.stdout.readline() == "ready\n"
+        time.sleep(0.2)
+        process.send_signal(signal.SIGKILL)
+    with store_at(root, policy) as store:
+        assert store.check(fix=True).tables_sound
+        assert disk_usage(root) <= CAPACITY
+        for i in range(200, 208):
+            put(store, i)
+            assert disk_usage(root) <= CAPACITY
+        assert here(store, [207]) == [207]
+        assert store.check().clean
+
+
+WRITER = """
+import sys
+from ragkv.store import ChunkStore
+from tests.store_kit import FILE, key_for, put
+first = int(sys.argv[2])
+with ChunkStore(sys.argv[1], capacity_bytes=6 * FILE + 4096, ram_bytes=0) as store:
+    for i in range(first, first + 25):
+        put(store, i)
+        for entry in store.open([key_for(7000)]):
+            getattr(entry, "close", lambda: None)()
+"""
+
+
+def test_processes_share_one_order(tmp_path):
+    root = tmp_path / "kv"
+    with store_at(root) as store:
+        put(store, 7000)
+        use(store, 7000, 7000)
+    with python(WRITER, root, 1000) as one, python(WRITER, root, 2000) as two:
+        while one.poll() is None or two.poll() is None:
+            assert disk_usage(root) <= CAPACITY
+        assert (one.returncode, two.returncode) == (0, 0)
+    with store_at(root) as store:
+        assert here(store, [7000]) == [7000], "both used it, and it outlived fifty that nobody used"
+        assert store.check().clean
+
+
+def test_another_layout_is_rebuilt_from_the_headers(tmp_path, monkeypatch):
+    root = tmp_path / "kv"
+    with store_at(root) as store:
+        put(store, 0, context_tokens=77, context_policy="document")
+        put(store, 1)
+    monkeypatch.setattr("ragkv.store.rows.LAYOUT", b"older")
+    monkeypatch.setattr("ragkv.store.index.LAYOUT", b"older")
+    monkeypatch.setattr("ragkv.store.index.DATABASES", (b"entries", b"order", b"models", b"ghosts", b"future"))
+    with store_at(root) as store:
+        store.check()
+        assert here(store, [0, 1]) == [0, 1]
+        assert holds(store, 0)
+        [row] = store._index.get_many([key_for(0)])
+        assert (row.context_tokens, row.cost) == (77, 3 * (50 + 77))
+
+
+def test_a_state_that_was_lost_is_derived(tmp_path):
+    with store_at(tmp_path / "kv") as store:
+        for i in range(9):
+            put(store, i)
+            use(store, i)
+        store._flush()
+
+        def lose(txn):
+            before, txn._state = txn.state, None
+            txn._queues._txn.put(b"state", b"not what was written", db=txn._queues._state)
+            return before, txn.state
+
+        before, after = store._index.write(lose)
+        assert after.tick <= before.tick
+        assert after.nbytes == before.nbytes
+        put(store, 20)
+        use(store, 20)
+        assert here(store, [20]) == [20]
+        assert store.check().clean
