@@ -17,7 +17,7 @@ def check(path: Path) -> None:
         MissingExtraError: matplotlib is not installed.
         InputError: a format matplotlib does not know, or a folder that is not there.
     """
-    known = _canvas().supported_filetypes
+    known = _formats()
     if path.suffix.lstrip(".") not in known or not path.absolute().parent.is_dir():
         endings = ", .".join(sorted(known))
         raise InputError(f"{path} cannot be drawn: name a file in a folder that exists, ending in .{endings}")
@@ -51,9 +51,10 @@ def plot(result: dict[str, Any], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def _canvas() -> Any:
+def _formats() -> set[str]:
     try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError as error:
         raise MissingExtraError("--plot needs matplotlib: pip install 'ragkv[plots]'", extra="plots") from error
-    return Figure().canvas
+    return set(FigureCanvasAgg(Figure()).get_supported_filetypes())
