@@ -19,6 +19,7 @@ Count = Callable[[WorldDocument], int]
 OFFERED_PER_KIND = 8
 ASKED_PER_KIND = 2
 WORLDS_PER_QUESTION = 20
+PROBED_WORLDS = 30
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,8 @@ class Draw:
         size: chunks of a world.
         context_tokens: in place of ``size``: a world's documents are grown to about so many tokens.
         seed: of the first world; the worlds after it count on.
-        neighbours: only questions that need a chunk which has another one before it in its document.
+        neighbours: only questions that need a chunk which has another one before it in its document, of those kinds
+            that know such questions (corrections of one-chunk notices do not).
     """
 
     limit: int
@@ -55,7 +57,8 @@ def draw_cases(draw: Draw, count: Count) -> list[Case]:
     Raises:
         InputError: worlds of this size hold too few questions of some kind.
     """
-    left = {kind: draw.limit // len(KINDS) + (i < draw.limit % len(KINDS)) for i, kind in enumerate(KINDS)}
+    kinds = _kinds(draw, count)
+    left = {kind: draw.limit // len(kinds) + (i < draw.limit % len(kinds)) for i, kind in enumerate(kinds)}
     cases: list[Case] = []
     for seed in range(draw.seed, draw.seed + WORLDS_PER_QUESTION * draw.limit):
         if not any(left.values()):
@@ -87,10 +90,23 @@ def _world(draw: Draw, seed: int, count: Count) -> World:
         size = math.ceil(size * max(1.1, wanted / tokens))
 
 
+def _kinds(draw: Draw, count: Count) -> Sequence[str]:
+    if not draw.neighbours:
+        return KINDS
+    worlds = [_world(draw, draw.seed + i, count) for i in range(PROBED_WORLDS)]
+    kinds = [kind for kind in KINDS if any(_fitting(world, kind, draw.neighbours) for world in worlds)]
+    if not kinds:
+        raise InputError(f"no question on worlds of {draw.size} chunks has a neighbour to miss; raise --size")
+    return kinds
+
+
 def _choose(world: World, left: dict[str, int], neighbours: bool) -> Iterator[Question]:
     for kind, wanted in left.items():
-        fitting = [q for q in world.questions if q.kind == kind and (not neighbours or neighbour(q))]
-        yield from fitting[: min(wanted, ASKED_PER_KIND)]
+        yield from _fitting(world, kind, neighbours)[: min(wanted, ASKED_PER_KIND)]
+
+
+def _fitting(world: World, kind: str, neighbours: bool) -> list[Question]:
+    return [q for q in world.questions if q.kind == kind and (not neighbours or neighbour(q))]
 
 
 def _trimmed(case: Case, tokens: int, count: Count) -> Case:
@@ -110,9 +126,9 @@ def neighbour(question: Question) -> Place | None:
 
 
 def in_order(case: Case, condition: Condition) -> list[WorldDocument]:
-    """The documents as they stand in the prompt: by id, those of a type together, or shuffled."""
+    """The documents as they stand in the prompt: in the world's own order, or shuffled."""
     if condition == "ordered":
-        return sorted(case.documents, key=lambda document: document.id)
+        return list(case.documents)
     return Dice(f"order/{case.seed}").shuffled(case.documents)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import multiprocessing
 import os
 import signal
@@ -20,7 +21,6 @@ Say = Callable[[str, int, int], None]
 _Numbered = Generator[tuple[int, Marks], None, None]
 # A worker keeps its asker, and with it the model, from case to case.
 _asker: Asker | None = None
-_until_exit = ExitStack()
 
 
 def ask_all(bench: Bench, cases: Sequence[Case], *, jobs: int, say: Say) -> list[Marks]:
@@ -77,5 +77,7 @@ def _spread(bench: Bench, cases: Sequence[Case], folder: Path, jobs: int) -> _Nu
 def _ask(bench: Bench, case: Case, folder: Path) -> Marks:
     global _asker
     if _asker is None:
-        _asker = _until_exit.enter_context(bench.asker(folder / str(os.getpid())))
+        until_exit = ExitStack()
+        atexit.register(until_exit.close)
+        _asker = until_exit.enter_context(bench.asker(folder / str(os.getpid())))
     return _asker.ask(case)

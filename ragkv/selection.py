@@ -30,11 +30,14 @@ def none(blend: Blend) -> Generator[None, None, Start]:
 
 
 def epic(blend: Blend) -> Generator[None, None, Start]:
-    """The same number of tokens at the start of every chunk; short chunks leave theirs to the others."""
+    """The same number of tokens at the start of every chunk; short chunks leave theirs to the others.
+
+    What is left goes to the first chunks: equal scores would leave it to the sort, and so to the prompt's length.
+    """
     yield from ()
     scores = torch.full((blend.length,), float("-inf"))
-    for span in blend.reused:
-        scores[span.start : span.end] = -torch.arange(span.length, dtype=torch.float)
+    for number, span in enumerate(blend.reused):
+        scores[span.start : span.end] = -torch.arange(span.length, dtype=torch.float) - number / len(blend.reused)
     return _at_once(blend, blend.take(scores))
 
 

@@ -6,6 +6,7 @@ import io
 import json
 import os
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from ragkv.eval.quality import grid, measure_quality, read_rows
 from ragkv.eval.quality_plot import plot
 from ragkv.eval.quality_table import show
 from ragkv.eval.score import paired_interval, rows_of, wilson
-from ragkv.eval.worlds import KINDS, World, WorldDocument
+from ragkv.eval.worlds import KINDS, WorldDocument, make_world
 from ragkv.plan import make_plan
 from tests.blend_kit import BOS, Desk, token_ids
 
@@ -76,16 +77,20 @@ def test_contexts_grow_to_about_the_tokens_asked_for(tokens: int, most: int) -> 
 
 
 def test_worlds_without_a_kind_are_an_error_and_no_endless_search(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cases, "make_world", lambda *_: World([], []))
+    world = replace(make_world(0, "test", 4), questions=[])
+    monkeypatch.setattr(cases, "make_world", lambda *_: world)
     with pytest.raises(InputError, match=r"kind direct, coref.*--size"):
         draw_cases(Draw(2, 12, None, 0, "test"), _words)
 
 
-def test_documents_stand_shuffled_or_by_id() -> None:
+def test_documents_stand_shuffled_or_in_the_worlds_order() -> None:
     [case] = draw_cases(Draw(7, 30, None, 0, "test"), _words)
     ids = [document.id for document in in_order(case, "shuffled")]
     assert ids == [document.id for document in in_order(case, "neighbour-missing")]
-    assert [document.id for document in in_order(case, "ordered")] == sorted(ids) != ids
+    ordered = in_order(case, "ordered")
+    assert ordered == list(case.documents)
+    assert sorted(document.id for document in ordered) == sorted(ids)
+    assert [document.id for document in ordered] != ids
 
 
 # Shortcuts change no answer
@@ -98,7 +103,7 @@ def test_branches_continue_as_each_question_does_alone(tmp_path: Path, family: s
     desk = Desk(tmp_path, family)
     chunks = [*desk.document("a", 20, 13), *desk.document("b", 17)]
     desk.put(*chunks)
-    prompts = [token_ids(length, 50 + length) for length in (9, 5, 12)]
+    prompts = [token_ids(length, 50 + length) for length in (9, 5, 32)]
     plans = [make_plan(BOS, chunks, prompt, budget=500) for prompt in prompts]
     ends = frozenset({_first_token(desk, plans[1], strategy)})  # one branch ends at once, before the others
     start = plans[0].question_start
