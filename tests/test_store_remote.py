@@ -7,6 +7,7 @@ import os
 import sys
 import threading
 import time
+from collections import Counter
 from functools import partial
 
 import numpy as np
@@ -569,3 +570,73 @@ def test_without_the_client_library_the_message_names_the_extra(make, monkeypatc
     monkeypatch.setitem(sys.modules, "ragkv.store.remote.redis", None)
     with pytest.raises(MissingExtraError, match=r"pip install 'ragkv\[remote\]'"):
         make("one", "redis://localhost")
+
+
+# Everything at once
+
+
+@pytest.mark.slow
+def test_a_server_harmed_at_random_moments_gives_no_wrong_byte(make, own_server):
+    """Readers and a writer at work while the server is killed, frozen, emptied, cut off and corrupted 120 times."""
+    rng, chunks = np.random.default_rng(1), 12
+    right = [slabs_for(i) for i in range(chunks)]
+    writer = make("writer", own_server.url, remote_timeout_ms=20)
+    for i in range(chunks):
+        put(writer, i)
+    counts, stop, faults = Counter(), threading.Event(), []
+
+    def reading(seed: int) -> None:
+        mine, store = np.random.default_rng(seed), make(f"reader{seed}", own_server.url, remote_timeout_ms=20)
+        try:
+            while not stop.is_set():
+                some = mine.permutation(chunks)[:5].tolist()
+                opened = zip(some, store.open([key_for(i) for i in some]), strict=True)
+                found = [(i, entry) for i, entry in opened if isinstance(entry, OpenEntry)]
+                for layer, slabs in enumerate(store.open_layers([entry for _, entry in found], depth=1)):
+                    for (i, entry), slab in zip(found, slabs, strict=True):
+                        answer = type(slab).__name__ if isinstance(slab, StoreError) else entry.tier
+                        counts[answer] += 1
+                        assert isinstance(slab, StoreError) or np.array_equal(slab, right[i][layer])
+                for _, entry in found:
+                    entry.close()
+                store.clear()  # so that the next round asks the server again
+        except BaseException as error:
+            faults.append(error)
+
+    def harm() -> None:
+        what = rng.integers(6)
+        if what == 0:
+            own_server.kill()
+            own_server.start()
+        elif what == 1:
+            own_server.freeze()
+            time.sleep(rng.random() / 10)
+            own_server.thaw()
+        elif what == 2:
+            own_server.client.flushall()
+        elif what == 3:
+            own_server.client.client_kill_filter(_type="normal", skipme=True)
+        else:
+            for name in own_server.entries():
+                field = rng.choice(["0", "4096", "12288", "20480"])
+                raw = bytearray(own_server.client.hget(name, field) or b"0")
+                raw[rng.integers(len(raw))] ^= 1 << int(rng.integers(8))
+                own_server.client.hset(name, field, bytes(raw))
+        for i in range(chunks):
+            writer._remote.add(key_for(i), FILE)
+
+    threads = [threading.Thread(target=reading, args=(seed,)) for seed in (1, 2)]
+    for thread in threads:
+        thread.start()
+    for _ in range(120):
+        harm()
+        time.sleep(rng.random() / 20)
+    stop.set()
+    for thread in threads:
+        thread.join()
+    assert faults == []
+    assert writer.drain(SOON)
+    assert counts["remote"] > 100
+    assert counts["RemoteError"] + counts["MissingEntryError"] > 0
+    assert counts["CorruptEntryError"] > 0
+    print(dict(counts))
