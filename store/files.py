@@ -20,6 +20,7 @@ import os
 import secrets
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -99,11 +100,14 @@ class Folder:
                 message = f"{self.root} is not empty and not a ragkv store; choose an empty folder"
                 raise StoreFormatError(message, path=str(self.root))
             fresh = self.root / f"{secrets.token_hex(8)}.new"
-            fresh.write_text(_marker_text())
-            fresh.chmod(0o600)
+            with open(os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600), "w") as file:
+                file.write(_marker_text())
+                file.flush()
+                os.fsync(file.fileno())  # or a power failure leaves an empty marker, and no way in
             fresh.replace(marker)
         for folder in (self.entries, self.tmp, self.quarantined):
             folder.mkdir(mode=0o700, exist_ok=True)
+        sync_folder(self.root)
 
     def entry_path(self, key: bytes) -> str:
         name = key.hex()
@@ -161,13 +165,14 @@ def read_into(fd: int, buffer: NDArray[np.uint8], offset: int, *, block: int = 1
     """
     body = buffer.nbytes // block * block
     tail = aligned_empty(block if body < buffer.nbytes else 0)
-    done = 0
+    done, direct = 0, block > 1
     while done < body + tail.nbytes:
         views = [buffer[done:body].data, tail.data] if done < body else [tail.data]
         try:
             count = os.preadv(fd, views, offset + done)
         except OSError as error:
-            if error.errno == errno.EINVAL and leave_direct(fd):
+            if error.errno == errno.EINVAL and direct:
+                direct = leave_direct(fd)
                 continue
             raise CorruptEntryError(f"the disk cannot read the entry: {error.strerror}") from error
         if count < block:
@@ -187,11 +192,10 @@ def go_direct(fd: int) -> bool:
     return True
 
 
-def leave_direct(fd: int) -> bool:
-    """Go through the page cache again (a file system may allow direct I/O, and then refuse it). False if it did."""
-    flags = fcntl.fcntl(fd, fcntl.F_GETFL)
-    fcntl.fcntl(fd, fcntl.F_SETFL, flags & ~os.O_DIRECT)
-    return bool(flags & os.O_DIRECT)
+def leave_direct(fd: int) -> Literal[False]:
+    """Go through the page cache again: a file system may allow direct I/O, and then refuse it."""
+    fcntl.fcntl(fd, fcntl.F_SETFL, fcntl.fcntl(fd, fcntl.F_GETFL) & ~os.O_DIRECT)
+    return False
 
 
 def read_header(fd: int) -> EntryHeader:

@@ -119,12 +119,15 @@ class FileSource(_Leased):
         lane: Executor,
         buffers: Buffers,
         on_reject: Callable[[bytes, int], None],
+        direct: bool | None = None,
     ) -> None:
         super().__init__(header, fd)
         self.lane = lane
         self._buffers = buffers
         self._on_reject = on_reject
-        self._direct = all(slab.nbytes >= DIRECT_BYTES for slab in header.slabs) and go_direct(fd)
+        if direct is None:
+            direct = all(slab.nbytes >= DIRECT_BYTES for slab in header.slabs) and go_direct(fd)
+        self._direct = direct
 
     def slab(self, layer: int, buffer: Array | None) -> Array:
         if buffer is None:
@@ -144,4 +147,4 @@ class FileSource(_Leased):
         self._on_reject(self.header.key, self.fd)
 
     def share(self) -> FileSource:
-        return FileSource(self.header, self.duplicate(), self.lane, self._buffers, self._on_reject)
+        return FileSource(self.header, self.duplicate(), self.lane, self._buffers, self._on_reject, self._direct)

@@ -22,6 +22,7 @@ class TempFile:
         self._nbytes = nbytes
         self.path = ""
         self.fd = -1
+        self.indexed = False
 
     @property
     def shard(self) -> str:
@@ -46,16 +47,18 @@ class TempFile:
     def write(self, memory: Array, offset: int) -> None:
         """Write whole blocks from page-aligned memory. Several threads may write different parts at once."""
         view = memory.data
+        direct = True
         with disk_errors(self.path):
             while view:
                 try:
                     written = os.pwrite(self.fd, view, offset)
                 except OSError as error:
-                    if error.errno == errno.EINVAL and leave_direct(self.fd):
+                    if error.errno == errno.EINVAL and direct:
+                        direct = leave_direct(self.fd)
                         continue
                     raise
                 if written % BLOCK:
-                    leave_direct(self.fd)  # the rest does not begin on a block any more
+                    direct = leave_direct(self.fd)  # the rest does not begin on a block any more
                 view = view[written:]
                 offset += written
 
@@ -85,9 +88,15 @@ class TempFile:
                 os.replace(self.path, self._final)  # a file system without hard links
 
     def discard(self) -> None:
-        """Drop the temporary name (what was published stays) and close the file. Calling it again is harmless."""
+        """Drop the temporary name (what was published stays) and close the file. Calling it again is harmless.
+
+        What was published and then not ``indexed``, as its transaction failed, keeps both names: it is counted by
+        the temporary one until somebody clears up.
+        """
         fd, self.fd = self.fd, -1
         if fd >= 0:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(self.path)
+            # A disk that fails here too must not hide what went wrong; who needs the space clears up.
+            with contextlib.suppress(OSError):
+                if self.indexed or os.fstat(fd).st_nlink < 2:
+                    os.unlink(self.path)
             os.close(fd)

@@ -59,7 +59,9 @@ class EntryWriter:
             self._commits.run(lambda txn: self._reserve(txn, temp, header))
             whole = self._fill(temp, header, slabs)
             temp.sync()
-            return self._commits.run(lambda txn: self._publish(txn, temp, whole), folder=temp.shard)
+            fresh = self._commits.run(lambda txn: self._publish(txn, temp, whole), folder=temp.shard)
+            temp.indexed = True
+            return fresh
         finally:
             temp.discard()
 

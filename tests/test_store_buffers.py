@@ -1,0 +1,128 @@
+from __future__ import annotations
+
+import gc
+import threading
+
+import numpy as np
+import pytest
+
+from ragkv.errors import StoreError
+from ragkv.store.buffers import Buffers, aligned_empty, footprint
+
+KIB = 1 << 10
+
+
+def address(array: np.ndarray) -> int:
+    return array.__array_interface__["data"][0]
+
+
+def test_memory_comes_back_when_its_last_view_is_gone():
+    buffers = Buffers(1 << 20)
+    first = buffers.take(100 * KIB)
+    at, view = address(first), first[5:10].view(np.int8).reshape(-1)
+    del first
+    again = address(buffers.take(100 * KIB))
+    assert again != at
+    kept = memoryview(view)
+    del view
+    again = address(buffers.take(100 * KIB))
+    assert again != at
+    del kept
+    both = {address(array) for array in [buffers.take(100 * KIB), buffers.take(100 * KIB)]}
+    assert at in both
+
+
+def test_arrays_begin_on_a_page_and_have_the_size_asked_for():
+    buffers = Buffers(1 << 30)
+    for nbytes in (1, 4095, 4096, 6400, 65537, 100_000, 1 << 20):
+        array = buffers.take(nbytes)
+        assert (array.nbytes, array.dtype, address(array) % 4096) == (nbytes, np.uint8, 0)
+        array[:] = 1
+
+
+def test_sizes_that_nearly_agree_take_each_others_place():
+    buffers = Buffers(1 << 20)
+    first = address(buffers.take(242 * KIB))
+    second = address(buffers.take(250 * KIB))
+    assert first == second
+    for nbytes in (64 * KIB, 100_000, (1 << 21) + 1, 3_000_000):
+        assert nbytes <= footprint(nbytes) < nbytes * 9 / 8 + 1
+    assert footprint(2 << 20) == 2 << 20
+
+
+def test_what_is_over_the_limit_is_given_up():
+    buffers = Buffers(100 * KIB)
+    lent = [buffers.take(32 * KIB) for _ in range(5)]
+    assert buffers.nbytes == 160 * KIB  # the limit is on what is kept, not on what is lent
+    lent.clear()
+    buffers.take(32 * KIB)
+    assert buffers.nbytes <= 100 * KIB
+    big = buffers.take(96 * KIB)  # of another size: the idle ones make room
+    assert buffers.nbytes == footprint(96 * KIB)
+    buffers.close()
+    del big
+    buffers.close()
+    assert buffers.nbytes == 0
+
+
+def test_the_callers_memory_is_used_again_and_again():
+    asked = []
+
+    def allocate(nbytes: int) -> np.ndarray:
+        asked.append(nbytes)
+        return aligned_empty(nbytes)
+
+    buffers = Buffers(1 << 20, allocate)
+    for _ in range(5):
+        buffers.take(5000)
+    assert asked == [8192]
+
+
+def test_an_allocator_that_fails_is_named_and_not_counted():
+    buffers = Buffers(1 << 20, lambda nbytes: np.empty(3, np.uint8))
+    with pytest.raises(StoreError, match="allocate"):
+        buffers.take(4096)
+    assert buffers.nbytes == 0
+
+
+def test_memory_that_comes_back_inside_take_does_not_wait_for_itself():
+    """As when a garbage collection runs while the pool is locked."""
+    held: list[np.ndarray] = []
+
+    class Cycle:
+        def __init__(self, array: np.ndarray) -> None:
+            self.array, self.me = array, self
+
+    def allocate(nbytes: int) -> np.ndarray:
+        gc.collect()
+        return aligned_empty(nbytes)
+
+    buffers = Buffers(1 << 20, allocate)
+    held.append(buffers.take(4096))
+    Cycle(held.pop())
+    with buffers._lock:  # the collection happens with the lock taken
+        gc.collect()
+    done = threading.Event()
+    threading.Thread(target=lambda: (buffers.take(4096), done.set())).start()
+    assert done.wait(10)
+    assert buffers.nbytes == 4096  # the one that came back was lent again
+
+
+def test_many_threads_never_share_memory():
+    buffers = Buffers(1 << 20)
+    wrong: list[int] = []
+
+    def work(seed: int) -> None:
+        for i in range(300):
+            array = buffers.take(8192)
+            array[:] = (seed * 50 + i) % 251
+            if not (array == (seed * 50 + i) % 251).all():
+                wrong.append(i)
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+    assert buffers.nbytes <= 4 * 8192
