@@ -42,7 +42,10 @@ def plot(result: dict[str, Any], path: Path) -> None:
             style = "-o" if name in POLICIES else "k--" if name == "bound" else "k:"
             axis.plot(*zip(*sorted(points), strict=True), style, label=name, markersize=3, linewidth=1.2)
         axis.set_title(trace, fontsize=10, loc="left")
+        sizes = sorted({size for points in lines.values() for size, _ in points})
         axis.set_xscale("log")
+        axis.set_xticks(sizes, [f"{size:g}" for size in sizes])
+        axis.set_xticks([], minor=True)
         axis.set_ylim(bottom=0)
         axis.grid(alpha=0.3)
     figure.supxlabel("size of the cache, % of all distinct tokens", fontsize=10)

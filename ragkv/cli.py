@@ -338,7 +338,13 @@ def _store(sets: list[str] | None, data_dir: Path | None, *, read_only: bool = F
     settings = _settings(sets, data_dir=data_dir)
     # Only looking needs no right to write; but there must be something to look at.
     look = read_only and settings.store_dir.is_dir()
-    with ChunkStore(settings.store_dir, capacity_bytes=settings.store_bytes, ram_bytes=0, read_only=look) as store:
+    with ChunkStore(
+        settings.store_dir,
+        capacity_bytes=settings.store_bytes,
+        policy=settings.store_policy,
+        ram_bytes=0,
+        read_only=look,
+    ) as store:
         yield store
 
 

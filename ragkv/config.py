@@ -53,6 +53,9 @@ class Settings(BaseSettings):
     max_document_bytes: int = Field(16 * 2**20, ge=1, description="larger documents are refused")
 
     store_bytes: int = Field(20 * 2**30, ge=2**20, description="most bytes the chunk store takes on disk")
+    store_policy: Literal["cost", "s3-fifo", "lru"] = Field(
+        "cost", description="which chunks make room on disk: `cost`, `s3-fifo` or `lru`"
+    )
     ram_bytes: int = Field(1 * 2**30, ge=0, description="most bytes of chunk KV kept in RAM")
     remote_url: SecretStr | None = Field(
         None, description="a Redis or Valkey server that keeps chunk KV for several machines: `redis://host:6379/0`"

@@ -72,6 +72,7 @@ class Engine:
         self._store = ChunkStore(
             settings.store_dir,
             capacity_bytes=settings.store_bytes,
+            policy=settings.store_policy,
             ram_bytes=settings.ram_bytes,
             remote=remote.get_secret_value() if remote else None,
             remote_timeout_ms=settings.remote_timeout_ms,

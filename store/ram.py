@@ -1,9 +1,8 @@
-"""The RAM tier: whole entries, the least recently used one leaving first, never above a byte cap."""
+"""The RAM tier: whole entries, what is of least use leaving first, never above a byte cap."""
 
 from __future__ import annotations
 
 import threading
-from collections import OrderedDict
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
@@ -12,6 +11,8 @@ from numpy.typing import NDArray
 
 from ragkv.store.buffers import Allocate, Array, Buffers, footprint
 from ragkv.store.header import EntryHeader
+from ragkv.store.policies import CostAware, evict
+from ragkv.store.shelf import MemoryItem, MemoryShelf
 
 IN_FLIGHT_BYTES = 128 << 20
 """Buffers kept for slabs on their way to the caller, besides those of the tier's own entries."""
@@ -36,6 +37,9 @@ def entry_bytes(slabs: Iterable[int]) -> int:
 class RamTier:
     """Safe to call from any thread. Arrays handed out stay valid after their entry has left.
 
+    Who leaves says the cost-aware policy. What an entry costs here is to read its bytes again: those used least
+    leave first, and new ones that are not used soon before them.
+
     Entries lie in ``buffers``, which lends the memory of those that left to those that come; ``allocate``
     provides it, in the first place.
     """
@@ -43,27 +47,27 @@ class RamTier:
     def __init__(self, capacity: int, allocate: Allocate | None = None) -> None:
         self.capacity = capacity
         self.buffers = Buffers(capacity + IN_FLIGHT_BYTES, allocate)
-        self._entries: OrderedDict[bytes, RamEntry] = OrderedDict()
+        self._entries: dict[bytes, RamEntry] = {}
+        self._shelf = MemoryShelf()
+        self._policy = CostAware()
         self._used = 0
         self._reserved = 0
         self._lock = threading.Lock()
 
     def get(self, key: bytes) -> RamEntry | None:
-        """The entry, now the most recently used one."""
+        """The entry, now used once more."""
         with self._lock:
-            entry = self._entries.get(key)
-            if entry is not None:
-                self._entries.move_to_end(key)
-            return entry
+            item = self._shelf.get(key)
+            if item is not None:
+                self._shelf.move(key, self._policy.use(self._shelf, item, 1))
+            return self._entries.get(key)
 
     def reserve(self, nbytes: int) -> bool:
         """Make room for an entry still being read, so that the cap holds meanwhile; False if none."""
         with self._lock:
             if self._reserved + nbytes > self.capacity:
                 return False
-            while self._used + self._reserved + nbytes > self.capacity:
-                _, old = self._entries.popitem(last=False)
-                self._used -= old.nbytes
+            self._evict(self.capacity - self._reserved - nbytes)
             self._reserved += nbytes
             return True
 
@@ -77,23 +81,37 @@ class RamTier:
         with self._lock:
             self._reserved -= entry.nbytes
             if key not in self._entries:
+                item = MemoryItem(entry.nbytes, cost=entry.nbytes)
                 self._entries[key] = entry
+                self._shelf.put(key, item.at(self._policy.admit(self._shelf, item, self._shelf.recall(key))))
                 self._used += entry.nbytes
 
     def drop(self, key: bytes) -> None:
         with self._lock:
             entry = self._entries.pop(key, None)
             if entry is not None:
+                self._shelf.delete(key)
                 self._used -= entry.nbytes
 
     def clear(self) -> None:
         with self._lock:
             self._entries.clear()
+            self._shelf = MemoryShelf()
             self._used = 0
 
     @property
     def nbytes(self) -> int:
         return self._used
+
+    def _evict(self, room: int) -> None:
+        if self._used <= room:
+            return
+        for key, item in self._policy.victims(self._shelf):
+            evict(self._shelf, key, item)
+            del self._entries[key]
+            self._used -= item.nbytes
+            if self._used <= room:
+                return
 
     def __len__(self) -> int:
         return len(self._entries)

@@ -78,7 +78,7 @@ class MemoryShelf:
         place = item.place
         self._items[key] = item
         self.state.nbytes[place.queue] += item.nbytes
-        heapq.heappush(self._heaps[place.queue], (place.priority, place.tick, key))
+        self._push(key, place)
 
     def move(self, key: bytes, place: Place) -> None:
         old = self._items[key]
@@ -86,7 +86,7 @@ class MemoryShelf:
         if place.order != old.place.order:
             self.state.nbytes[old.place.queue] -= old.nbytes
             self.state.nbytes[place.queue] += old.nbytes
-            heapq.heappush(self._heaps[place.queue], (place.priority, place.tick, key))
+            self._push(key, place)
 
     def delete(self, key: bytes) -> bool:
         item = self._items.pop(key, None)
@@ -117,6 +117,15 @@ class MemoryShelf:
 
     def __len__(self) -> int:
         return len(self._items)
+
+    def _push(self, key: bytes, place: Place) -> None:
+        heap = self._heaps[place.queue]
+        heapq.heappush(heap, (place.priority, place.tick, key))
+        if len(heap) > 2 * len(self) + 64:
+            # Much was used and nothing had to leave: most of it are places of the past.
+            now = ((k, i.place) for k, i in self._items.items() if i.place.queue == place.queue)
+            heap[:] = [(p.priority, p.tick, k) for k, p in now]
+            heapq.heapify(heap)
 
     def _behind(self, after: Place) -> tuple[bytes, MemoryItem] | None:
         """Where an entry was refused, as none ever is in a simulation: a search is good enough."""

@@ -4,16 +4,18 @@ from collections import OrderedDict, deque
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import get_args
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ragkv.config import Settings
 from ragkv.errors import StoreError
 from ragkv.eval.cache_policy import make_room
 from ragkv.store.index import Index
-from ragkv.store.policies import LEANS, MOST_PRIORITY, MOST_USES, POLICIES, S3Fifo, evict, make_policy
+from ragkv.store.policies import DEFAULT_POLICY, LEANS, MOST_PRIORITY, MOST_USES, POLICIES, S3Fifo, evict, make_policy
 from ragkv.store.rows import Ghost, Place, Row, ShelfState
 from ragkv.store.shelf import GHOSTS_PER_ENTRY, MemoryItem, MemoryShelf
 
@@ -160,6 +162,14 @@ def test_ghosts_are_bounded():
     assert ghosts == list(range(980 - len(ghosts), 980)), "the oldest are forgotten"
 
 
+@pytest.mark.parametrize("policy", EVERY)
+def test_uses_without_evictions_take_no_memory(policy):
+    cache = Cache(policy, 100)
+    for i in range(5000):
+        cache.ask(f"x{i % 50}")
+    assert sum(map(len, cache.shelf._heaps)) <= 3 * (2 * 50 + 65)
+
+
 def test_priorities_end_at_their_ceiling():
     cache = Cache("cost", 10)
     for i in range(30):
@@ -201,6 +211,12 @@ def test_refused_victims_are_passed_over_and_all_others_offered(policy):
 def test_unknown_policies_are_refused_by_name():
     with pytest.raises(StoreError, match=r"'mru'.*lru, s3-fifo, cost"):
         make_policy("mru")
+
+
+def test_every_policy_can_be_set_and_the_default_is_the_stores():
+    field = Settings.model_fields["store_policy"]
+    assert set(get_args(field.annotation)) == set(POLICIES)
+    assert field.default == DEFAULT_POLICY
 
 
 def test_a_damaged_state_is_no_state():

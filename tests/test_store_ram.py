@@ -27,6 +27,17 @@ def test_the_least_recently_used_leaves():
     assert ram.nbytes == 300
 
 
+def test_many_new_entries_do_not_wash_out_what_is_used():
+    ram = RamTier(600)
+    for i in range(3):
+        add(ram, i)
+        assert all(ram.get(key_for(i)) is not None for _ in range(3))
+    for i in range(10, 30):
+        assert add(ram, i)
+        assert ram.nbytes <= 600
+    assert [key_for(i) in ram for i in range(3)] == [True] * 3
+
+
 def test_what_never_fits_does_not_wash_out_the_rest():
     ram = RamTier(300)
     add(ram, 0)
