@@ -13,7 +13,8 @@ from ragkv.store.geometry import Geometry
 from ragkv.store.header import SOURCES, EntryHeader, Slab
 from ragkv.store.keys import FORMAT_VERSION, KEY_BYTES, chunk_key
 from ragkv.store.reader import LayerReader, OpenEntry
-from ragkv.store.store import ChunkStore, EntryInfo, StoreStats
+from ragkv.store.stats import EntryInfo, StoreStats
+from ragkv.store.store import ChunkStore
 
 __all__ = [
     "CODECS",

@@ -7,13 +7,8 @@ import os
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
-
-import numpy as np
-from numpy.typing import NDArray
 
 from ragkv.errors import (
     CorruptEntryError,
@@ -25,56 +20,22 @@ from ragkv.errors import (
 )
 from ragkv.store import check as checks
 from ragkv.store.buffers import Allocate, Array
-from ragkv.store.codecs import encode_slab
 from ragkv.store.files import Folder, disk_errors, read_header
 from ragkv.store.geometry import Geometry
 from ragkv.store.header import EntryHeader
 from ragkv.store.index import Index, IndexTxn
 from ragkv.store.lease import lease
 from ragkv.store.policies import DEFAULT_POLICY, make_policy
-from ragkv.store.ram import RamTier, read_only
+from ragkv.store.ram import RamTier
 from ragkv.store.reader import LayerReader, OpenEntry
-from ragkv.store.remote import Remote, RemoteSource, RemoteStats, RemoteTier, connect
+from ragkv.store.remote import Remote, RemoteSource, RemoteTier, connect
 from ragkv.store.rows import Row
 from ragkv.store.session import Session
+from ragkv.store.slabs import SlabInput, encoded
 from ragkv.store.source import FileSource, RamSource
 from ragkv.store.space import Recency, Space
+from ragkv.store.stats import EntryInfo, StoreStats
 from ragkv.store.writer import EntryWriter
-
-Part = bytes | bytearray | memoryview | NDArray[Any]
-SlabInput = Part | tuple[Part, ...]
-"""One layer's bytes: whole, or in parts such as ``(k, v)`` that are written one behind the other."""
-
-
-class EntryInfo(NamedTuple):
-    """What a look-up tells: the tier the entry would be read from, its tokens, and its bytes there."""
-
-    tier: str
-    tokens: int
-    nbytes: int
-
-
-@dataclass(frozen=True, slots=True)
-class StoreStats:
-    """A snapshot. Bytes are as the disk counts them; counts of events are this store object's own.
-
-    ``models`` maps each model fingerprint in the store to its number of entries.
-    """
-
-    entries: int
-    bytes: int
-    capacity_bytes: int
-    ram_entries: int
-    ram_bytes: int
-    ram_capacity_bytes: int
-    hits_ram: int
-    hits_ssd: int
-    misses: int
-    corrupt: int
-    evictions: int
-    models: dict[str, int] = field(default_factory=dict)
-    hits_remote: int = 0
-    remote: RemoteStats | None = None
 
 
 class ChunkStore:
@@ -251,7 +212,7 @@ class ChunkStore:
         if key in self and os.path.exists(self.folder.entry_path(key)):
             self._touch([key])
             return False
-        fresh = self._writer.write(header, _encoded(header, slabs))
+        fresh = self._writer.write(header, encoded(header, slabs))
         if fresh and self._remote is not None:
             self._remote.add(key, header.file_bytes)
         return fresh
@@ -462,14 +423,3 @@ class ChunkStore:
     def _count(self, event: str, by: int = 1) -> None:
         with self._lock:
             self._counts[event] += by
-
-
-def _encoded(header: EntryHeader, slabs: Iterable[SlabInput]) -> Iterator[Sequence[memoryview]]:
-    for number, slab in enumerate(slabs):
-        parts = [_as_bytes(part) for part in (slab if isinstance(slab, tuple) else (slab,))]
-        yield encode_slab(header.codec, header.geometry, header.tokens, number, parts)
-
-
-def _as_bytes(part: Part) -> memoryview:
-    array = part if isinstance(part, np.ndarray) else np.frombuffer(part, np.uint8)
-    return read_only(np.ascontiguousarray(array)).data
