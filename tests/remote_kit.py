@@ -1,4 +1,4 @@
-"""Remote tiers for tests: a real redis-server that can be killed and frozen, and one in memory that can be told to fail."""
+"""Remote tiers for tests: a real redis-server to be killed and frozen, and one in memory that fails when told to."""
 
 from __future__ import annotations
 

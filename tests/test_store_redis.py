@@ -100,10 +100,12 @@ def test_an_upload_that_was_evicted_halfway_is_not_published(tier, server):
     assert server.entries() == []
 
 
-def test_a_second_upload_replaces_the_first_whole(tier, server):
-    tier.put(key_for(1), parts_of(1, 4096, 4096, 4096))
-    tier.put(key_for(1), parts_of(1, 4096))
-    assert server.client.hlen(server.entries()[0]) == 1
+def test_of_two_uploads_the_first_stays(tier, server):
+    tier.put(key_for(1), parts_of(1, 4096, 4096))
+    tier.put(key_for(1), parts_of(2, 4096))
+    assert tier.heads([key_for(1)]) == parts_of(1, 4096)
+    assert tier.get(key_for(1), 4096, 4096) is not None
+    assert len(server.entries()) == 1
 
 
 def test_delete(tier, server):

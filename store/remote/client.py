@@ -23,7 +23,7 @@ from ragkv.store.remote.writeback import WriteBack
 
 KEYS_AT_ONCE = 256
 QUEUE_BYTES = 1 << 30
-PROMOTION_BYTES = 256 << 20
+PROMOTION_BYTES = 512 << 20
 CLOSE_SECONDS = 5.0
 
 T = TypeVar("T")

@@ -102,9 +102,12 @@ class RedisTier:
         if self._moving.hlen(upload) != fields:
             raise RemoteRefusedError(f"{self.name} dropped the upload; give it more memory", remote=self.name)
         with self._moving.pipeline(transaction=True) as pipe:
-            pipe.persist(upload)
-            pipe.rename(upload, name)
-            pipe.execute()
+            # The first one stays: under a reader's eyes another machine's bytes would look like damage.
+            pipe.renamenx(upload, name)
+            pipe.persist(name)
+            [fresh, _] = pipe.execute()
+        if not fresh:
+            self._moving.unlink(upload)
 
     @contextlib.contextmanager
     def _errors(self) -> Iterator[None]:

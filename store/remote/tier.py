@@ -17,8 +17,7 @@ class RemoteTier(Protocol):
     """Objects by chunk key, on a server that others may share: Redis, an S3-compatible store, …
 
     An object is an entry's file, byte for byte: promotion is copying it, and who reads it verifies it by its
-    own header. Objects are content-addressed, so nothing is ever changed: whoever puts one that is there
-    already puts the same. They may vanish at any moment, as a whole.
+    own header. Objects are content-addressed, so nothing is ever changed. They may vanish at any moment, as a whole.
 
     Every method may be called from any number of threads at once, and should return, or raise, within the
     timeouts that the tier was made with. The callers wait no longer than that in any case: what a method does
@@ -50,7 +49,7 @@ class RemoteTier(Protocol):
         ...
 
     def put(self, key: bytes, parts: Iterable[memoryview]) -> None:
-        """Store an object: ``parts``, one behind the other. Nobody sees it before it is whole.
+        """Store an object: ``parts``, one behind the other. Nobody sees it before it is whole; one that is there stays.
 
         Parts are taken in turn, and one may be overwritten once the next is asked for. The first is the
         entry's header, and later reads begin where a part begins: a store without ranged reads may keep the
