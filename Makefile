@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 VENV := .venv
 STAMP := $(VENV)/.installed
 
-.PHONY: install demo test check format slow gpu coverage wheel clean
+.PHONY: install demo test check format slow gpu faults properties soak coverage wheel clean
 
 install: $(STAMP)
 
@@ -23,6 +23,15 @@ slow: install
 
 gpu: install
 	$(VENV)/bin/python -m pytest -m gpu
+
+faults: install
+	$(VENV)/bin/python -m tests.stress.store_faults
+
+properties: install
+	RAGKV_PROPERTY_EXAMPLES=500 $(VENV)/bin/python -m pytest tests/test_store_properties.py
+
+soak: install
+	$(VENV)/bin/python -m tests.stress.store_soak --minutes 10
 
 check: install
 	$(VENV)/bin/ruff check .

@@ -346,6 +346,39 @@ def _remount(folder: Path) -> str:
     return "done"
 
 
+def power(tally: Tally, folder: Path, rng: random.Random, count: int) -> None:
+    """The journal of the file system is cut off while a writer is at work, as by a power failure."""
+    for n in range(count):
+        place = folder / f"power{n}"
+        place.mkdir()
+        result = tally.child("power failure", n, _power, place, rng.uniform(0.05, 0.6), n * 1_000_000)
+        tally.add("power failure", injected=int(result is not None and result >= 0), committed=max(result or 0, 0))
+        shutil.rmtree(place)
+
+
+def _power(folder: Path, seconds: float, first: int) -> int:
+    place, image = folder / "disk", folder / "image"
+    with open(image, "wb") as file:
+        file.truncate(64 * MIB)
+    if not (_done("mkfs.ext4", "-q", str(image)) and _mount(str(image), place, "-o", "loop")):
+        return -1
+    told, pipe = os.pipe()
+    writer = start(write_on, place / "kv", 20 * MIB, first, pipe, None, None)
+    time.sleep(seconds)
+    # Stopped first: what he was told just before would else be missing in what he says.
+    os.kill(writer[0], signal.SIGSTOP)
+    require(_done("mount", "-o", "remount,abort", str(place)), "the file system could not be made to fail")
+    os.kill(writer[0], signal.SIGKILL)
+    finish(writer)
+    os.close(pipe)
+    with os.fdopen(told) as lines:
+        committed, seen = _told(lines.read())
+    require(_done("umount", str(place)) and _done("mount", "-o", "loop", str(image), str(place)), "no mount any more")
+    judge(place / "kv", committed, seen=seen, capacity=20 * MIB)
+    require(_done("umount", str(place)), "something keeps the file system busy")
+    return len(committed)
+
+
 # Damage
 
 
@@ -535,7 +568,7 @@ def _memory() -> str | None:
 def run(folder: Path, memory: Path, line: str | None, small: bool, seed: int, only: str | None) -> dict[str, Any]:
     tally, began = Tally(), time.monotonic()
     sizes = {"kills": (20, 550), "damage": (100, 2400), "failing_calls": (20, 400), "deletions": (20, 200)}
-    sizes |= {"clocks": (1, 10), "races": (3, 60)}
+    sizes |= {"power": (2, 40), "clocks": (1, 10), "races": (3, 60)}
 
     def size(name: str) -> int:
         return sizes[name][0 if small else 1]
@@ -548,6 +581,7 @@ def run(folder: Path, memory: Path, line: str | None, small: bool, seed: int, on
         "failing_calls": lambda: failing_calls(tally, folder, rng("failing"), line, size("failing_calls")),
         "no_descriptors": lambda: no_descriptors(tally, folder, rng("descriptors")),
         "mounts": lambda: mounts(tally, folder, rng("mounts")),
+        "power": lambda: power(tally, folder, rng("power"), size("power")),
         "damage": lambda: damage(tally, memory, rng("damage"), size("damage")),
         "deletions": lambda: deletions(tally, memory, rng("deletions"), size("deletions")),
         "clocks": lambda: clocks(tally, folder, rng("clocks"), size("clocks")),
