@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from ragkv.config import Settings
 from ragkv.errors import StoreError
 from ragkv.eval.cache_policy import make_room
-from ragkv.store.index import Index
+from ragkv.store.index import Index, IndexTxn
 from ragkv.store.policies import DEFAULT_POLICY, LEANS, MOST_PRIORITY, MOST_USES, POLICIES, S3Fifo, evict, make_policy
 from ragkv.store.rows import Ghost, Place, Row, ShelfState
 from ragkv.store.shelf import GHOSTS_PER_ENTRY, MemoryItem, MemoryShelf
@@ -359,6 +359,24 @@ def apply(policy_name: str, operation, shelf):
 
 def key_of(number: int) -> bytes:
     return number.to_bytes(32, "big")
+
+
+@pytest.mark.parametrize("policy", EVERY)
+def test_the_next_victim_is_found_and_not_searched_for(tmp_path, monkeypatch, policy):
+    index = Index(tmp_path / "index", read_only=False)
+    index.write(lambda txn: [apply(policy, ("put", i, 5), txn) for i in range(1500)])
+    index.write(lambda txn: [apply(policy, ("use", i, 1), txn) for i in range(500)])
+    looked = []
+    get = IndexTxn.get
+    monkeypatch.setattr(IndexTxn, "get", lambda txn, key: (looked.append(key), get(txn, key))[1])
+    evicted, _ = index.write(partial(apply, policy, ("evict", set(), 20)))
+    assert len(evicted) == 4
+    # S3-FIFO passes what was used on to its main queue, each entry once.
+    assert len(looked) <= (500 if policy == "s3-fifo" else 0) * 3 + 20
+    looked.clear()
+    index.write(partial(apply, policy, ("evict", set(), 20)))
+    assert len(looked) <= 20
+    index.close()
 
 
 def test_places_are_ordered_as_their_bytes():
