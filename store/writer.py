@@ -25,7 +25,7 @@ from ragkv.store.temp import TempFile
 
 Submit = Callable[[Callable[[], None]], Future[None]]
 
-WRITE_BYTES = 4 << 20
+WRITE_BYTES = 8 << 20
 """What goes to the disk at once, if slabs are smaller."""
 WRITES_AHEAD = 2
 """Per entry: one under way, and one to follow it while the next is being gathered."""
