@@ -91,7 +91,8 @@ class IndexTxn:
         while found := self._queues.next(queue, after):
             after, key = found
             row = self.get(key)
-            if row is not None:  # a damaged one is no victim
+            # One that is damaged, or stands elsewhere, is no victim: it waits for the order to be rebuilt.
+            if row is not None and row.place.order == after.order:
                 return key, row
         return None
 
@@ -169,7 +170,8 @@ class IndexTxn:
         for place, key in self._queues:
             state.tick = max(state.tick, place.tick)
             row = self.get(key)
-            state.nbytes[place.queue] += row.nbytes if row else 0
+            if row is not None and row.place.order == place.order:
+                state.nbytes[place.queue] += row.nbytes
         state.age = self._lowest()
         return state
 

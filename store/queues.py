@@ -69,7 +69,9 @@ class Queues:
         # Two records: one by name, and one by number to find the oldest.
         name = key[:_NAME_BYTES]
         self._txn.put(b"k" + name, _GHOST.pack(number, ghost.gone, ghost.uses), db=self._ghosts)
-        self._txn.put(b"#" + _NUMBER.pack(number), name, db=self._ghosts)
+        before = self._txn.replace(b"#" + _NUMBER.pack(number), name, db=self._ghosts)
+        if before is not None:  # numbers began again, as the state was lost
+            self._txn.delete(b"k" + before, db=self._ghosts)
         excess = self._txn.stat(self._ghosts)["entries"] // 2 - most
         if excess > 0:
             with self._txn.cursor(self._ghosts) as cursor:

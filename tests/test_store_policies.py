@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from ragkv.config import Settings
 from ragkv.errors import StoreError
 from ragkv.eval.cache_policy import make_room
+from ragkv.store.check import tables_sound
 from ragkv.store.index import Index, IndexTxn
 from ragkv.store.policies import DEFAULT_POLICY, LEANS, MOST_PRIORITY, MOST_USES, POLICIES, S3Fifo, evict, make_policy
 from ragkv.store.rows import Ghost, Place, Row, ShelfState
@@ -376,6 +377,30 @@ def test_the_next_victim_is_found_and_not_searched_for(tmp_path, monkeypatch, po
     looked.clear()
     index.write(partial(apply, policy, ("evict", set(), 20)))
     assert len(looked) <= 20
+    index.close()
+
+
+@pytest.mark.parametrize("policy", EVERY)
+def test_a_damaged_order_ends_nothing_but_itself(tmp_path, policy):
+    """Places that lead nowhere, to another row, or to one that stands elsewhere are passed over, and repaired."""
+    index = Index(tmp_path / "index", read_only=False)
+    index.write(lambda txn: [apply(policy, ("put", i, 5), txn) for i in range(9)])
+
+    def damage(txn):
+        queue, priority, tick, _ = txn.get(key_of(4)).place
+        for off, key in enumerate([key_of(4), key_of(99), key_of(8)]):
+            txn._queues.add(Place(queue, priority, tick * 1000 + off), key)
+            txn._queues.add(Place((queue + 1) % 3, 0, off), key)
+        txn._queues.drop(txn.get(key_of(2)).place)
+        txn._txn.put(b"state", b"damaged", db=txn._queues._state)
+
+    index.write(damage)
+    assert not index.read(tables_sound)
+    evicted, _ = index.write(partial(apply, policy, ("evict", {0}, 99)))
+    assert sorted(evicted) == [key_of(i) for i in range(9) if i not in (0, 2)]
+    index.write(lambda txn: txn.rebuild())
+    assert index.read(tables_sound)
+    assert sorted(index.write(partial(apply, policy, ("evict", set(), 99)))[0]) == [key_of(0), key_of(2)]
     index.close()
 
 
