@@ -21,8 +21,8 @@ import numpy as np
 from ragkv.errors import StoreError
 from ragkv.eval.store_load import drop_cached
 from ragkv.store import KEY_BYTES, ChunkStore
-from ragkv.store.index import IndexTxn
 from ragkv.store.rows import Row
+from ragkv.store.txn import IndexTxn
 
 ROW_BYTES = 600
 """What a row may take of the disk, at most."""

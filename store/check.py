@@ -15,9 +15,10 @@ import xxhash
 from ragkv.errors import CorruptEntryError, StoreFormatError
 from ragkv.store.files import Folder, disk_bytes, key_of, read_header, read_into
 from ragkv.store.header import EntryHeader
-from ragkv.store.index import Index, IndexTxn
+from ragkv.store.index import Index
 from ragkv.store.lease import lease
 from ragkv.store.rows import QUEUES, Row
+from ragkv.store.txn import IndexTxn
 
 ROWS_PER_TRANSACTION = 1000
 MOST_CONTEXT = 2**32 - 1

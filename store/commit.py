@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 from typing import Any, Generic, TypeVar
 
 from ragkv.store.files import disk_errors, sync_folder
-from ragkv.store.index import Index, IndexTxn
+from ragkv.store.index import Index
+from ragkv.store.txn import IndexTxn
 
 T = TypeVar("T")
 

@@ -15,7 +15,8 @@ from functools import partial
 from ragkv.errors import StoreError
 from ragkv.store.check import adopt, modified, tables_sound
 from ragkv.store.files import Folder, disk_bytes, disk_errors
-from ragkv.store.index import Index, IndexTxn
+from ragkv.store.index import Index
+from ragkv.store.txn import IndexTxn
 
 log = logging.getLogger("ragkv")
 

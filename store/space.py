@@ -10,9 +10,9 @@ from ragkv.errors import StoreFullError
 from ragkv.store.check import recover
 from ragkv.store.files import Folder, disk_bytes, disk_errors, key_of
 from ragkv.store.header import BLOCK
-from ragkv.store.index import IndexTxn
 from ragkv.store.policies import Policy, evict
 from ragkv.store.rows import Row
+from ragkv.store.txn import IndexTxn
 
 TOUCHES_BEFORE_FLUSH = 4096
 SECONDS_BEFORE_FLUSH = 30.0

@@ -23,7 +23,7 @@ from ragkv.store.buffers import Allocate, Array
 from ragkv.store.files import Folder, disk_errors, read_header
 from ragkv.store.geometry import Geometry
 from ragkv.store.header import EntryHeader
-from ragkv.store.index import Index, IndexTxn
+from ragkv.store.index import Index
 from ragkv.store.lease import lease
 from ragkv.store.policies import DEFAULT_POLICY, make_policy
 from ragkv.store.ram import RamTier
@@ -35,6 +35,7 @@ from ragkv.store.slabs import SlabInput, encoded
 from ragkv.store.source import FileSource, RamSource
 from ragkv.store.space import Recency, Space
 from ragkv.store.stats import EntryInfo, StoreStats
+from ragkv.store.txn import IndexTxn
 from ragkv.store.writer import EntryWriter
 
 

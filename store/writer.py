@@ -18,10 +18,11 @@ from ragkv.store.check import row_of
 from ragkv.store.commit import GroupCommit
 from ragkv.store.files import Folder
 from ragkv.store.header import EntryHeader, aligned
-from ragkv.store.index import Index, IndexTxn
+from ragkv.store.index import Index
 from ragkv.store.ranked import RankedExecutor
 from ragkv.store.space import Space
 from ragkv.store.temp import TempFile
+from ragkv.store.txn import IndexTxn
 
 Submit = Callable[[Callable[[], None]], Future[None]]
 

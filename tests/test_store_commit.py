@@ -12,7 +12,8 @@ from ragkv.store import commit
 from ragkv.store.check import row_of
 from ragkv.store.commit import GroupCommit
 from ragkv.store.header import EntryHeader
-from ragkv.store.index import Index, IndexTxn
+from ragkv.store.index import Index
+from ragkv.store.txn import IndexTxn
 from tests.store_kit import GEOMETRY, TOKENS, key_for
 
 

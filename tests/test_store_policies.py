@@ -15,10 +15,11 @@ from ragkv.config import Settings
 from ragkv.errors import StoreError
 from ragkv.eval.cache_policy import make_room
 from ragkv.store.check import tables_sound
-from ragkv.store.index import Index, IndexTxn
+from ragkv.store.index import Index
 from ragkv.store.policies import DEFAULT_POLICY, LEANS, MOST_PRIORITY, MOST_USES, POLICIES, S3Fifo, evict, make_policy
 from ragkv.store.rows import Ghost, Place, Row, ShelfState
 from ragkv.store.shelf import GHOSTS_PER_ENTRY, MemoryItem, MemoryShelf
+from ragkv.store.txn import IndexTxn
 
 EVERY = list(POLICIES)
 
