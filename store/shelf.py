@@ -1,6 +1,6 @@
 """What an eviction policy sees of a cache, and a cache in memory that is nothing but that.
 
-The index is a shelf (``index.IndexTxn``), and so is ``MemoryShelf``: the policy that serves is the one that is
+The index is a shelf (``txn.IndexTxn``), and so is ``MemoryShelf``: the policy that serves is the one that is
 simulated.
 """
 
