@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import threading
 import time
@@ -19,6 +20,8 @@ from ragkv.store.header import EntryHeader
 from ragkv.store.lease import lease
 from ragkv.store.remote.breaker import Breaker
 from ragkv.store.remote.tier import HEAD_BYTES, RemoteTier
+
+log = logging.getLogger("ragkv")
 
 
 class WriteBack:
@@ -99,6 +102,8 @@ class WriteBack:
             self._changed.notify_all()
         self._count("writebacks_dropped", uploads)
         self._count("deletes_failed", deletes)
+        if uploads or deletes:
+            log.warning("closed with %d uploads and %d deletions not done on the remote tier", uploads, deletes)
 
     def join(self, timeout: float) -> None:
         self._thread.join(timeout)
