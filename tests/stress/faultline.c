@@ -19,19 +19,19 @@ static char folder[4096];
 static atomic_long seen;
 static long at = -1;
 static int action, code, reads;
-static char last[16];
+static char first[20];
 
 void faultline_arm(const char *root, long call, int what, int error, int with_reads) {
     strncpy(folder, root, sizeof folder - 1);
     action = what;
     code = error;
     reads = with_reads;
-    last[0] = 0;
+    first[0] = 0;
     atomic_store(&seen, 0);
     at = call;
 }
 long faultline_seen(void) { return atomic_load(&seen); }
-const char *faultline_last(void) { return last; }
+const char *faultline_first(void) { return first; }
 
 static int below(int fd) {
     char link[32], path[4096];
@@ -47,7 +47,7 @@ static int turn(const char *name, int counts) {
     if (at < 0 || !counts) return 0;
     long now = atomic_fetch_add(&seen, 1) + 1;
     if (now < at || (now > at && action != FAIL_ON)) return 0;
-    strncpy(last, name, sizeof last - 1);
+    if (!first[0]) strncpy(first, name, sizeof first - 1);
     if (action == KILL_BEFORE) raise(SIGKILL);
     return action <= FAIL_ON ? 1 : action == KILL_AFTER ? 2 : 3;
 }

@@ -163,7 +163,7 @@ class Tally:
 def faultline(path: str) -> ctypes.CDLL:
     library = ctypes.CDLL(path)
     library.faultline_seen.restype = ctypes.c_long
-    library.faultline_last.restype = ctypes.c_char_p
+    library.faultline_first.restype = ctypes.c_char_p
     library.faultline_arm.argtypes = [ctypes.c_char_p, ctypes.c_long, ctypes.c_int, ctypes.c_int, ctypes.c_int]
     return library
 

@@ -223,7 +223,7 @@ def _fail(root: Path, line: str, case: tuple[int, int, int, int], seed: int) -> 
                 read(store, rng.randrange(COUNT))
         except StoreError:
             refused += 1
-    operation = library.faultline_last().decode()
+    operation = library.faultline_first().decode()
     library.faultline_arm(os.fsencode(root), -1, 0, 0, 0)
     with contextlib.suppress(StoreError):
         store.close()
@@ -567,7 +567,7 @@ def _memory() -> str | None:
 
 def run(folder: Path, memory: Path, line: str | None, small: bool, seed: int, only: str | None) -> dict[str, Any]:
     tally, began = Tally(), time.monotonic()
-    sizes = {"kills": (20, 550), "damage": (100, 2400), "failing_calls": (20, 400), "deletions": (20, 200)}
+    sizes = {"kills": (20, 550), "damage": (100, 2400), "failing_calls": (20, 250), "deletions": (20, 200)}
     sizes |= {"power": (2, 40), "clocks": (1, 10), "races": (3, 60)}
 
     def size(name: str) -> int:
