@@ -24,6 +24,11 @@ def lock(fd: int, *, exclusive: bool, wait: bool = False) -> bool:
     return True
 
 
+def unlock(fd: int) -> None:
+    """Give up the lock of this open file."""
+    fcntl.fcntl(fd, fcntl.F_OFD_SETLK, _FLOCK.pack(fcntl.F_UNLCK, 0, 0, 0, 0))
+
+
 def lease(path: str) -> int | None:
     """Open ``path`` for reading and hold its lease until the descriptor is closed; None when it is gone."""
     try:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import os
+import random
 import shutil
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -13,9 +15,11 @@ from ragkv.errors import StoreError, StoreFormatError
 from ragkv.store.check import adopt_orphans
 from ragkv.store.files import Folder, disk_errors
 from ragkv.store.index import Index, is_clean, mark_clean, move_aside
-from ragkv.store.lease import lock
+from ragkv.store.lease import lock, unlock
 from ragkv.store.pages import DamagedPagesError
 from ragkv.store.reconcile import Reconciler
+
+SECONDS_TO_BE_ALONE = 1.0
 
 
 @dataclass(slots=True)
@@ -109,21 +113,41 @@ class Session:
         return shared
 
     def _first(self) -> _Shared:
-        sole = not self._read_only and lock(self._fd, exclusive=True)
-        if not sole:
-            lock(self._fd, exclusive=False, wait=True)  # whoever repairs the index holds it exclusively
-        if sole:
-            # Stale readers, and a damaged lock file, go with it; nobody else has it open.
-            (self._folder.index / "lock.mdb").unlink(missing_ok=True)
-        clean = is_clean(self._folder.index)
-        index = self._open(clean)
+        patience = time.monotonic() + SECONDS_TO_BE_ALONE
+        while True:
+            sole = not self._read_only and lock(self._fd, exclusive=True)
+            if sole:
+                # Stale readers, and a damaged lock file, go with it; nobody else has it open.
+                (self._folder.index / "lock.mdb").unlink(missing_ok=True)
+            else:
+                lock(self._fd, exclusive=False, wait=True)  # whoever repairs the index holds it exclusively
+            clean = is_clean(self._folder.index)
+            index = self._open(clean)
+            if index is None and sole:
+                index = self._repair()
+            if index is not None:
+                break
+            self._make_way(patience)
         lock(self._fd, exclusive=False)
         # A damaged meta page makes LMDB fall back to its last transaction but one, which is sound as well.
         reconciler = Reconciler(self._folder, index, self._tidy) if sole and not clean else None
         _indexes[self._name] = shared = _Shared(index, reconciler)
         return shared
 
-    def _open(self, clean: bool) -> Index:
+    def _make_way(self, patience: float) -> None:
+        """Several may have found the same damage: let one of them be alone with it."""
+        root = self._folder.root
+        if self._read_only:
+            message = f"the index of {root} is damaged or missing; open it once without read_only to rebuild it"
+            raise StoreFormatError(message, path=str(root))
+        if time.monotonic() > patience:
+            message = f"the index of {root} is damaged and another process has it open; close that first"
+            raise StoreError(message, path=str(root))
+        unlock(self._fd)
+        time.sleep(random.uniform(0.001, 0.05))  # noqa: S311 - so that they do not stay in step
+
+    def _open(self, clean: bool) -> Index | None:
+        """The index; None if it is damaged."""
         folder = self._folder
         if clean:
             return Index(folder.index, read_only=self._read_only)
@@ -133,18 +157,10 @@ class Session:
                 return Index(folder.index, read_only=self._read_only, verify=True)
         elif not self._read_only and next(folder.entry_keys(), None) is None:
             return Index(folder.index, read_only=False)
-        self._repair()
-        return Index(folder.index, read_only=False)
+        return None
 
-    def _repair(self) -> None:
-        root = self._folder.root
-        if self._read_only:
-            message = f"the index of {root} is damaged or missing; open it once without read_only to rebuild it"
-            raise StoreFormatError(message, path=str(root))
-        if not lock(self._fd, exclusive=True):
-            message = f"the index of {root} is damaged and another process has it open; close that first"
-            raise StoreError(message, path=str(root))
-        fresh = root / "index.new"
+    def _repair(self) -> Index:
+        fresh = self._folder.root / "index.new"
         with disk_errors(fresh):
             shutil.rmtree(fresh, ignore_errors=True)
             index = Index(fresh, read_only=False)
@@ -152,3 +168,4 @@ class Session:
                 adopt_orphans(self._folder, index)
             move_aside(self._folder.index)
             fresh.rename(self._folder.index)
+        return Index(self._folder.index, read_only=False)
