@@ -567,7 +567,7 @@ def _memory() -> str | None:
 
 def run(folder: Path, memory: Path, line: str | None, small: bool, seed: int, only: str | None) -> dict[str, Any]:
     tally, began = Tally(), time.monotonic()
-    sizes = {"kills": (20, 550), "damage": (100, 2400), "failing_calls": (20, 250), "deletions": (20, 200)}
+    sizes = {"kills": (20, 550), "damage": (100, 2400), "failing_calls": (20, 150), "deletions": (20, 150)}
     sizes |= {"power": (2, 40), "clocks": (1, 10), "races": (3, 60)}
 
     def size(name: str) -> int:
