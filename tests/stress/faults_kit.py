@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import traceback
 from collections.abc import Callable, Iterable
@@ -22,9 +23,9 @@ from ragkv.store import ChunkStore, Geometry, OpenEntry
 from tests.store_kit import disk_usage, key_for
 
 GEOMETRY = Geometry(layers=2, kv_heads=1, head_dim=8, dtype="bfloat16")
-TOKENS = 24
+TOKENS = 128
 SLAB = GEOMETRY.slab_bytes(TOKENS)
-FILE = 4096 + 2 * 4096
+FILE = 4096 + 2 * SLAB  # whole blocks: no flipped bit falls into padding
 MIB = 1 << 20
 PATIENCE_SECONDS = 60
 
@@ -72,17 +73,25 @@ def require(holds: object, message: str) -> None:
 
 
 def judge(
-    root: Path, committed: Iterable[int], *, seen: Iterable[int] = (), capacity: int = 64 * MIB, empty: bool = False
+    root: Path,
+    committed: Iterable[int],
+    *,
+    seen: Iterable[int] = (),
+    capacity: int = 64 * MIB,
+    look_first: bool = False,
+    empty: bool = False,
 ) -> dict[str, int]:
     """Open what a fault has left, and hold it to every promise. Run it in a child.
 
-    ``committed`` must all be there; ``seen`` may be, and must be right if so. ``empty`` removes everything in the
-    end, which nobody's lease may prevent.
+    ``committed`` must all be there; ``seen`` may be, and must be right if so. With ``look_first`` they are read
+    before anything can have been repaired. ``empty`` removes everything in the end, which nobody's lease may prevent.
     """
     fds, threads = len(os.listdir("/proc/self/fd")), threading.active_count()
     wanted = set(committed)
     counts = {"repaired": 0}
     with opened(root, capacity) as store:
+        for i in set(seen) if look_first else ():
+            read(store, i)
         report = store.check()
         if not report.clean:
             counts["repaired"] = 1
@@ -160,22 +169,25 @@ class Tally:
         return reply["result"]
 
 
-def faultline(path: str) -> ctypes.CDLL:
-    library = ctypes.CDLL(path)
+def faultline() -> ctypes.CDLL:
+    library = ctypes.CDLL(None)  # preloaded
     library.faultline_seen.restype = ctypes.c_long
     library.faultline_first.restype = ctypes.c_char_p
     library.faultline_arm.argtypes = [ctypes.c_char_p, ctypes.c_long, ctypes.c_int, ctypes.c_int, ctypes.c_int]
     return library
 
 
-def preload(folder: Path) -> str | None:
-    """Build the library that makes file operations fail; run this program again with it. None without a compiler."""
+def preload() -> bool:
+    """Build the library that makes file operations fail, and run this program again with it. False: no compiler."""
+    if "RAGKV_FAULTLINE" in os.environ:
+        shutil.rmtree(os.environ["RAGKV_FAULTLINE"])  # loaded
+        return True
     compiler = shutil.which("cc") or shutil.which("gcc")
-    if "RAGKV_FAULTLINE" in os.environ or compiler is None:
-        return os.environ.get("RAGKV_FAULTLINE")
-    built = str(folder / "faultline.so")
-    source = Path(__file__).with_name("faultline.c")
-    subprocess.run([compiler, "-O1", "-shared", "-fPIC", "-o", built, str(source), "-ldl"], check=True)
-    environment = {**os.environ, "LD_PRELOAD": built, "RAGKV_FAULTLINE": built}
+    if compiler is None:
+        return False
+    folder = tempfile.mkdtemp(prefix="store-faults-")
+    built, source = f"{folder}/faultline.so", str(Path(__file__).with_name("faultline.c"))
+    subprocess.run([compiler, "-O1", "-shared", "-fPIC", "-o", built, source, "-ldl"], check=True)
+    environment = {**os.environ, "LD_PRELOAD": built, "RAGKV_FAULTLINE": folder}
     command = [sys.executable, "-m", "tests.stress.store_faults", *sys.argv[1:]]
     return os.execve(sys.executable, command, environment)

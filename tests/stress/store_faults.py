@@ -73,12 +73,12 @@ def restored(root: Path, template: Path) -> Path:
 # Sudden ends
 
 
-def write_on(root: Path, capacity: int, first: int, pipe: int, line: str | None, at: tuple[int, int] | None) -> None:
+def write_on(root: Path, capacity: int, first: int, pipe: int, at: tuple[int, int] | None) -> None:
     """Put entries one after the other, sometimes deleting one, and tell of each; until killed."""
     rng = random.Random(first)
     store = opened(root, capacity)
-    if line is not None and at is not None:
-        faultline(line).faultline_arm(os.fsencode(root), at[0], at[1], 0, 0)
+    if at is not None:
+        faultline().faultline_arm(os.fsencode(root), at[0], at[1], 0, 0)
     alive: list[int] = []
     for i in range(first, first + 100_000):
         with contextlib.suppress(StoreFullError):  # the other writers may have reserved all of it
@@ -92,7 +92,7 @@ def write_on(root: Path, capacity: int, first: int, pipe: int, line: str | None,
             store.delete([key_for(gone)])
 
 
-def kills(tally: Tally, folder: Path, rng: random.Random, line: str | None, count: int) -> None:
+def kills(tally: Tally, folder: Path, rng: random.Random, armed: bool, count: int) -> None:
     """kill -9, three writers at a time: at any moment, or at a certain file operation, before, after or in it."""
     kind, first, done = "kill -9", 0, 0
     while done < count:
@@ -103,9 +103,9 @@ def kills(tally: Tally, folder: Path, rng: random.Random, line: str | None, coun
         writers: list[tuple[tuple[int, int], bool]] = []
         for n in range(some + 3):
             first += 1_000_000
-            precise = line is not None and rng.random() < 0.5
+            precise = armed and rng.random() < 0.5
             at = (rng.randrange(1, 60), rng.choice([KILL_BEFORE, KILL_AFTER, KILL_TORN])) if precise else None
-            writers.append((start(write_on, root, capacity, first, pipe, line, at), precise))
+            writers.append((start(write_on, root, capacity, first, pipe, at), precise))
             if n < 2:
                 continue
             time.sleep(rng.uniform(0.002, 0.12))
@@ -176,9 +176,9 @@ def _told(text: str) -> tuple[set[int], set[int]]:
 # Disks that fail
 
 
-def failing_calls(tally: Tally, folder: Path, rng: random.Random, line: str | None, count: int) -> None:
+def failing_calls(tally: Tally, folder: Path, rng: random.Random, armed: bool, count: int) -> None:
     """A file operation of a put, a delete or a read fails, once or from then on, those of LMDB included."""
-    if line is None:
+    if not armed:
         return
     template = filled(folder / "template")
     root = folder / "failing"
@@ -189,7 +189,7 @@ def failing_calls(tally: Tally, folder: Path, rng: random.Random, line: str | No
         code, what = rng.choice(errors), rng.choice([FAIL_ONCE, FAIL_ON])
         with_reads = code == errno.EIO and rng.random() < 0.5
         case = rng.randrange(1, 25), what, code, int(with_reads)
-        result = tally.child("failing call", (n, case), _fail, root, line, case, rng.randrange(10**6))
+        result = tally.child("failing call", (n, case), _fail, root, case, rng.randrange(10**6))
         if result is None:
             continue
         operations[result["operation"]] += 1
@@ -207,8 +207,8 @@ def failing_calls(tally: Tally, folder: Path, rng: random.Random, line: str | No
             tally.add("failing call, by operation", **{operation: times})
 
 
-def _fail(root: Path, line: str, case: tuple[int, int, int, int], seed: int) -> dict[str, Any]:
-    library = faultline(line)
+def _fail(root: Path, case: tuple[int, int, int, int], seed: int) -> dict[str, Any]:
+    library = faultline()
     rng = random.Random(seed)
     refused = 0
     fds = len(os.listdir("/proc/self/fd"))
@@ -235,7 +235,7 @@ def _fail(root: Path, line: str, case: tuple[int, int, int, int], seed: int) -> 
     return {"refused": refused, "operation": operation, "lost": lost}
 
 
-def no_descriptors(tally: Tally, folder: Path, rng: random.Random) -> None:
+def no_descriptors(tally: Tally, folder: Path, count: int) -> None:
     """The process has no file descriptor left."""
     template = filled(folder / "template")
 
@@ -252,14 +252,14 @@ def no_descriptors(tally: Tally, folder: Path, rng: random.Random) -> None:
             resource.setrlimit(resource.RLIMIT_NOFILE, (4096, 4096))
             require(put(store, 150), "nothing can be put any more")
 
-    for spare in range(8):
+    for spare in range(count):
         root = restored(folder / "descriptors", template)
         tally.child("no descriptors", spare, work, root, spare)
         tally.child("no descriptors", spare, judge, root, ALL, seen=range(300))
         tally.add("no descriptors", injected=1)
 
 
-def mounts(tally: Tally, folder: Path, rng: random.Random) -> None:
+def mounts(tally: Tally, folder: Path) -> None:
     """A real file system of 1 MiB that fills up, and one that is remounted read-only under an open store."""
     for kind, work in (("full disk", _full_disk), ("remounted read-only", _remount)):
         result = tally.child(kind, "", work, folder)
@@ -363,7 +363,7 @@ def _power(folder: Path, seconds: float, first: int) -> int:
     if not (_done("mkfs.ext4", "-q", str(image)) and _mount(str(image), place, "-o", "loop")):
         return -1
     told, pipe = os.pipe()
-    writer = start(write_on, place / "kv", 20 * MIB, first, pipe, None, None)
+    writer = start(write_on, place / "kv", 20 * MIB, first, pipe, None)
     time.sleep(seconds)
     # Stopped first: what he was told just before would else be missing in what he says.
     os.kill(writer[0], signal.SIGSTOP)
@@ -404,10 +404,10 @@ def damage(tally: Tally, folder: Path, rng: random.Random, count: int) -> None:
         while_open = file == entry and rng.random() < 0.3
         what = "header" if heads else "slab or header" if file == entry else file
         tally.add("truncated" if cut else "flipped", **{what: 1})
-        tally.child("damage", (n, file, cut), _damaged, root, file, bytes(raw), while_open)
+        tally.child("damage", (n, file, cut), _damaged, root, file, bytes(raw), while_open, n % 2 == 0)
 
 
-def _damaged(root: Path, file: str, raw: bytes, while_open: bool) -> None:
+def _damaged(root: Path, file: str, raw: bytes, while_open: bool, look_first: bool) -> None:
     others = set(ALL) - {3}
     if while_open:
         with opened(root) as store:
@@ -423,7 +423,7 @@ def _damaged(root: Path, file: str, raw: bytes, while_open: bool) -> None:
             except StoreFormatError:
                 # Named, and to be put right by hand: what the folder is, is not guessed.
                 shutil.copy(root.with_name("template") / file, root / file)
-    judge(root, others if file.startswith("entries") else ALL, seen=ALL)
+    judge(root, others if file.startswith("entries") else ALL, seen=ALL, look_first=look_first)
 
 
 def deletions(tally: Tally, folder: Path, rng: random.Random, count: int) -> None:
@@ -547,11 +547,12 @@ def main() -> int:
     parser.add_argument("--out", type=Path, help="write the JSON here as well")
     parser.add_argument("--only", help="one kind of fault: the name of its function")
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory(prefix="store-faults-") as name:
-        folder = Path(name)
-        line = preload(folder)
-        with tempfile.TemporaryDirectory(prefix="store-faults-", dir=_memory()) as memory:
-            report = run(folder, Path(memory), line, options.small, options.seed, options.only)
+    armed = preload()
+    with (
+        tempfile.TemporaryDirectory(prefix="store-faults-") as folder,
+        tempfile.TemporaryDirectory(prefix="store-faults-", dir=_memory()) as memory,
+    ):
+        report = run(Path(folder), Path(memory), armed, options.small, options.seed, options.only)
     report["command"] = "python -m tests.stress.store_faults " + " ".join(sys.argv[1:])
     text = json.dumps(report, indent=1)
     print(text)
@@ -565,10 +566,10 @@ def _memory() -> str | None:
     return "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
 
 
-def run(folder: Path, memory: Path, line: str | None, small: bool, seed: int, only: str | None) -> dict[str, Any]:
+def run(folder: Path, memory: Path, armed: bool, small: bool, seed: int, only: str | None) -> dict[str, Any]:
     tally, began = Tally(), time.monotonic()
-    sizes = {"kills": (20, 550), "damage": (100, 2400), "failing_calls": (20, 150), "deletions": (20, 150)}
-    sizes |= {"power": (2, 40), "clocks": (1, 10), "races": (3, 60)}
+    sizes = {"kills": (20, 550), "damage": (100, 2400), "failing_calls": (12, 150), "deletions": (15, 150)}
+    sizes |= {"no_descriptors": (3, 8), "power": (2, 40), "clocks": (1, 10), "races": (3, 60)}
 
     def size(name: str) -> int:
         return sizes[name][0 if small else 1]
@@ -577,10 +578,10 @@ def run(folder: Path, memory: Path, line: str | None, small: bool, seed: int, on
         return random.Random(f"{seed} {name}")
 
     scenarios: dict[str, Any] = {
-        "kills": lambda: kills(tally, folder, rng("kills"), line, size("kills")),
-        "failing_calls": lambda: failing_calls(tally, folder, rng("failing"), line, size("failing_calls")),
-        "no_descriptors": lambda: no_descriptors(tally, folder, rng("descriptors")),
-        "mounts": lambda: mounts(tally, folder, rng("mounts")),
+        "kills": lambda: kills(tally, folder, rng("kills"), armed, size("kills")),
+        "failing_calls": lambda: failing_calls(tally, folder, rng("failing"), armed, size("failing_calls")),
+        "no_descriptors": lambda: no_descriptors(tally, folder, size("no_descriptors")),
+        "mounts": lambda: mounts(tally, folder),
         "power": lambda: power(tally, folder, rng("power"), size("power")),
         "damage": lambda: damage(tally, memory, rng("damage"), size("damage")),
         "deletions": lambda: deletions(tally, memory, rng("deletions"), size("deletions")),
@@ -602,7 +603,7 @@ def run(folder: Path, memory: Path, line: str | None, small: bool, seed: int, on
         "seconds": {**seconds, "all": round(time.monotonic() - began, 1)},
         "counts": tally.counts,
         "violations": tally.violations,
-        "not_injected": [] if line else ["failing and interrupted file operations: no C compiler"],
+        "not_injected": [] if armed else ["failing and interrupted file operations: no C compiler"],
     }
 
 
