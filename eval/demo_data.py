@@ -12,10 +12,7 @@ import json
 import re
 from pathlib import Path
 
-from ragkv.eval.worlds import WorldDocument, make_world
-
-# What the bundled model has learned well enough to show (model card); gloss is measured, not shown.
-KINDS = ("direct", "coref", "bridge", "compare", "update", "memory")
+from ragkv.eval.worlds import KINDS, WorldDocument, make_world
 
 
 def write(out: Path, seed: int, chunks: int, per_kind: int) -> None:
@@ -45,7 +42,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Write the demo's documents and questions.")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--chunks", type=int, default=46)
+    parser.add_argument("--chunks", type=int, default=30)
     parser.add_argument("--per-kind", type=int, default=2)
     args = parser.parse_args()
     write(args.out, args.seed, args.chunks, args.per_kind)

@@ -1,14 +1,14 @@
 """Rows for training and scoring: invented worlds turned into packed token rows, made by worker processes.
 
 A sample is one context with many questions behind it; a row packs samples up to its length. Losses fall on
-answers (weight 1 or 2) and on a sample of the context's tokens (0.05 of an answer token, taken over all of them).
+answers and on a sample of the context's tokens (0.05 of an answer token, taken over all of them). Where a word is
+met for the second time in another document, a third loss asks a middle layer for what the first place told of it.
 """
 
 from __future__ import annotations
 
 import multiprocessing as mp
 import os
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,42 +18,35 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from ragkv.eval.worlds import KINDS, TRAINING_KINDS, Question, World, make_world
+from ragkv.eval.worlds import KINDS, Link, Question, World, make_world
 from ragkv.eval.worlds_names import Dice, Split, atlas
 from ragkv.eval.worlds_prompt import PromptIds, chunk_text, context_chunks, question_text
 from ragkv.eval.worlds_text import ATLAS_ASKS, NUMBER_ASKS
 
 ROW = 16384
 CONTEXT_WEIGHT = 0.05
+# Contexts whose documents stand in any order; the others begin with notices and code book.
+SHUFFLED = 0.2
 # Chunks of a world by curriculum level, and how many questions of a kind are asked behind one context.
 LEVELS = ((3, 4), (3, 7), (6, 11), (10, 18), (14, 30), (24, 48), (40, 100), (80, 215))
-PER_KIND = {
-    "direct": 4,
-    "coref": 3,
-    "bridge": 6,
-    "gloss": 8,
-    "compare": 5,
-    "update": 2,
-    "memory": 2,
-    "choose": 10,
-    "drill": 5,
-}
-# Loss weight of an answer token by kind: what was learned last counts double.
-WEIGHTS = np.array(
-    [2.0 if kind in ("gloss", "compare", "choose", "drill") else 1.0 for kind in TRAINING_KINDS], np.float32
-)
-# Half of all comparisons ask for the smaller value; early in the curriculum these are left out.
-EASY_LEVELS = 3
-_LEAST = re.compile("younger|fewer|smaller|less|closer|nearer")
+PER_KIND = {"direct": 5, "coref": 4, "bridge": 6, "gloss": 8, "compare": 6, "update": 4, "memory": 2}
+# Loss weight of an answer token by kind: what is learned last counts double.
+WEIGHTS = np.array([2.0 if kind in ("bridge", "gloss", "compare", "update") else 1.0 for kind in KINDS], np.float32)
+# A long context is dear and a question cheap: from so many chunks on twice as many are asked.
+LONG = 40
 
 Ints = NDArray[np.int32]
 
 
 @dataclass
 class Sample:
-    """``context`` ids, then per question chain its ids and the spans of its answers as (start, end, kind)."""
+    """``context`` ids, then per question chain its ids and the spans of its answers as (start, end, kind).
+
+    ``links`` are (position in the context, token that a middle layer should know there).
+    """
 
     context: list[int]
+    links: list[tuple[int, int]] = field(default_factory=list)
     chains: list[tuple[list[int], list[tuple[int, int, int]]]] = field(default_factory=list)
 
     def __len__(self) -> int:
@@ -63,10 +56,12 @@ class Sample:
 @dataclass(frozen=True)
 class Row:
     """``tokens`` (4, length): ids, position, context number, turn. ``losses`` (4, 3/16 length): position,
-    target, kind (-1 for context tokens), answer number; ``weights`` (3/16 length,), 0 where unused."""
+    target, kind (-1 for context tokens), answer number; ``weights`` (3/16 length,), 0 where unused. ``links``
+    (2, 1/64 length): position and target, -1 where unused."""
 
     tokens: Ints
     losses: Ints
+    links: Ints
     weights: NDArray[np.float32]
 
 
@@ -75,37 +70,50 @@ class SampleMaker:
         os.environ["TOKENIZERS_PARALLELISM"] = "false"
         self.ids = PromptIds(Tokenizer.from_file(str(tokenizer_file)))
 
-    def training(self, seed: int, size: int, easy: bool = False) -> Sample:
-        """A context as users' prompts vary it: titles as headings, chunks missing, follow-up questions, and
-        now and then bare documents as they are encoded for the store."""
+    def training(self, seed: int, size: int) -> Sample:
+        """A context as users' prompts vary it: titles as headings, chunks missing, documents in any order,
+        follow-up questions, and now and then bare documents as they are encoded for the store."""
         dice = Dice(f"sample/{seed}")
-        world = make_world(seed, "train", size, per_kind=10, drills=True)
-        chunks = context_chunks(world, dice, drop=0.12 if dice.random() < 0.3 else 0.0)
+        world = make_world(seed, "train", size, per_kind=20 if size >= LONG else 10)
+        drop = 0.12 if dice.random() < 0.3 else 0.0
+        chunks = context_chunks(world, dice, drop, shuffle=dice.random() < SHUFFLED)
         if dice.random() < 0.2:
             chunks = [(d, n, "# " + text.replace("\n", "\n\n", 1) if n == 0 else text) for d, n, text in chunks]
         there = {(doc, number) for doc, number, _ in chunks}
         asked = [q for q in world.questions if there.issuperset(q.evidence)]
-        asked = _balanced([q for q in asked if not (easy and _LEAST.search(q.text))], PER_KIND)
-        texts = [text for _, _, text in chunks]
+        asked = _balanced(asked, {kind: n * (2 if size >= LONG else 1) for kind, n in PER_KIND.items()})
         if dice.random() < 0.04:
-            return Sample([self.ids.bos, *self._joined(texts)])
+            return self.context([self.ids.bos], chunks, world.links)
         asked += _by_heart(dice)
         start = self.ids.no_system if dice.random() < 0.06 else self.ids.system
         turns = 3 if dice.random() < 0.12 else 1
-        return self._sample([*start, *self._joined(texts)], dice.shuffled(asked), turns)
+        return self._asked(self.context(start, chunks, world.links), dice.shuffled(asked), turns)
 
-    def scoring(self, world: World, seed: int, per_kind: int) -> Sample:
-        """Every chunk, documents shuffled, one question a turn."""
-        texts = [text for _, _, text in context_chunks(world, Dice(f"order/{seed}"))]
+    def scoring(self, world: World, per_kind: int) -> Sample:
+        """Every chunk, documents in the world's order, one question a turn."""
+        chunks = context_chunks(world, Dice(""), shuffle=False)
         asked = _balanced(world.questions, dict.fromkeys(KINDS, per_kind))
-        return self._sample([*self.ids.system, *self._joined(texts)], asked, 1)
+        return self._asked(self.context(self.ids.system, chunks, world.links), asked, 1)
 
-    def _joined(self, texts: list[str]) -> list[int]:
-        return [i for ids in self.ids.texts([chunk_text(text) for text in texts]) for i in ids]
+    def context(self, start: list[int], chunks: list[tuple[str, int, str]], links: list[Link]) -> Sample:
+        """``start``, then the chunks; the links among them, each where its word is met for the second time."""
+        parts = self.ids.texts([chunk_text(text) for _, _, text in chunks])
+        ends = np.cumsum([len(start), *(len(ids) for ids in parts)])
+        place = {(doc, number): i for i, (doc, number, _) in enumerate(chunks)}
+        sample = Sample([*start, *(i for ids in parts for i in ids)])
+        words = iter(self.ids.texts([" " + text for link in links for text in (link.word, *link.tells)]))
+        for link, word, *tells in zip(links, words, words, words, strict=False):
+            where = [place.get(at, -1) for at in link.places]
+            if min(where) < 0:
+                continue
+            later = where.index(max(where))
+            at = _find(parts[where[later]], word)
+            if at is not None:
+                sample.links.append((int(ends[where[later]]) + at, tells[1 - later][0]))
+        return sample
 
-    def _sample(self, context: list[int], asked: list[Question], turns: int) -> Sample:
+    def _asked(self, sample: Sample, asked: list[Question], turns: int) -> Sample:
         pieces = self.ids.texts([t for q in asked for t in (question_text(q.text), q.answer)])
-        sample = Sample(context)
         for number, question in enumerate(asked):
             if number % turns == 0:
                 sample.chains.append(([], []))
@@ -113,7 +121,7 @@ class SampleMaker:
             # The end token of the answer before is already there.
             lead = self.ids.next_turn[1:] if ids else []
             ids += [*lead, *pieces[2 * number], *self.ids.to_answer]
-            spans.append((len(ids), len(ids) + len(pieces[2 * number + 1]) + 1, TRAINING_KINDS.index(question.kind)))
+            spans.append((len(ids), len(ids) + len(pieces[2 * number + 1]) + 1, KINDS.index(question.kind)))
             ids += [*pieces[2 * number + 1], self.ids.end]
         return sample
 
@@ -128,7 +136,13 @@ def _by_heart(dice: Dice) -> Iterator[Question]:
         b += b >= a
         least = dice.random() < 0.5
         text = dice.pick(NUMBER_ASKS[least]).format(a=a, b=b)
-        yield Question(text, str(min(a, b) if least else max(a, b)), "drill", [])
+        yield Question(text, str(min(a, b) if least else max(a, b)), "compare", [])
+
+
+def _find(ids: list[int], word: list[int]) -> int | None:
+    """Where the last token of ``word`` first stands in ``ids``."""
+    n = len(word)
+    return next((i + n - 1 for i in range(len(ids) - n + 1) if ids[i : i + n] == word), None)
 
 
 def _balanced(questions: list[Question], per_kind: dict[str, int]) -> list[Question]:
@@ -146,11 +160,13 @@ def pack(samples: list[Sample], dice: Dice, row: int = ROW) -> Row:
     tokens[2] = len(samples)
     answers: list[tuple[int, int, int, int]] = []
     context_at: list[NDArray[np.int64]] = []
+    links: list[tuple[int, int]] = []
     at = turn = number = 0
     for index, sample in enumerate(samples):
         length = len(sample.context)
         tokens[:, at : at + length] = _columns(sample.context, 0, index, 0)
         context_at.append(np.arange(at, at + length - 1))
+        links += [(at + where, target) for where, target in sample.links]
         at += length
         for ids, spans in sample.chains:
             turn += 1
@@ -160,7 +176,12 @@ def pack(samples: list[Sample], dice: Dice, row: int = ROW) -> Row:
                 answers += [(at + i - 1, ids[i], kind, number) for i in range(start, end)]
                 number += 1
             at += n
-    return Row(tokens, *_losses(tokens[0], answers, np.concatenate(context_at), dice))
+    losses, weights = _losses(tokens[0], answers, np.concatenate(context_at), dice)
+    asked = np.full((2, row // 64), -1, np.int32)
+    asked[0] = 0
+    some = dice.sample(links, row // 64)
+    asked[:, : len(some)] = np.array(some, np.int32).reshape(-1, 2).T
+    return Row(tokens, losses, asked, weights)
 
 
 def _columns(ids: list[int], start: int, context: int, turn: int) -> Ints:
@@ -199,7 +220,7 @@ def training_rows(maker: SampleMaker, seed: int, level_of: LevelOf, row: int = R
             else:
                 number += 1
                 low, high = LEVELS[0] if waiting is not None else LEVELS[level_of(dice)]
-                sample = maker.training(number, dice.number(low, high), level_of.level.value < EASY_LEVELS)
+                sample = maker.training(number, dice.number(low, high))
             if len(sample) <= room:
                 samples.append(sample)
                 room -= len(sample)
@@ -212,7 +233,7 @@ class LevelOf:
     """Draws a sample's level: mostly the current one of the curriculum, some of all below; once the last is
     reached, from the final mixture (shares of samples, so that tokens spread evenly over the lengths)."""
 
-    FINAL = (0.15, 0.15, 0.22, 0.22, 0.15, 0.07, 0.03, 0.01)
+    FINAL = (0.07, 0.09, 0.16, 0.24, 0.19, 0.14, 0.07, 0.04)
 
     def __init__(self, level: Any) -> None:
         self.level = level
@@ -237,7 +258,7 @@ def scoring_rows(maker: SampleMaker, split: Split, size: int, worlds: int, per_k
     rows: list[Row] = []
     samples: list[Sample] = []
     for seed in range(worlds):
-        sample = maker.scoring(make_world(seed, split, size, per_kind), seed, per_kind)
+        sample = maker.scoring(make_world(seed, split, size, per_kind), per_kind)
         if len(sample.context) > row:
             continue
         while len(sample) > row:

@@ -2,15 +2,15 @@
 
 A world is made from a seed and a split alone and is the same on every machine and Python version. People,
 firms, projects and villages each have a document of one to three chunks; a *code book* says what the invented
-words on lockers, seals and flags stand for; *notices* correct facts stated elsewhere. A chunk after the first
-mostly says "she" or "it". The kinds of question:
+words on lockers, seals and flags stand for; *notices* correct facts stated elsewhere, and name only the file that
+the corrected document is. A chunk after the first mostly says "she" or "it". The kinds of question:
 
 - ``direct``: the answer and the name stand in one chunk;
 - ``coref``: the name stands only in an earlier chunk of the same document;
 - ``bridge``: two hops across documents ("the firm where … works");
 - ``gloss``: the document gives an invented word, the code book its meaning;
 - ``compare``: the larger or smaller of two numbers from two documents;
-- ``update``: a notice replaces what the document says;
+- ``update``: a notice about the document's file replaces what the document says;
 - ``memory``: the document names a town, and only the atlas (never in a document) knows its country.
 """
 
@@ -24,10 +24,9 @@ from functools import cache
 from ragkv.eval.worlds_names import FIRM_FORMS, NAME_KINDS, SPLITS, Dice, Split, atlas, names
 from ragkv.eval.worlds_text import ATTRIBUTES, ENTRIES, ENTRY_ASKS, FILLERS, PRONOUNS, TITLES, UPDATES, Attribute
 
-__all__ = ["KINDS", "TRAINING_KINDS", "Question", "World", "WorldDocument", "make_world"]
+__all__ = ["KINDS", "Link", "Question", "World", "WorldDocument", "make_world"]
 
 KINDS = ("direct", "coref", "bridge", "gloss", "compare", "update", "memory")
-TRAINING_KINDS = (*KINDS, "choose", "drill")
 # Facts that a notice may correct: what changes in life, and nothing other questions build upon.
 _CHANGEABLE = frozenset(
     {
@@ -72,9 +71,25 @@ class Question:
 
 
 @dataclass(frozen=True)
+class Link:
+    """A word that stands in two documents, each of which tells something about it.
+
+    ``places`` are (document id, chunk number). Whoever has read ``places[0]`` knows, on meeting the word at
+    ``places[1]``, what ``tells[0]`` says of it; and the other way round.
+    """
+
+    word: str
+    places: tuple[tuple[str, int], tuple[str, int]]
+    tells: tuple[str, str]
+
+
+@dataclass(frozen=True)
 class World:
+    """``documents`` stand in the order a reader would want: notices and code book before what they speak of."""
+
     documents: list[WorldDocument]
     questions: list[Question]
+    links: list[Link]
 
 
 @dataclass
@@ -93,6 +108,7 @@ class _Entity:
     type: str
     name: str
     doc: str
+    file: str
     pronoun: tuple[str, str, str]
     facts: dict[str, _Fact] = field(default_factory=dict)
 
@@ -104,16 +120,14 @@ class _Entity:
 _Known = tuple[_Entity, _Fact]
 
 
-def make_world(seed: int, split: Split, size: int = 12, per_kind: int = 6, drills: bool = False) -> World:
+def make_world(seed: int, split: Split, size: int = 12, per_kind: int = 6) -> World:
     """A world of about ``size`` chunks (three at least) with up to ``per_kind`` questions of every kind.
 
-    From ten chunks on every kind occurs; a smaller world holds a random few of them. ``drills`` adds two
-    kinds for training: ``choose`` asks *which* of two has the larger number (the bundled model has not learned
-    it), ``drill`` exercises single steps, a word of the code book or who holds a value.
+    From ten chunks on every kind occurs; a smaller world holds a random few of them.
     """
     if split not in SPLITS:
         raise ValueError(f"split must be one of {', '.join(SPLITS)}, not {split!r}")
-    return _Maker(Dice(f"world/{split}/{seed}/{size}"), split, max(size, 3)).make(per_kind, drills)
+    return _Maker(Dice(f"world/{split}/{seed}/{size}"), split, max(size, 3)).make(per_kind)
 
 
 class _Maker:
@@ -126,23 +140,24 @@ class _Maker:
         self.entries: dict[str, tuple[str, tuple[str, int]]] = {}
         self.updates: list[tuple[_Entity, _Fact, str, tuple[str, int]]] = []
 
-    def make(self, per_kind: int, drills: bool) -> World:
+    def make(self, per_kind: int) -> World:
         plan = self._plan()
         chunks_of = {}
         for number, (type_, chunks) in enumerate(plan):
             if type_ in ATTRIBUTES:
-                entity = _Entity(type_, self._name(type_), f"{type_}-{number}", self.dice.pick(PRONOUNS[type_]))
+                name, file, doc = self._name(type_), next(self.fresh["file"]), f"{type_}-{number}"
+                entity = _Entity(type_, name, doc, file, self.dice.pick(PRONOUNS[type_]))
                 self.entities.append(entity)
                 chunks_of[entity.doc] = chunks
         for entity in self.entities:
             self._give_facts(entity, chunks_of[entity.doc], any(type_ == "codes" for type_, _ in plan))
-        documents = [self._write(entity, chunks_of[entity.doc]) for entity in self.entities]
+        documents = self.dice.shuffled([self._write(entity, chunks_of[entity.doc]) for entity in self.entities])
         for number, (type_, chunks) in enumerate(plan):
             if type_ == "codes":
-                documents.append(self._code_book(f"codes-{number}"))
+                documents.insert(0, self._code_book(f"codes-{number}"))
             elif type_ == "notices":
-                documents.append(self._notices(f"notices-{number}", chunks))
-        return World(self.dice.shuffled(documents), self._questions(per_kind, drills))
+                documents.insert(0, self._notices(f"notices-{number}", chunks))
+        return World(documents, self._questions(per_kind), [*self._links()])
 
     # What there is ---------------------------------------------------------------------------------------
 
@@ -229,7 +244,7 @@ class _Maker:
                 says.insert(self.dice.number(0, len(says)), (filler, ""))
             named = chunk == 0 or any(fact.named for fact in facts)
             texts.append(" ".join(self._sentences(entity, says, named)))
-        title = self.dice.pick(TITLES[entity.type]).format(n=entity.name)
+        title = self.dice.pick(TITLES[entity.type]).format(n=entity.name, f=entity.file)
         return _document(entity.doc, title, texts)
 
     def _sentences(self, entity: _Entity, says: list[tuple[str, str]], named: bool) -> Iterator[str]:
@@ -271,17 +286,24 @@ class _Maker:
             value = self._value(fact.attribute)
         fact.changed = True
         self.updates.append((entity, fact, value, (doc, chunk)))
-        return self.dice.pick(UPDATES).format(l=fact.attribute.label, n=entity.name, o=fact.value, v=value)
+        return self.dice.pick(UPDATES).format(l=fact.attribute.label, f=entity.file, v=value)
 
     # What is asked ---------------------------------------------------------------------------------------
 
-    def _questions(self, per_kind: int, drills: bool) -> list[Question]:
+    def _links(self) -> Iterator[Link]:
+        for entity in self.entities:
+            for fact in entity.facts.values():
+                if fact.attribute.gloss:
+                    places = (entity.doc, fact.chunk), self.entries[fact.value][1]
+                    yield Link(fact.value, places, (entity.name, fact.meaning))
+        for entity, _, value, notice in self.updates:
+            yield Link(entity.file, ((entity.doc, 0), notice), (entity.name, value))
+
+    def _questions(self, per_kind: int) -> list[Question]:
         makers: list[Callable[[], Iterator[Question]]] = [
             self._plain, self._bridges, self._glosses, self._compares, self._updated, self._memories,
         ]  # fmt: skip
-        if drills:
-            makers += [self._chooses, self._drills]
-        by_kind: dict[str, list[Question]] = {kind: [] for kind in TRAINING_KINDS}
+        by_kind: dict[str, list[Question]] = {kind: [] for kind in KINDS}
         for maker in makers:
             for question in maker():
                 by_kind[question.kind].append(question)
@@ -301,11 +323,8 @@ class _Maker:
             asks = fact.attribute.marks if fact.attribute.gloss else fact.attribute.asks
             text = self._now(fact, self._ask(asks, x=entity.name))
             yield Question(text, fact.value, "direct" if fact.named else "coref", entity.evidence(fact))
-        yield from self._entries("direct")
-
-    def _entries(self, kind: str) -> Iterator[Question]:
         for word, (meaning, place) in self.entries.items():
-            yield Question(self._ask(ENTRY_ASKS, w=word), meaning, kind, [place])
+            yield Question(self._ask(ENTRY_ASKS, w=word), meaning, "direct", [place])
 
     def _now(self, fact: _Fact, text: str) -> str:
         changeable = fact.attribute.name in _CHANGEABLE
@@ -343,29 +362,14 @@ class _Maker:
     def _compares(self) -> Iterator[Question]:
         for first, second in self._pairs():
             least = self.dice.random() < 0.5
-            text = first[1].attribute.extreme[least].format(a=first[0].name, b=second[0].name)
+            text = self._ask(first[1].attribute.extreme[least], a=first[0].name, b=second[0].name)
             value = _least_first(first, second)[0 if least else 1][1].value
             yield Question(text, value, "compare", _both(first, second))
-
-    def _chooses(self) -> Iterator[Question]:
-        for first, second in self._pairs():
-            least = self.dice.random() < 0.5
-            text = self._ask(first[1].attribute.choose[least], a=first[0].name, b=second[0].name)
-            name = _least_first(first, second)[0 if least else 1][0].name
-            yield Question(text, name, "choose", _both(first, second))
-
-    def _drills(self) -> Iterator[Question]:
-        yield from self._entries("drill")
-        numbers = [(e, f) for e, f in self._settled() if f.attribute.holder]
-        for entity, fact in numbers:
-            if sum(f.attribute is fact.attribute and f.value == fact.value for _, f in numbers) == 1:
-                text = fact.attribute.holder.format(v=fact.value)
-                yield Question(text, entity.name, "drill", entity.evidence(fact))
 
     def _updated(self) -> Iterator[Question]:
         for entity, fact, value, notice in self.updates:
             text = self._now(fact, self._ask(fact.attribute.asks, x=entity.name))
-            yield Question(text, value, "update", [*entity.evidence(fact), notice])
+            yield Question(text, value, "update", [(entity.doc, 0), notice])
 
     def _memories(self) -> Iterator[Question]:
         for entity, fact in self._settled():

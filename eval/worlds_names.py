@@ -14,9 +14,9 @@ from typing import Literal, TypeVar
 
 Split = Literal["train", "dev", "test"]
 SPLITS: tuple[Split, ...] = ("train", "dev", "test")
-Kind = Literal["given", "family", "firm", "project", "village", "river", "word"]
+Kind = Literal["given", "family", "firm", "project", "village", "river", "word", "file"]
 
-NAME_KINDS: tuple[Kind, ...] = ("given", "family", "firm", "project", "village", "river", "word")
+NAME_KINDS: tuple[Kind, ...] = ("given", "family", "firm", "project", "village", "river", "word", "file")
 
 T = TypeVar("T")
 
@@ -74,6 +74,7 @@ _TAILS: dict[Kind, list[str]] = {
     "village": _words("bury by combe den ey field ford ham ingham ley moor ness stead ton vale wick"),
     "river": _words("ack aine een ell ent erne irrow isk ogue oon unt usk"),
     "word": _words("ap ebbit ock ig immel ippet ob odge oggin oodle ump unk urrit uzz"),
+    "file": _words("adge alk anch andle arb atch avel ebble ench erk ettle idge ilk inch indle irk olt otch"),
 }
 FIRM_FORMS = _words("Works Mills Foundry Press Glass Trading Shipping Instruments Tools Paper Textiles Ceramics")
 

@@ -63,11 +63,11 @@ def question_text(question: str) -> str:
     return "Question: " + question
 
 
-def context_chunks(world: World, dice: Dice, drop: float = 0.0) -> list[tuple[str, int, str]]:
-    """(document id, chunk number, text) in prompt order: documents shuffled, their chunks in order.
+def context_chunks(world: World, dice: Dice, drop: float = 0.0, shuffle: bool = True) -> list[tuple[str, int, str]]:
+    """(document id, chunk number, text) in prompt order: documents shuffled, or as they are, their chunks in order.
 
     Each chunk is left out with probability ``drop``.
     """
-    order: list[WorldDocument] = dice.shuffled(world.documents)
+    order: list[WorldDocument] = dice.shuffled(world.documents) if shuffle else world.documents
     chunks = [(d.id, number, text) for d in order for number, text in enumerate(d.chunks)]
     return [chunk for chunk in chunks if not drop or dice.random() >= drop]

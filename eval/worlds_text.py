@@ -15,10 +15,9 @@ class Attribute:
     """One fact that an entity of some type may have.
 
     ``values`` is a list to pick from, or how to make one: ``town``, ``river``, ``firm`` and other entities,
-    ``number:low:high``. Of two numbers ``extreme`` asks for the larger and the smaller value, ``choose`` for
-    its owner, ``holder`` for who has the value ``{v}``. A ``gloss`` attribute's value is an invented word for
-    one of ``values``: ``marks`` asks for the word, ``asks`` for its meaning. ``phrases`` name the entity that
-    the fact ``leads_to``; ``memory`` asks for the country of a town.
+    ``number:low:high``. Of two numbers ``extreme`` asks for the larger and for the smaller value. A ``gloss``
+    attribute's value is an invented word for one of ``values``: ``marks`` asks for the word, ``asks`` for its
+    meaning. ``phrases`` name the entity that the fact ``leads_to``; ``memory`` asks for the country of a town.
     """
 
     name: str
@@ -26,12 +25,10 @@ class Attribute:
     values: tuple[str, ...] | str
     says: tuple[str, ...]
     asks: tuple[str, ...]
-    choose: tuple[tuple[str, ...], tuple[str, ...]] = ((), ())
     memory: tuple[str, ...] = ()
     gloss: bool = False
     marks: tuple[str, ...] = ()
-    holder: str = ""
-    extreme: tuple[str, str] = ("", "")
+    extreme: tuple[tuple[str, ...], tuple[str, ...]] = ((), ())
     leads_to: str = ""
     phrases: tuple[str, ...] = field(default=())
 
@@ -69,10 +66,8 @@ PERSON = (
         ("{S} is {v} years old.", "{P} age is {v}.", "This spring {s} turned {v}.",
          "At the age of {v}, {s} still walks to work."),
         ("How old is {x}?", "What is the age of {x}?"),
-        (("Who is older, {a} or {b}?", "Which of the two is older, {a} or {b}?"),
-         ("Who is younger, {a} or {b}?", "Which of the two is younger, {a} or {b}?")),
-        holder="Who is {v} years old?",
-        extreme=("How old is the older of {a} and {b}?", "How old is the younger of {a} and {b}?"),
+        extreme=(("How old is the older of {a} and {b}?", "What is the age of the older one, {a} or {b}?"),
+                 ("How old is the younger of {a} and {b}?", "What is the age of the younger one, {a} or {b}?")),
     ),
     Attribute(
         "birth", "place of birth", "town",
@@ -180,11 +175,10 @@ FIRM = (
         "staff", "number of employees", "number:12:99",
         ("{S} has {v} employees.", "{P} staff numbers {v}.", "In all, {v} people work for {s0}."),
         ("How many employees does {x} have?", "How many people work for {x}?"),
-        (("Which company has more employees, {a} or {b}?", "Which is the larger employer, {a} or {b}?"),
-         ("Which company has fewer employees, {a} or {b}?", "Which is the smaller employer, {a} or {b}?")),
-        holder="Which company has {v} employees?",
-        extreme=("How many employees has the larger of {a} and {b}?",
-                 "How many employees has the smaller of {a} and {b}?"),
+        extreme=(("How many employees has the larger of {a} and {b}?",
+                  "What is the larger number of employees, that of {a} or that of {b}?"),
+                 ("How many employees has the smaller of {a} and {b}?",
+                  "What is the smaller number of employees, that of {a} or that of {b}?")),
     ),
     Attribute(
         "director", "director", "stranger",
@@ -232,11 +226,10 @@ PROJECT = (
         ("{S} has a budget of {v} thousand crowns.", "{P} budget is {v} thousand crowns.",
          "The council gave {s0} {v} thousand crowns."),
         ("How many thousand crowns is the budget of {x}?", "How many thousand crowns does {x} have?"),
-        (("Which project has the larger budget, {a} or {b}?", "Which has more money, {a} or {b}?"),
-         ("Which project has the smaller budget, {a} or {b}?", "Which has less money, {a} or {b}?")),
-        holder="Which project has {v} thousand crowns?",
-        extreme=("How many thousand crowns has the larger of {a} and {b}?",
-                 "How many thousand crowns has the smaller of {a} and {b}?"),
+        extreme=(("How many thousand crowns has the larger of {a} and {b}?",
+                  "What is the larger budget in thousand crowns, that of {a} or that of {b}?"),
+                 ("How many thousand crowns has the smaller of {a} and {b}?",
+                  "What is the smaller budget in thousand crowns, that of {a} or that of {b}?")),
     ),
     Attribute(
         "task", "aim",
@@ -284,11 +277,10 @@ VILLAGE = (
         ("{S} lies {v} miles from the coast.", "{P} distance from the coast is {v} miles.",
          "From {s0} to the coast it is {v} miles."),
         ("How many miles is {x} from the coast?", "How far is {x} from the coast in miles?"),
-        (("Which village is farther from the coast, {a} or {b}?", "Which lies farther inland, {a} or {b}?"),
-         ("Which village is closer to the coast, {a} or {b}?", "Which lies nearer the coast, {a} or {b}?")),
-        holder="Which village lies {v} miles from the coast?",
-        extreme=("How many miles from the coast is the farther of {a} and {b}?",
-                 "How many miles from the coast is the nearer of {a} and {b}?"),
+        extreme=(("How many miles from the coast is the farther of {a} and {b}?",
+                  "What is the longer way to the coast in miles, from {a} or from {b}?"),
+                 ("How many miles from the coast is the nearer of {a} and {b}?",
+                  "What is the shorter way to the coast in miles, from {a} or from {b}?")),
     ),
     Attribute(
         "tree",
@@ -324,10 +316,10 @@ PRONOUNS: dict[str, tuple[tuple[str, str, str], ...]] = {
     "village": (("it", "it", "its"), ("the village", "the village", "the village's")),
 }
 TITLES: dict[str, tuple[str, ...]] = {
-    "person": ("{n}", "About {n}", "Staff file: {n}", "Portrait of {n}"),
-    "firm": ("{n}", "Company file: {n}", "About {n}"),
-    "project": ("{n}", "Report on {n}", "{n}: summary"),
-    "village": ("{n}", "The village of {n}", "Guide to {n}"),
+    "person": ("File {f}: {n}", "About {n}, file {f}", "Staff file {f}: {n}", "Portrait of {n} [file {f}]"),
+    "firm": ("File {f}: {n}", "Company file {f}: {n}", "About {n}, file {f}"),
+    "project": ("File {f}: {n}", "Report on {n}, file {f}", "{n}, summary in file {f}"),
+    "village": ("File {f}: {n}", "The village of {n}, file {f}", "Guide to {n}, file {f}"),
     "codes": ("Code book", "Words used in the ledgers", "List of code words", "Key to the marks"),
     "notices": ("Notices of the week", "Corrections", "Changes to the records", "News from the registry"),
 }
@@ -375,11 +367,11 @@ ENTRIES = (
 )  # fmt: skip
 ENTRY_ASKS = ("What does the word {w} stand for?", "What is meant by the word {w}?", "What is the meaning of {w}?")
 UPDATES = (
-    "Correction: the {l} of {n} is no longer {o} but {v}.",
-    "The {l} of {n} has changed from {o} to {v}.",
-    "Please note a change for {n}: the {l}, so far {o}, is now {v}.",
-    "For {n} the records gave {o} as the {l}; the right entry is now {v}.",
-    "As of today, {v} replaces {o} as the {l} of {n}.",
+    "Correction to file {f}: the {l} is now {v}.",
+    "In file {f} the {l} has changed to {v}.",
+    "Please note a change in file {f}: for the {l} read {v}.",
+    "The {l} given in file {f} is out of date; the right entry is {v}.",
+    "As of today, {v} is the {l} in file {f} and nothing else.",
 )  # fmt: skip
 ATLAS_ASKS = ("In which country is {t}?", "Which country does {t} belong to?", "{t} is a town in which country?")
 NUMBER_ASKS = (

@@ -13,6 +13,7 @@ from tokenizers import Tokenizer
 
 import ragkv
 from ragkv.config import DEFAULT_SYSTEM_PROMPT
+from ragkv.eval.muon import Muon
 from ragkv.eval.train_data import LevelOf, SampleMaker, scoring_rows, training_rows
 from ragkv.eval.train_demo import to_batch
 from ragkv.eval.train_model import BLOCK, DemoModel, Rows, Shape, block_kinds, dense_mask, save
@@ -23,6 +24,7 @@ from ragkv.eval.worlds_prompt import PromptIds, context_chunks
 from ragkv.tokenizer import Tokenizer as CoreTokenizer
 from ragkv.tokenizer import chunk_text, question_text
 
+PINNED = ["b1a4051c21e83c98", "5e0c1156f0b0f8c0", "59db49631e1a07d6"]
 MODEL = Path(ragkv.__file__).parent / "demo" / "model"
 TINY = Shape(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, head_dim=16,
              intermediate_size=32)  # fmt: skip
@@ -60,7 +62,7 @@ def test_every_kind_occurs_in_equal_numbers_in_large_worlds() -> None:
 @pytest.mark.parametrize("size", [3, 8, 14, 40])
 def test_answers_follow_from_the_evidence(size: int) -> None:
     for seed in range(15):
-        world = make_world(seed, "train", size, drills=True)
+        world = make_world(seed, "train", size)
         text = {(d.id, number): chunk for d in world.documents for number, chunk in enumerate(d.chunks)}
         for question in world.questions:
             evidence = "\n".join(text[place] for place in question.evidence)
@@ -68,6 +70,29 @@ def test_answers_follow_from_the_evidence(size: int) -> None:
             # Without the last piece of evidence the answer of a two-document question cannot be read off.
             if question.kind in ("gloss", "update"):
                 assert question.answer in text[question.evidence[-1]]
+
+
+def test_notices_name_the_file_and_never_its_subject() -> None:
+    world = make_world(4, "dev", 30, per_kind=20)
+    text = {(d.id, number): chunk for d in world.documents for number, chunk in enumerate(d.chunks)}
+    updates = [question for question in world.questions if question.kind == "update"]
+    assert len(updates) >= 8
+    for question in updates:
+        document, notice = question.evidence
+        files = [link for link in world.links if link.places == (document, notice)]
+        assert any(link.tells[0] in question.text and link.tells[1] == question.answer for link in files)
+        assert not any(link.tells[0] in text[notice] for link in files)
+
+
+def test_links_tell_what_stands_at_their_places() -> None:
+    world = make_world(6, "train", 40)
+    text = {(d.id, number): chunk for d in world.documents for number, chunk in enumerate(d.chunks)}
+    whole = {d.id: "\n".join(d.chunks) for d in world.documents}
+    assert len(world.links) > 20
+    for link in world.links:
+        assert all(link.word in text[place] for place in link.places)
+        assert link.tells[0] in whole[link.places[0][0]]
+        assert link.tells[1] in text[link.places[1]]
 
 
 def test_a_correction_replaces_the_old_value_in_every_question() -> None:
@@ -138,7 +163,7 @@ def test_packed_questions_see_their_context_and_nothing_else(maker: SampleMaker)
     """Logits of the second question equal those of its own prompt; another question's text has no say."""
     torch.manual_seed(0)
     model = DemoModel(TINY)
-    sample = maker.scoring(make_world(0, "dev", 3, 2), 0, 2)
+    sample = maker.scoring(make_world(0, "dev", 3, 2), 2)
     ids = [*sample.context, *sample.chains[1][0]]
     alone = Rows(*(torch.tensor([column]) for column in (ids, range(len(ids)), [0] * len(ids), [0] * len(ids))))
     batch = to_batch(scoring_rows(maker, "dev", 3, 1, 2, 2048), torch.device("cpu"))
@@ -146,9 +171,12 @@ def test_packed_questions_see_their_context_and_nothing_else(maker: SampleMaker)
     at = torch.arange(start, start + len(sample.chains[1][0]))
     wrong = replace(batch.rows, turn=torch.zeros_like(batch.rows.turn))
     with torch.no_grad():
-        expected = model(alone, torch.arange(len(sample.context), len(ids)))
-        torch.testing.assert_close(model(batch.rows, at), expected, rtol=1e-4, atol=1e-5)
-        assert not torch.allclose(model(wrong, at), expected, rtol=1e-4, atol=1e-5)
+        links = torch.arange(3, len(sample.context), 7)
+        expected, recalled = model(alone, torch.arange(len(sample.context), len(ids)), links)
+        got, got_recalled = model(batch.rows, at, links)
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(got_recalled, recalled, rtol=1e-4, atol=1e-5)
+        assert not torch.allclose(model(wrong, at, links)[0], expected, rtol=1e-4, atol=1e-5)
 
 
 def test_training_rows_have_right_targets(maker: SampleMaker) -> None:
@@ -164,12 +192,39 @@ def test_training_rows_have_right_targets(maker: SampleMaker) -> None:
     assert (row.tokens[3][row.losses[0][used & ~answers]] == 0).all()
 
 
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_links_are_asked_where_the_word_is_met_again(maker: SampleMaker, shuffle: bool) -> None:
+    world = make_world(9, "train", 14)
+    chunks = context_chunks(world, Dice("links"), shuffle=shuffle)
+    sample = maker.context([maker.ids.bos], chunks, world.links)
+    assert len(sample.links) == len(world.links)
+    told = {maker.ids.text(" " + text)[0]: link for link in world.links for text in link.tells}
+    for at, target in sample.links:
+        read = maker.ids.tokenizer.decode(sample.context[: at + 1])
+        link = next(link for link in world.links if read.endswith(link.word) and target in told)
+        assert read.count(link.word) >= 2
+
+
+def test_our_muon_is_torchs() -> None:
+    torch.manual_seed(0)
+    shapes = [(8, 24), (24, 8), (8, 24), (16, 16)]
+    ours = [torch.nn.Parameter(torch.randn(shape)) for shape in shapes]
+    theirs = [torch.nn.Parameter(matrix.detach().clone()) for matrix in ours]
+    fast = Muon(ours, lr=0.01)
+    plain = torch.optim.Muon(theirs, lr=0.01, weight_decay=0.05, adjust_lr_fn="match_rms_adamw")
+    for _ in range(4):
+        for a, b in zip(ours, theirs, strict=True):
+            a.grad = torch.randn_like(a)
+            b.grad = a.grad.clone()
+        fast.step()
+        plain.step()
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b)
+
+
 def test_saved_model_is_the_librarys_model(tmp_path: Path) -> None:
     save(DemoModel(TINY), tmp_path)  # raises where the library's forward differs
     assert json.loads((tmp_path / "config.json").read_text())["architectures"] == ["Qwen3ForCausalLM"]
-
-
-PINNED = ["44db4d985bc37e43", "dc8c8620a9f5b633", "f5963f20df62fd64"]
 
 
 def test_the_model_was_trained_on_the_very_prompt_the_core_makes(maker: SampleMaker) -> None:

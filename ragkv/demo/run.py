@@ -17,7 +17,7 @@ from ragkv.types import Answer, ContextPolicy, Method
 
 HERE = Path(__file__).parent
 COLLECTION = "demo"
-TOP_K = 42
+TOP_K = 32
 
 
 @dataclass(frozen=True)
