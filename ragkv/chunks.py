@@ -21,6 +21,7 @@ class ChunkTokens:
         context_chunks: how many chunks these are.
         policy: under which it is encoded.
         key: its key in the chunk store.
+        codec: it is stored with.
     """
 
     ids: tuple[int, ...]
@@ -28,6 +29,7 @@ class ChunkTokens:
     context_chunks: int
     policy: ContextPolicy
     key: bytes
+    codec: str = "raw"
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,7 @@ class ChunkTokenizer:
             context=(*self._tokenizer.bos, *context),
             tokens=ids,
         )
-        return ChunkTokens(ids, context, index - start, policy, key)
+        return ChunkTokens(ids, context, index - start, policy, key, self._codec)
 
     def _ids(self, text: str) -> tuple[int, ...]:
         return self._tokenizer.plain(chunk_text(text))

@@ -17,7 +17,7 @@ from ragkv.loading import ChunkLostError, LayerLoader
 from ragkv.plan import PromptPlan, Span
 from ragkv.runner import ModelRunner
 from ragkv.selection import STRATEGIES
-from ragkv.store import ChunkStore, OpenEntry
+from ragkv.store import ChunkStore, EntryHeader, OpenEntry
 from ragkv.types import KvSource
 
 FULL = "full"
@@ -101,16 +101,29 @@ class Prefill:
                 # What is gone after it was open a moment ago was found damaged as well, in layers read ahead.
                 missing = isinstance(entry, MissingEntryError) and span not in self._opened
                 self._why[span] = "not stored yet" if missing else _unreadable(entry)
+                continue
+            self._opened.add(span)
+            leases.enter_context(entry)
+            if (wrong := self._mismatch(span, entry.header)) is None:
+                entries[span] = entry
             else:
-                entries[span] = leases.enter_context(entry)
-                self._opened.add(span)
+                entry.reject()
+                self._why[span] = f"its stored KV is not this chunk's: {wrong}"
         self._watch.lap("lookup")
         return entries
+
+    def _mismatch(self, span: Span, header: EntryHeader) -> str | None:
+        """What of an entry is not as its key has it. Checksums find damage, not what was stored wrong."""
+        tokens, shape = span.chunk.tokens, self._runner.shape.geometry
+        found = {"key": header.key, "codec": header.codec, "token count": header.tokens, "shape": header.geometry}
+        right = {"key": tokens.key, "codec": tokens.codec, "token count": span.length, "shape": shape}
+        wrong = [name for name in right if found[name] != right[name]]
+        return f"another {' and '.join(wrong)}" if wrong else None
 
     def _blend(self, entries: dict[Span, OpenEntry]) -> Generator[None, None, PrefillResult]:
         kv = self._runner.new_kv(len(self._plan.ids) + self._room)
         spans = list(entries)
-        [codec] = {entry.header.codec for entry in entries.values()}  # it is part of their keys
+        [codec] = {span.chunk.tokens.codec for span in spans}
         with (
             closing(self._store.open_layers(list(entries.values()))) as slabs,
             closing(LayerLoader(self._runner, kv, spans, slabs, codec)) as loader,

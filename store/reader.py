@@ -59,6 +59,14 @@ class OpenEntry:
                 raise StoreError("the entry is closed; open it again", key=self.key.hex())
             return self._source.share()
 
+    def reject(self) -> None:
+        """It is not what its key stands for: have nobody be given it again, and close it. Counts as corrupt."""
+        with self._lock:
+            source, self._source = self._source, None
+        if source is not None:
+            source.reject()
+            source.close()
+
     def close(self) -> None:
         """Give the lease back."""
         with self._lock:

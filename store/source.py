@@ -15,6 +15,8 @@ from ragkv.store.files import disk_errors, go_direct, read_into
 from ragkv.store.header import BLOCK, EntryHeader
 from ragkv.store.ram import RamEntry
 
+OnReject = Callable[[bytes, int], None]
+
 DIRECT_BYTES = 64 << 10
 """The smallest slab that is read past the page cache."""
 
@@ -48,7 +50,7 @@ class Source(Protocol):
         ...
 
     def reject(self) -> None:
-        """The bytes are wrong. Called once, on the lane: nobody shall be given them again."""
+        """The entry is wrong: nobody shall be given it again. Called once, on the lane or before any reading."""
         ...
 
     def share(self) -> Source:
@@ -65,11 +67,18 @@ class Source(Protocol):
 
 
 class _Leased:
-    """An entry under a descriptor whose kernel lock is the lease; duplicates share it."""
+    """An entry under a descriptor whose kernel lock is the lease; duplicates share it.
 
-    def __init__(self, header: EntryHeader, fd: int) -> None:
+    ``on_reject`` takes the entry's key and descriptor.
+    """
+
+    def __init__(self, header: EntryHeader, fd: int, on_reject: OnReject) -> None:
         self.header = header
         self.fd = fd
+        self._on_reject = on_reject
+
+    def reject(self) -> None:
+        self._on_reject(self.header.key, self.fd)
 
     def duplicate(self) -> int:
         if self.fd < 0:
@@ -89,22 +98,19 @@ class RamSource(_Leased):
     tier = "ram"
     lane = None
 
-    def __init__(self, entry: RamEntry, fd: int) -> None:
-        super().__init__(entry.header, fd)
+    def __init__(self, entry: RamEntry, fd: int, on_reject: OnReject) -> None:
+        super().__init__(entry.header, fd, on_reject)
         self._entry = entry
 
     def slab(self, layer: int, buffer: Array | None) -> Array:
         return self._entry.slabs[layer]
 
-    def reject(self) -> None:
-        raise StoreError("slabs in RAM are verified already", key=self.header.key.hex())
-
     def share(self) -> RamSource:
-        return RamSource(self._entry, self.duplicate())
+        return RamSource(self._entry, self.duplicate(), self._on_reject)
 
 
 class FileSource(_Leased):
-    """An entry of the SSD tier. ``on_reject`` takes its key and its descriptor.
+    """An entry of the SSD tier.
 
     Large slabs are read past the page cache: keeping what is used often is the RAM tier's business, and the
     kernel's copy would cost time and memory. Small ones are worth its reading ahead.
@@ -118,13 +124,12 @@ class FileSource(_Leased):
         fd: int,
         lane: Executor,
         buffers: Buffers,
-        on_reject: Callable[[bytes, int], None],
+        on_reject: OnReject,
         direct: bool | None = None,
     ) -> None:
-        super().__init__(header, fd)
+        super().__init__(header, fd, on_reject)
         self.lane = lane
         self._buffers = buffers
-        self._on_reject = on_reject
         if direct is None:
             direct = all(slab.nbytes >= DIRECT_BYTES for slab in header.slabs) and go_direct(fd)
         self._direct = direct
@@ -142,9 +147,6 @@ class FileSource(_Leased):
             read_into(self.fd, between, offset, block=BLOCK)
             np.copyto(buffer, between)
         return buffer
-
-    def reject(self) -> None:
-        self._on_reject(self.header.key, self.fd)
 
     def share(self) -> FileSource:
         return FileSource(self.header, self.duplicate(), self.lane, self._buffers, self._on_reject, self._direct)

@@ -350,7 +350,7 @@ class ChunkStore:
             return missing
         ram = self._ram.get(key)
         if ram is not None:
-            return OpenEntry(RamSource(ram, fd))
+            return OpenEntry(RamSource(ram, fd, self._quarantine))
         try:
             header = read_header(fd)
             if header.key != key:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import gc
 
+import numpy as np
 import pytest
 import torch
 
@@ -253,6 +255,65 @@ def test_a_remote_tier_that_fails_on_the_way_costs_its_chunks_a_recompute(afar, 
     assert [o.kv for o in result.outcomes] == ["computed", "ssd", "computed"]
     assert "unreadable" in result.outcomes[0].why
     assert [span.chunk for span in result.to_encode] == [first, third]
+
+
+WRONG = {
+    "codec": {"codec": "int8"},
+    "shape": {"layers": 3},
+    "token count": {"tokens": 5},
+    "codec and token count and shape": {"codec": "fp8", "tokens": 40, "kv_heads": 1, "dtype": "bfloat16"},
+}
+
+
+def put_wrong(desk, chunk, *, codec="raw", tokens=None, **shape):
+    """Store sound bytes under a key that stands for something else."""
+    geometry = dataclasses.replace(desk.geometry, **shape)
+    tokens = tokens or len(chunk.tokens.ids)
+    half = np.zeros((tokens, geometry.kv_heads, geometry.head_dim), geometry.numpy_dtype)
+    slabs = [(half, half)] * geometry.layers
+    assert desk.store.put(chunk.tokens.key, geometry, slabs, tokens=tokens, model="m", codec=codec)
+
+
+@pytest.mark.parametrize("what", WRONG)
+@pytest.mark.parametrize("tier", ["ssd", "ram", "remote"])
+def test_an_entry_that_is_not_what_its_key_says_is_a_miss_and_not_met_again(tmp_path, tier, what):
+    with contextlib.closing(FakeTier()) as remote:
+        desk = Desk(tmp_path, ram_bytes=2**24 if tier == "ram" else 0, remote=remote if tier == "remote" else None)
+        first, second, third = desk.document("d", 23, 18, 11)
+        put_wrong(desk, second, **WRONG[what])
+        if tier == "remote":
+            send(desk, first, third)
+        else:
+            desk.put(first, third)
+        if tier == "ram":
+            for chunk in (first, second, third):
+                with desk.store.open([chunk.tokens.key])[0] as entry:
+                    list(desk.store.open_layers([entry]))
+        plan = desk.plan(first, second, third)
+        result = desk.run(plan, "hkvd", 0.2)
+        close(result.logits, desk.library(plan))
+        assert [o.kv for o in result.outcomes] == [tier, "computed", tier]
+        assert result.outcomes[1].why == f"its stored KV is not this chunk's: another {what}"
+        assert [span.chunk for span in result.to_encode] == [second]
+        stats = desk.store.stats()
+        assert (stats.remote.corrupt if tier == "remote" else stats.corrupt) == 1
+        assert desk.store.drain(20)
+        assert desk.run(plan, "none").outcomes[1].why == "not stored yet"
+        desk.put(second)
+        assert [o.why for o in desk.run(plan, "none").outcomes] == [None] * 3
+        desk.store.close()
+
+
+def test_an_entry_under_another_ones_key_is_a_miss(desk, monkeypatch):
+    """The store sees to that itself; whatever stands in for it need not."""
+    chunks = desk.document("d", 23, 18, 18)
+    desk.put(*chunks)
+    plan, opened = desk.plan(*chunks), desk.store.open
+    swap = {chunks[1].tokens.key: chunks[2].tokens.key}
+    monkeypatch.setattr(desk.store, "open", lambda keys: opened([swap.get(key, key) for key in keys]))
+    result = desk.run(plan, "none")
+    close(result.logits, desk.library(plan))
+    assert result.outcomes[1].why == "its stored KV is not this chunk's: another key"
 
 
 @pytest.mark.parametrize("layer", range(1, 5))

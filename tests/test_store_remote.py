@@ -382,6 +382,17 @@ def test_a_client_library_that_throws_anything_fails_no_request(make):
     assert store.drain(SOON)
 
 
+@pytest.mark.parametrize("answers", [0, 1, 3])
+def test_a_tier_that_answers_another_number_of_questions_is_in_error(make, answers):
+    fake = FakeTier()
+    filled(make, fake, 3)
+    store, heads = make("two", fake), fake.heads
+    fake.heads = lambda keys: heads([key_for(i) for i in range(answers)])
+    assert store.lookup([key_for(0), key_for(1)]) == [None, None]
+    assert store.stats().remote.errors == 1
+    fake.heads = heads
+
+
 def test_closing_while_the_server_hangs_ends(make, own_server):
     filled(make, own_server.url)
     store = make("two", own_server.url, remote_timeout_ms=1000)

@@ -100,7 +100,7 @@ class Remote:
         for start in range(0, len(keys), KEYS_AT_ONCE):
             some = keys[start : start + KEYS_AT_ONCE]
             try:
-                heads = self._call("ask", self._asking, self._timeout, partial(self._tier.heads, some))
+                heads = self._call("ask", self._asking, self._timeout, partial(self._heads, some))
             except RemoteError:
                 break
             headers = [self._header(key, raw) for key, raw in zip(some, heads, strict=True) if raw is not None]
@@ -222,6 +222,12 @@ class Remote:
         self._count("errors", 1)
         self._breaker.failure(kind, failure.message)
         raise failure
+
+    def _heads(self, keys: Sequence[bytes]) -> list[Bytes | None]:
+        heads = self._tier.heads(keys)
+        if len(heads) != len(keys):
+            raise RemoteError(f"{self._tier.name} answers {len(keys)} questions with {len(heads)} answers")
+        return heads
 
     def _header(self, key: bytes, raw: Bytes) -> EntryHeader | None:
         try:
