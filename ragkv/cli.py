@@ -31,6 +31,7 @@ app = typer.Typer(
 )
 cache_app = typer.Typer(no_args_is_help=True, help="Look after the chunk store.")
 app.add_typer(cache_app, name="cache")
+_ON_DISK = ("path", "policy", "entries", "bytes", "capacity_bytes", "entries_by_model")
 out = Console()
 err = Console(stderr=True)
 
@@ -221,13 +222,24 @@ def serve(
 
 
 @cache_app.command()
-def stats(data_dir: DataDir = None, sets: Sets = None, json_: Json = False) -> None:
-    """What the chunk store holds."""
-    from ragkv.engine import store_info
+def stats(
+    url: Annotated[str | None, typer.Option(help="Ask a running server: its hits, RAM and remote tier, too.")] = None,
+    data_dir: DataDir = None,
+    sets: Sets = None,
+    json_: Json = False,
+) -> None:
+    """What the chunk store holds. Hits, RAM and remote tier are a running server's: ask it with --url."""
+    if url is not None:
+        from ragkv.client import Client
 
-    with _store(sets, data_dir, read_only=True) as store:
-        info = store_info(store)
-    _print_json(info.model_dump()) if json_ else terminal.show_fields(out, info.model_dump())
+        with Client(url, api_key=_settings(sets).api_key) as client:
+            info = client.cache_stats().model_dump()
+    else:
+        from ragkv.engine import store_info
+
+        with _store(sets, data_dir, read_only=True) as store:
+            info = store_info(store).model_dump(include=set(_ON_DISK))
+    _print_json(info) if json_ else terminal.show_fields(out, info)
 
 
 @cache_app.command()

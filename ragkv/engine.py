@@ -377,6 +377,7 @@ def store_info(store: ChunkStore) -> StoreInfo:
     stats = store.stats()
     return StoreInfo(
         path=str(store.folder.root),
+        policy=store.policy,
         entries=stats.entries,
         bytes=stats.bytes,
         capacity_bytes=stats.capacity_bytes,
@@ -402,6 +403,7 @@ def store_check(store: ChunkStore, *, fix: bool) -> StoreCheck:
         missing_files=len(report.missing),
         corrupt_entries=len(report.corrupt),
         miscounted_entries=len(report.miscounted),
+        tables_sound=report.tables_sound,
         fixed=report.fixed,
         ok=report.clean or report.fixed,
     )

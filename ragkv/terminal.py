@@ -109,10 +109,18 @@ def show_ingest(console: Console, report: IngestReport, rejected: list[dict[str,
 
 def show_fields(console: Console, fields: dict[str, Any]) -> None:
     table = Table(box=None, show_header=False)
-    for name, value in fields.items():
+    for name, value in _flat(fields):
         shown = f"{value:,} ({size(value)})" if "bytes" in name and isinstance(value, int) else str(value)
         table.add_row(name, Text(shown))
     console.print(table)
+
+
+def _flat(fields: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    for name, value in fields.items():
+        if isinstance(value, dict):
+            yield from ((f"{name}: {inner}", one) for inner, one in value.items())
+        else:
+            yield name, value
 
 
 def show_demo(console: Console, result: dict[str, Any]) -> None:

@@ -266,9 +266,10 @@ class RemoteInfo(Reply):
 
 
 class StoreInfo(Reply):
-    """The chunk store's state, as ``ragkv cache stats`` prints it."""
+    """The chunk store's state. What is in RAM, and counts of events, are the answering process's own."""
 
     path: str
+    policy: str = Field(description="who makes room on disk: `cost`, `s3-fifo` or `lru`")
     entries: int
     bytes: int
     capacity_bytes: int
@@ -293,6 +294,7 @@ class StoreCheck(Reply):
     missing_files: int
     corrupt_entries: int
     miscounted_entries: int
+    tables_sound: bool = Field(description="whether the order of eviction and the tallies agreed with the entries")
     fixed: bool
     ok: bool
 

@@ -94,6 +94,7 @@ class ChunkStore:
         self.folder.prepare(read_only=read_only)
         self.capacity_bytes = capacity_bytes
         self.read_only = read_only
+        self.policy = policy
         self._ram = RamTier(ram_bytes, ram_allocate)
         self._counts: Counter[str] = Counter()
         self._lock = threading.Lock()
@@ -371,7 +372,9 @@ class ChunkStore:
         """``opened`` with what the remote tier has in the places of errors."""
         afar = self._find_remote([k for k, entry in zip(keys, opened, strict=True) if isinstance(entry, StoreError)])
         return [
-            OpenEntry(RemoteSource(afar[key], remote)) if isinstance(entry, StoreError) and key in afar else entry
+            OpenEntry(RemoteSource(afar[key], remote, self._ram.buffers))
+            if isinstance(entry, StoreError) and key in afar
+            else entry
             for key, entry in zip(keys, opened, strict=True)
         ]
 

@@ -158,12 +158,12 @@ class FakeEngine:
 
     def cache_stats(self) -> StoreInfo:
         numbers = {n: 0 for n, f in StoreInfo.model_fields.items() if f.annotation is int}
-        return StoreInfo(**numbers | {"entries": 3}, path="store", entries_by_model={"fake": 3})
+        return StoreInfo(**numbers | {"entries": 3}, path="store", policy="cost", entries_by_model={"fake": 3})
 
     def cache_check(self, *, fix: bool = False) -> StoreCheck:
         self.fixed.append(fix)
         numbers = {n: 0 for n, f in StoreCheck.model_fields.items() if f.annotation is int}
-        return StoreCheck(**numbers, fixed=fix, ok=True)
+        return StoreCheck(**numbers, tables_sound=True, fixed=fix, ok=True)
 
     def cache_clear(self) -> int:
         return 3

@@ -9,6 +9,7 @@ import pytest
 
 from ragkv import cli
 from tests.engine_kit import DOCUMENTS
+from tests.fake_engine import FakeEngine
 
 
 @pytest.fixture
@@ -115,6 +116,7 @@ def test_chat_keeps_the_history_and_outlives_a_bad_question(ragkv):
         (["query", "x", "--model", "./nowhere"], "not a model"),
         (["query", "x", "--device", "toaster"], "'device'"),
         (["query", "x", "--url", "http://127.0.0.1:1"], "127.0.0.1:1"),
+        (["cache", "stats", "--url", "http://127.0.0.1:1"], "127.0.0.1:1"),
         (["ingest", "nowhere.txt"], "nowhere.txt"),
         (["ingest", "."], "no documents found"),
         (["serve", "--host", "256.1.1.1"], "256.1.1.1"),
@@ -150,6 +152,17 @@ def test_a_damaged_store_is_told_by_the_exit_status_and_repaired(ragkv, folder, 
     status, out, _ = ragkv("cache", "check", "--fix", "--json")
     assert (status, json.loads(out)["fixed"]) == (0, True)
     assert json.loads(ragkv("cache", "check", "--json")[1])["ok"]
+
+
+def test_what_is_on_disk_is_told_here_and_the_rest_by_a_server(ragkv, monkeypatch):
+    _, out, _ = ragkv("cache", "stats", "--json", "--set", "store_policy=lru")
+    assert json.loads(out)["policy"] == "lru"
+    assert "hits_ram" not in json.loads(out)
+    monkeypatch.setattr("ragkv.client.Client.cache_stats", lambda self: FakeEngine().cache_stats())
+    status, out, _ = ragkv("cache", "stats", "--url", "http://127.0.0.1:1")
+    assert status == 0
+    for shown in ("hits_remote", "ram_bytes", "entries_by_model: fake"):
+        assert shown in out
 
 
 def test_clearing_asks_first(ragkv, folder, monkeypatch):
