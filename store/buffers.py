@@ -1,4 +1,7 @@
-"""Page-aligned memory, reused: touching a fresh page takes as long as reading its bytes from the disk."""
+"""Page-aligned memory, reused: touching a fresh page takes as long as reading its bytes from the disk.
+
+A whole number of huge pages lies in such: direct I/O then hands the disk a few large pieces, not one per 4 KiB.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +20,7 @@ Array = NDArray[np.uint8]
 Allocate = Callable[[int], Array]
 
 ROUNDED_FROM = 64 << 10
+HUGE_PAGE = 2 << 20
 
 
 def footprint(nbytes: int) -> int:
@@ -32,9 +36,12 @@ def footprint(nbytes: int) -> int:
 
 
 def aligned_empty(nbytes: int) -> Array:
-    """An uninitialised uint8 array that begins on a page."""
-    raw = np.empty(nbytes + BLOCK, np.uint8)
-    start = -raw.ctypes.data % BLOCK
+    """An uninitialised uint8 array that begins on a page; on a huge one if it is a whole number of those."""
+    # numpy asks the kernel for huge pages from 4 MiB on: two with the room to align one. What would fill only part
+    # of its last one goes without, as it would take the memory of all of it.
+    page = HUGE_PAGE if nbytes and nbytes % HUGE_PAGE == 0 else BLOCK
+    raw = np.empty(nbytes + page, np.uint8)
+    start = -raw.ctypes.data % page
     return raw[start : start + nbytes]
 
 

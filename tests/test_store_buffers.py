@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from ragkv.errors import StoreError
-from ragkv.store.buffers import Buffers, aligned_empty, footprint
+from ragkv.store.buffers import HUGE_PAGE, Buffers, aligned_empty, footprint
 
 KIB = 1 << 10
 
@@ -38,6 +38,15 @@ def test_arrays_begin_on_a_page_and_have_the_size_asked_for():
         array = buffers.take(nbytes)
         assert (array.nbytes, array.dtype, address(array) % 4096) == (nbytes, np.uint8, 0)
         array[:] = 1
+
+
+def test_whole_huge_pages_are_asked_for_and_nothing_around_them():
+    for count in (1, 2, 4):
+        array = aligned_empty(count * HUGE_PAGE)
+        assert (array.nbytes, address(array) % HUGE_PAGE) == (count * HUGE_PAGE, 0)
+        assert array.base.nbytes >= 4 << 20  # from here on numpy asks the kernel for them
+    for nbytes in (0, 1, HUGE_PAGE - 4096, HUGE_PAGE + 4096):
+        assert aligned_empty(nbytes).base.nbytes == nbytes + 4096
 
 
 def test_sizes_that_nearly_agree_take_each_others_place():
@@ -125,4 +134,4 @@ def test_many_threads_never_share_memory():
     for thread in threads:
         thread.join()
     assert not wrong
-    assert buffers.nbytes <= 4 * 8192
+    assert buffers.nbytes <= 2 * 4 * 8192  # a thread takes its next array before it lets go of the last
