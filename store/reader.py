@@ -14,7 +14,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from ragkv.errors import CorruptEntryError, StoreError
-from ragkv.store.buffers import Allocate, Array, Buffers
+from ragkv.store.buffers import Allocate, Array
 from ragkv.store.codecs import CODECS
 from ragkv.store.header import EntryHeader
 from ragkv.store.ram import RamEntry, RamTier, entry_bytes, read_only
@@ -88,12 +88,11 @@ class OpenEntry:
 class _Reading:
     """One entry under reading: what of it stays in RAM, and what went wrong with it so far."""
 
-    def __init__(self, source: Source, buffers: Buffers, allocate: Allocate | None) -> None:
+    def __init__(self, source: Source, allocate: Allocate | None) -> None:
         self.source = source
         self.header = source.header
         self.reserved = 0
         self.kept: dict[int, Array] = {}
-        self._buffers = buffers
         self._allocate = allocate
         self._failed: tuple[int, StoreError] | None = None
         self._lock = threading.Lock()
@@ -136,7 +135,7 @@ class _Reading:
         return given
 
     def _own(self, layer: int) -> Array:
-        buffer = self.source.slab(layer, self._buffers.take(self.header.slabs[layer].nbytes))
+        buffer = self.source.slab(layer, None)
         if not self._matches(layer, buffer):
             raise CorruptEntryError("the slab does not match its checksum; encode its chunk again")
         if self.reserved:
@@ -179,7 +178,7 @@ class LayerReader(Iterator[list[SlabOrError]]):
         self._layers = counts.pop() if counts else 0
         try:
             for entry in entries:
-                self._readings.append(_Reading(entry.source(), ram.buffers, allocate))
+                self._readings.append(_Reading(entry.source(), allocate))
             self._tasks = self._spread()
             for _ in range(min(depth, self._layers)):
                 self._submit()

@@ -38,7 +38,7 @@ class Source(Protocol):
     def lane(self) -> Executor | None: ...
 
     def slab(self, layer: int, buffer: Array | None) -> Array:
-        """The layer's bytes: ``buffer``, filled, or the tier's own read-only array if ``lane`` is None.
+        """The layer's bytes: ``buffer``, filled; without one an array of the store's, read-only if ``lane`` is None.
 
         Several layers may be asked for at once, in any order. It must return within the tier's own time limit
         and leave ``buffer`` alone afterwards. The reader verifies the bytes.
@@ -136,7 +136,7 @@ class FileSource(_Leased):
 
     def slab(self, layer: int, buffer: Array | None) -> Array:
         if buffer is None:
-            raise StoreError("a slab on the disk needs a buffer", key=self.header.key.hex())
+            buffer = self._buffers.take(self.header.slabs[layer].nbytes)
         offset = self.header.slabs[layer].offset
         if not self._direct:
             read_into(self.fd, buffer, offset)

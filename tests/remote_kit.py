@@ -90,9 +90,11 @@ class FakeTier:
         self._called("heads")
         return [self.objects[key][:4096] if key in self.objects else None for key in keys]
 
-    def get(self, key: bytes, offset: int, nbytes: int) -> bytes | None:
+    def get(self, key: bytes, offset: int, buffer: memoryview) -> bool:
         self._called("get")
-        return self.objects[key][offset : offset + nbytes] if key in self.objects else None
+        found = self.objects.get(key, b"")[offset : offset + len(buffer)]
+        buffer[: len(found)] = found
+        return len(found) == len(buffer)
 
     def put(self, key: bytes, parts: Iterable[memoryview]) -> None:
         self._called("put")

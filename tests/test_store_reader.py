@@ -216,6 +216,7 @@ class Afar:
         self.go.wait(10)
         if self._error is not None and layer >= 1:
             raise self._error
+        buffer = np.empty_like(self._slabs[layer]) if buffer is None else buffer
         buffer[:] = self._slabs[layer]
         return buffer
 

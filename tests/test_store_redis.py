@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
+import socket
+import threading
 
 import numpy as np
 import pytest
+from redis.exceptions import InvalidResponse
 
 from ragkv.errors import ConfigError, RemoteError, RemoteRefusedError
 from ragkv.store.remote import connect, redis
 from ragkv.store.remote.redis import RedisTier
+from ragkv.store.remote.replies import Replies
 from tests.remote_kit import started
 from tests.store_kit import key_for
 
@@ -34,14 +39,19 @@ def parts_of(i: int, *sizes: int) -> list[memoryview]:
     return [rng.integers(0, 256, size, dtype=np.uint8).data for size in sizes]
 
 
+def got(tier, key: bytes, offset: int, nbytes: int) -> bytes | None:
+    buffer = memoryview(bytearray(nbytes))
+    return bytes(buffer) if tier.get(key, offset, buffer) else None
+
+
 def test_what_is_put_is_read_back_part_by_part(tier):
     parts = parts_of(1, 4096, 8192, 12288)
     tier.put(key_for(1), parts)
     assert tier.heads([key_for(2), key_for(1)]) == [None, parts[0]]
-    assert tier.get(key_for(1), 4096, 8192) == parts[1]
-    assert tier.get(key_for(1), 12288, 12000) == parts[2][:12000]
-    assert tier.get(key_for(1), 24576, 10) is None
-    assert tier.get(key_for(2), 0, 10) is None
+    assert got(tier, key_for(1), 4096, 8192) == parts[1]
+    assert got(tier, key_for(1), 12288, 12000) == parts[2][:12000]
+    assert got(tier, key_for(1), 24576, 10) is None
+    assert got(tier, key_for(2), 0, 10) is None
 
 
 def test_large_parts_are_cut_and_come_back_whole(tier, server, monkeypatch):
@@ -50,9 +60,84 @@ def test_large_parts_are_cut_and_come_back_whole(tier, server, monkeypatch):
     tier.put(key_for(1), parts)
     [name] = server.entries()
     assert server.client.hlen(name) == 5 + 3
-    assert tier.get(key_for(1), 4096, 2500) == parts[1]
+    assert got(tier, key_for(1), 4096, 2500) == parts[1]
     server.client.hdel(name, "5096")
-    assert tier.get(key_for(1), 4096, 2500) is None
+    assert got(tier, key_for(1), 4096, 2500) is None
+
+
+def test_what_is_missing_leaves_the_connection_in_use(tier, server):
+    tier.put(key_for(1), parts_of(1, 4096))
+    before = server.client.info("stats")["total_connections_received"]
+    assert [got(tier, key_for(1 + i % 2), 0, 4096) for i in range(6)] == [parts_of(1, 4096)[0], None] * 3
+    assert server.client.info("stats")["total_connections_received"] <= before + 1
+
+
+def test_a_key_of_another_kind_is_refused_and_the_next_question_answered(tier, server):
+    tier.put(key_for(1), parts_of(1, 4096))
+    server.client.set(redis._name(key_for(2)), "text")
+    with pytest.raises(RemoteRefusedError, match="WRONGTYPE"):
+        got(tier, key_for(2), 0, 4096)
+    assert got(tier, key_for(1), 0, 4096) == parts_of(1, 4096)[0]
+
+
+def replied(sent: bytes, nbytes: int, count: int = 1, *, by: int = 1 << 20, seconds: float = 5) -> tuple[bool, bytes]:
+    """What is made of a reply that arrives ``by`` bytes at a time, the connection being closed behind it."""
+    ours, theirs = socket.socketpair()
+    buffer = memoryview(bytearray(nbytes))
+
+    def send():
+        with theirs, contextlib.suppress(OSError):
+            for start in range(0, len(sent), by):
+                theirs.sendall(sent[start : start + by])
+
+    sender = threading.Thread(target=send)
+    sender.start()
+    with ours:
+        try:
+            return Replies(ours, seconds).values_into(buffer, count), bytes(buffer)
+        finally:
+            ours.close()
+            sender.join()
+
+
+@pytest.mark.parametrize("by", [1, 3, 1000])
+@pytest.mark.parametrize(
+    ("sent", "whole"),
+    [
+        (b"*2\r\n$5\r\nab\r\nc\r\n$3\r\ndef\r\n", True),
+        (b"*2\r\n$5\r\nab\r\nc\r\n$90\r\ndef" + b"!" * 87 + b"\r\n", True),
+        (b"*2\r\n$5\r\nab\r\nc\r\n$2\r\nde\r\n", False),
+        (b"*2\r\n$-1\r\n$8\r\nab\r\ncdef\r\n", False),
+        (b"*2\r\n$5\r\nab\r\nc\r\n$-1\r\n", False),
+    ],
+)
+def test_replies_in_pieces_of_any_size(sent, whole, by):
+    ok, buffer = replied(sent, 8, 2, by=by)
+    assert ok is whole
+    assert not whole or buffer == b"ab\r\ncdef"
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        b"",
+        b"*1\r\n$8\r\nabcd",
+        b"*1\r\n$8\r\nabcdefgh\r",
+        b"*2\r\n$8\r\nabcdefgh\r\n",
+        b"*1\r\n$x\r\n",
+        b"+OK\r\n",
+        b"\r\n",
+        b"x" * 200_000,
+    ],
+)
+def test_what_is_no_such_reply_is_an_error(sent):
+    with pytest.raises((InvalidResponse, OSError)):
+        replied(sent, 8)
+
+
+def test_a_reply_in_drips_ends_in_time():
+    with pytest.raises(TimeoutError):
+        replied(b"*1\r\n$100000\r\n" + bytes(100_000), 100_000, by=10, seconds=0)
 
 
 def test_names_hold_the_version_and_the_key_only(tier, server):
@@ -69,7 +154,7 @@ def test_parts_may_be_overwritten_once_the_next_is_asked_for(tier):
             yield buffer.data
 
     tier.put(key_for(1), reused())
-    assert [bytes(tier.get(key_for(1), 4096 * i, 1)) for i in range(3)] == [b"\1", b"\2", b"\3"]
+    assert [got(tier, key_for(1), 4096 * i, 1) for i in range(3)] == [b"\1", b"\2", b"\3"]
 
 
 def test_an_upload_that_breaks_off_is_never_seen_and_expires(tier, server):
@@ -104,7 +189,7 @@ def test_of_two_uploads_the_first_stays(tier, server):
     tier.put(key_for(1), parts_of(1, 4096, 4096))
     tier.put(key_for(1), parts_of(2, 4096))
     assert tier.heads([key_for(1)]) == parts_of(1, 4096)
-    assert tier.get(key_for(1), 4096, 4096) is not None
+    assert got(tier, key_for(1), 4096, 4096) is not None
     assert len(server.entries()) == 1
 
 

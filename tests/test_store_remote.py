@@ -452,14 +452,14 @@ def test_another_chunks_object_under_a_key_is_dropped(make):
     assert set(fake.objects) == {key_for(0), key_for(1)}
 
 
-def test_shortened_objects_are_corrupt(make):
+def test_shortened_objects_are_misses(make):
     fake = FakeTier()
     filled(make, fake)
     fake.objects[key_for(0)] = fake.objects[key_for(0)][:-5000]
     store = make("two", fake)
     with open_one(store, 0) as entry:
         [*_, [slab]] = store.open_layers([entry])
-    assert isinstance(slab, CorruptEntryError)
+    assert isinstance(slab, MissingEntryError)
     assert store.drain(SOON)
     assert fake.objects == {}
 

@@ -12,8 +12,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
 
-import numpy as np
-
 from ragkv.errors import CorruptEntryError, MissingEntryError, RemoteError, StoreError, StoreFormatError
 from ragkv.store.buffers import Array
 from ragkv.store.header import EntryHeader, unpack_header
@@ -107,25 +105,19 @@ class Remote:
             found.update((header.key, header) for header in headers if header is not None)
         return found
 
-    def fetch(self, header: EntryHeader, layer: int) -> Array:
-        """One layer's bytes, not yet verified.
+    def fetch(self, header: EntryHeader, layer: int, buffer: Array) -> None:
+        """One layer's bytes, not yet verified. After an error ``buffer`` may still be written to.
 
         Raises:
-            MissingEntryError: the object has gone.
-            CorruptEntryError: it is shorter than its header says.
+            MissingEntryError: the object has gone, or a part of it.
             RemoteError: it cannot be read, or not in time, or the breaker is open.
         """
         slab = header.slabs[layer]
-        get = partial(self._tier.get, header.key, slab.offset, slab.nbytes)
-        raw = self._call("transfer", self._moving, self._transfer_timeout, get)
-        if raw is None:
-            self._writes.delete([header.key])  # or a part of it has: then nobody shall find the rest
+        get = partial(self._tier.get, header.key, slab.offset, buffer.data)
+        if not self._call("transfer", self._moving, self._transfer_timeout, get):
+            self._writes.delete([header.key])  # nobody shall find what may be left of it
             raise MissingEntryError("the chunk has left the remote tier; encode it again", key=header.key.hex())
         self._count("bytes_in", slab.nbytes)
-        array = np.frombuffer(raw, np.uint8)
-        if array.nbytes != slab.nbytes:
-            raise CorruptEntryError("the remote object ends too early", key=header.key.hex())
-        return array
 
     def expel(self, key: bytes) -> None:
         """Count an object as corrupt, and have it deleted."""

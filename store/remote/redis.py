@@ -22,6 +22,7 @@ from redis.retry import Retry
 
 from ragkv.errors import ConfigError, RemoteError, RemoteRefusedError
 from ragkv.store.keys import FORMAT_VERSION
+from ragkv.store.remote.replies import Replies
 from ragkv.store.remote.tier import Bytes
 
 SCHEMES = {"redis": "redis", "rediss": "rediss", "unix": "unix", "valkey": "redis", "valkeys": "rediss"}
@@ -38,13 +39,14 @@ class RedisTier:
     Args:
         url: ``redis://user:password@host:6379/0``; with TLS ``rediss://``, on a socket ``unix:///path?db=0``.
         timeout: seconds that questions (and connecting) may take.
-        transfer_timeout: seconds that a transfer may stand still.
+        transfer_timeout: seconds that a download may take, and an upload stand still.
     """
 
     def __init__(self, url: str, *, timeout: float, transfer_timeout: float) -> None:
         self.name = _without_secrets(url)
         self._asking = _client(url, timeout, timeout)
         self._moving = _client(url, timeout, transfer_timeout)
+        self._transfer_timeout = transfer_timeout
 
     def ping(self) -> None:
         with self._errors():
@@ -56,13 +58,11 @@ class RedisTier:
                 pipe.hget(_name(key), "0")
             return list(pipe.execute())
 
-    def get(self, key: bytes, offset: int, nbytes: int) -> Bytes | None:
-        fields = [str(start) for start in range(offset, offset + nbytes, PIECE_BYTES)]
-        with self._errors():
-            pieces: list[bytes | None] = self._moving.hmget(_name(key), fields)  # type: ignore[assignment]
-        found = [piece for piece in pieces if piece is not None]
-        whole = found[0] if len(found) == 1 else b"".join(found)
-        return memoryview(whole)[:nbytes] if len(found) == len(fields) and len(whole) >= nbytes else None
+    def get(self, key: bytes, offset: int, buffer: memoryview) -> bool:
+        fields = [str(start) for start in range(offset, offset + len(buffer), PIECE_BYTES)]
+        with self._errors(), self._connection() as connection:
+            connection.send_command("HMGET", _name(key), *fields)
+            return Replies(connection._sock, self._transfer_timeout).values_into(buffer, len(fields))
 
     def put(self, key: bytes, parts: Iterable[memoryview]) -> None:
         name = _name(key)
@@ -110,6 +110,18 @@ class RedisTier:
             self._moving.unlink(upload)
 
     @contextlib.contextmanager
+    def _connection(self) -> Iterator[Any]:
+        pool = self._moving.connection_pool
+        connection: Any = pool.get_connection()
+        try:
+            yield connection
+        except BaseException:
+            connection.disconnect()
+            raise
+        finally:
+            pool.release(connection)
+
+    @contextlib.contextmanager
     def _errors(self) -> Iterator[None]:
         try:
             yield
@@ -128,7 +140,6 @@ def _client(url: str, connect_timeout: float, timeout: float) -> Redis:
     options: dict[str, Any] = {
         "socket_connect_timeout": connect_timeout,
         "socket_timeout": timeout,
-        "socket_read_size": 1 << 20,
         "protocol": 2,
         # Trying again is the circuit breaker's business: here it would only multiply the timeouts.
         "retry": Retry(NoBackoff(), 0),

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ragkv.errors import StoreError
-from ragkv.store.buffers import Array
+from ragkv.store.buffers import Array, Buffers
 from ragkv.store.header import EntryHeader
 
 if TYPE_CHECKING:
@@ -18,14 +18,15 @@ if TYPE_CHECKING:
 class RemoteSource:
     """A :class:`~ragkv.store.source.Source` that no lease protects: the object may vanish while it is read.
 
-    What a reader fetched of it is kept, if the budget for promotions allows, and handed over at the end.
+    What a reader fetched of it is kept, if the budget for promotions allows, and handed over at the end. It is
+    received in ``buffers``, whose memory is not lent again before a transfer that nobody waits for any more ends.
     """
 
     tier = "remote"
 
-    def __init__(self, header: EntryHeader, remote: Remote, *, keep: bool = False) -> None:
+    def __init__(self, header: EntryHeader, remote: Remote, buffers: Buffers, *, keep: bool = False) -> None:
         self.header = header
-        self._remote = remote
+        self._remote, self._buffers = remote, buffers
         self._closed = self._rejected = False
         self._kept: dict[int, Array] | None = {} if keep else None
 
@@ -34,12 +35,13 @@ class RemoteSource:
         return self._remote.lane
 
     def slab(self, layer: int, buffer: Array | None) -> Array:
-        if buffer is None:
-            raise StoreError("a remote slab needs a buffer", key=self.header.key.hex())
-        fetched = self._remote.fetch(self.header, layer)
-        np.copyto(buffer, fetched)
+        fetched = self._buffers.take(self.header.slabs[layer].nbytes)
+        self._remote.fetch(self.header, layer, fetched)
         if self._kept is not None:
             self._kept[layer] = fetched
+        if buffer is None:
+            return fetched
+        np.copyto(buffer, fetched)
         return buffer
 
     def reject(self) -> None:
@@ -49,7 +51,7 @@ class RemoteSource:
     def share(self) -> RemoteSource:
         if self._closed:
             raise StoreError("the entry is closed; open it again", key=self.header.key.hex())
-        return RemoteSource(self.header, self._remote, keep=self._remote.may_promote(self.header))
+        return RemoteSource(self.header, self._remote, self._buffers, keep=self._remote.may_promote(self.header))
 
     def close(self) -> None:
         if self._closed:

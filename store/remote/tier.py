@@ -44,8 +44,11 @@ class RemoteTier(Protocol):
         """
         ...
 
-    def get(self, key: bytes, offset: int, nbytes: int) -> Bytes | None:
-        """``nbytes`` bytes from ``offset`` on, where a part begins; None if they are not there any more."""
+    def get(self, key: bytes, offset: int, buffer: memoryview) -> bool:
+        """Fill ``buffer`` with the bytes from ``offset`` on, where a part begins; False if they are not there any more.
+
+        Nobody else uses ``buffer`` before this returns, however long that takes.
+        """
         ...
 
     def put(self, key: bytes, parts: Iterable[memoryview]) -> None:
