@@ -21,7 +21,6 @@ from ragkv.store.rows import QUEUES, Row
 from ragkv.store.txn import IndexTxn
 
 ROWS_PER_TRANSACTION = 1000
-MOST_CONTEXT = 2**32 - 1
 
 
 @dataclass(slots=True)
@@ -47,8 +46,7 @@ class CheckReport:
 
 def row_of(header: EntryHeader, nbytes: int) -> Row:
     """The index row of an entry whose file takes ``nbytes`` of the disk."""
-    context = min(header.context_tokens, MOST_CONTEXT)
-    return Row(nbytes, header.tokens, header.geometry.layers, header.created, header.model, context)
+    return Row(nbytes, header.tokens, header.geometry.layers, header.created, header.model, header.context_tokens)
 
 
 def check(folder: Folder, index: Index, *, fix: bool) -> CheckReport:

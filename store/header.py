@@ -35,6 +35,7 @@ from ragkv.store.keys import FORMAT_VERSION, KEY_BYTES
 
 BLOCK = 4096
 MAX_HEADER_BYTES = 1 << 20
+MAX_TOKENS = (1 << 32) - 1
 SOURCES = ("exact", "predicted", "int8", "image")
 
 _MAGIC = b"RAGKV\0KV"
@@ -87,8 +88,13 @@ class EntryHeader:
             )
         if not 0 < len(self.model.encode()) <= 255:
             raise StoreFormatError("a model fingerprint has 1 to 255 bytes", model=self.model[:64])
-        if self.tokens < 1 or self.context_tokens < 0:
-            raise StoreFormatError("an entry has at least one token, and no negative context", tokens=self.tokens)
+        for name, least in (("tokens", 1), ("context_tokens", 0)):
+            value = getattr(self, name)
+            if type(value) is not int or not least <= value <= MAX_TOKENS:
+                message = f"{name} must be a whole number from {least} to {MAX_TOKENS}, not {value!r}"
+                raise StoreFormatError(message, name=name, value=value)
+        if not isinstance(self.context_policy, str) or type(self.created) not in (int, float):
+            raise StoreFormatError("context_policy must be a string, created a number", created=self.created)
 
     @property
     def slab_bytes(self) -> int:
@@ -97,7 +103,11 @@ class EntryHeader:
 
     @property
     def header_bytes(self) -> int:
-        return aligned(_PREFIX.size + _SLAB.size * self.geometry.layers + len(self._description()))
+        size = aligned(_PREFIX.size + _SLAB.size * self.geometry.layers + len(self._description()))
+        if size > MAX_HEADER_BYTES:
+            message = f"the entry's header would take {size} bytes; at most {MAX_HEADER_BYTES} can be read again"
+            raise StoreFormatError(message, layers=self.geometry.layers)
+        return size
 
     @property
     def file_bytes(self) -> int:

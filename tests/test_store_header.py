@@ -88,11 +88,21 @@ def test_a_description_that_contradicts_the_table_is_noticed():
         {"model": ""},
         {"model": "x" * 256},
         {"tokens": 0},
+        {"tokens": 50.0},
+        {"tokens": 1 << 32},
+        {"context_tokens": -1},
+        {"context_policy": 3},
+        {"created": "yesterday"},
     ],
 )
 def test_fields_that_cannot_be_stored_are_refused(change):
     with pytest.raises(StoreError):
         dataclasses.replace(header(), **change)
+
+
+def test_a_header_that_could_not_be_read_again_is_not_written():
+    with pytest.raises(StoreFormatError, match="1048576"):
+        _ = dataclasses.replace(header(), context_policy="x" * (1 << 20)).file_bytes
 
 
 @pytest.mark.parametrize("shape", [(0, 1, 1, "float16"), (1, -1, 1, "float16"), (1, 1, 1, "float64")])
