@@ -12,7 +12,7 @@ from blake3 import blake3
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging as library_logging
 
-from ragkv import attention
+from ragkv import attention, presets
 from ragkv.errors import ConfigError, NotAModelError, UnsupportedArchitectureError
 from ragkv.runner import ModelRunner
 from ragkv.tokenizer import Tokenizer
@@ -42,7 +42,7 @@ class Checkpoint:
 
 
 def load_checkpoint(name: str, *, device: str = "auto", dtype: str = "auto", cache_dir: Path) -> Checkpoint:
-    """Load ``name``: ``bundled``, a folder, or a hub id.
+    """Load ``name``: ``bundled``, a folder, a hub id, or ``random:<preset>`` (:mod:`ragkv.presets`).
 
     Weights are read from safetensors only, and no code of the checkpoint is run.
 
@@ -52,9 +52,11 @@ def load_checkpoint(name: str, *, device: str = "auto", dtype: str = "auto", cac
         ConfigError: a device that is not there.
     """
     library_logging.disable_progress_bar()
+    where = _device(device)
+    if presets.is_random(name):
+        return _random(name, where, _dtype(dtype, where))
     folder = _resolve(name)
     config = _read_config(name, folder)
-    where = _device(device)
     tokenizer = _load_tokenizer(name, folder)
     model = _load_model(name, folder, config, _dtype(dtype, where))
     runner = ModelRunner(model.to(where))
@@ -70,7 +72,13 @@ def load_checkpoint(name: str, *, device: str = "auto", dtype: str = "auto", cac
 
 def load_tokenizer(name: str) -> Tokenizer:
     """The tokenizer of checkpoint ``name`` alone. Raises NotAModelError."""
-    return _load_tokenizer(name, _resolve(name))
+    return _load_tokenizer(name, BUNDLED_DIR if presets.is_random(name) else _resolve(name))
+
+
+def _random(name: str, device: torch.device, dtype: torch.dtype) -> Checkpoint:
+    """Every preset's vocabulary is larger than the bundled tokenizer's."""
+    runner = ModelRunner(presets.random_model(name, device, dtype))
+    return Checkpoint(name, runner, load_tokenizer(name), presets.fingerprint(name, device, dtype))
 
 
 def _load_tokenizer(name: str, folder: Path) -> Tokenizer:
@@ -118,7 +126,7 @@ def _resolve(name: str) -> Path:
     if looks_local or is_there:
         raise NotAModelError(
             f"{name!r} is not a model: give a folder with config.json and *.safetensors, a hub id "
-            f"(owner/name), or {BUNDLED!r}",
+            f"(owner/name), {BUNDLED!r}, or {presets.PREFIX}<preset>",
             model=name,
         )
     from huggingface_hub import snapshot_download

@@ -32,7 +32,10 @@ class Settings(BaseSettings):
         env_prefix=ENV_PREFIX, extra="forbid", frozen=True, env_ignore_empty=True, protected_namespaces=()
     )
 
-    model: str = Field("bundled", description="`bundled`, a folder with a Hugging Face checkpoint, or a hub id")
+    model: str = Field(
+        "bundled",
+        description="`bundled`, a folder with a Hugging Face checkpoint, a hub id, or `random:<preset>` (for speed)",
+    )
     device: str = Field("auto", description="`auto`, `cpu`, `cuda` or `cuda:N`")
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
         "auto", description="computing and KV type; `auto`: bfloat16 where the hardware multiplies it fast"
