@@ -52,7 +52,7 @@ def load_checkpoint(name: str, *, device: str = "auto", dtype: str = "auto", cac
         ConfigError: a device that is not there.
     """
     library_logging.disable_progress_bar()
-    where = _device(device)
+    where = find_device(device)
     if presets.is_random(name):
         return _random(name, where, _dtype(dtype, where))
     folder = _resolve(name)
@@ -163,7 +163,12 @@ def _read_config(name: str, folder: Path) -> Any:
         raise NotAModelError(f"{folder / 'config.json'} cannot be used: {error}", model=name) from error
 
 
-def _device(wanted: str) -> torch.device:
+def find_device(wanted: str) -> torch.device:
+    """The device that the setting ``device`` means here.
+
+    Raises:
+        ConfigError: it is not there, or no device at all.
+    """
     if wanted == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import torch
 
-from ragkv.checkpoint import load_checkpoint
+from ragkv.checkpoint import find_device, load_checkpoint
 from ragkv.chunks import ChunkTokenizer
 from ragkv.clock import Stopwatch
 from ragkv.config import Settings, load_settings
@@ -25,6 +25,7 @@ from ragkv.errors import CancelledError, ConfigError, NotFoundError
 from ragkv.generation import Generation
 from ragkv.ingest import Encode, Ingestor, Progress
 from ragkv.loop import EngineLoop
+from ragkv.pinned import PageLocking
 from ragkv.pipeline import Pipeline
 from ragkv.retrievers import Catalog, Document, Splitter
 from ragkv.sampling import Sampler
@@ -68,12 +69,13 @@ class Engine:
         self.settings = settings = _settings(settings, overrides)
         if settings.threads:
             torch.set_num_threads(settings.threads)
-        remote = settings.remote_url
+        remote, device = settings.remote_url, find_device(settings.device)
         self._store = ChunkStore(
             settings.store_dir,
             capacity_bytes=settings.store_bytes,
             policy=settings.store_policy,
             ram_bytes=settings.ram_bytes,
+            ram_allocate=PageLocking(device) if device.type == "cuda" else None,
             remote=remote.get_secret_value() if remote else None,
             remote_timeout_ms=settings.remote_timeout_ms,
         )

@@ -10,6 +10,7 @@ import torch
 from ragkv.engine import Engine
 from ragkv.kv import KvShape
 from ragkv.loading import LayerLoader
+from ragkv.pinned import PageLocking
 from ragkv.plan import Span
 from ragkv.runner import ModelRunner
 from ragkv.selfcheck import find_fault
@@ -111,6 +112,31 @@ def test_coded_entries_are_reused_and_repaired(tiny_checkpoint, tmp_path, codec)
         assert {chunk.kv for chunk in reused[0].sources} == {"ssd"}
         assert reused[0].text == reused[1].text
         assert reused[0].recomputed_share == 0.0
+
+
+@pytest.mark.parametrize("nbytes", [4096, 3 << 20, 10 << 20])
+def test_memory_of_the_ram_tier_is_page_locked_and_moves_as_it_is(nbytes):
+    allocate = PageLocking(torch.device("cuda"))
+    for value in (1, 2, 3):  # memory may come back at the same address
+        memory = allocate(nbytes)
+        memory[:] = value
+        assert torch.from_numpy(memory).is_pinned()
+        moved = torch.from_numpy(memory).to("cuda", non_blocking=True)
+        torch.cuda.synchronize()
+        assert moved.eq(value).all()
+        del memory, moved
+
+
+def test_chunks_in_ram_lie_in_page_locked_memory(tiny_checkpoint, tmp_path):
+    settings = {"model": str(tiny_checkpoint), "device": "cuda", "dtype": "float32", "data_dir": tmp_path / "data"}
+    with Engine(**settings, chunk_tokens=32, ram_bytes=1 << 26, max_tokens=8) as engine:
+        engine.query("Where does person 3 live?", documents=DOCUMENTS, method="none")
+        wait_until_encoded(engine)
+        answers = [engine.query("Where does person 3 live?", documents=DOCUMENTS, method="none") for _ in range(2)]
+        assert [{chunk.kv for chunk in answer.sources} for answer in answers] == [{"ssd"}, {"ram"}]
+        assert answers[0].text == answers[1].text
+        memory = engine._store._ram.buffers.take(1 << 20)
+        assert torch.from_numpy(memory).is_pinned()
 
 
 def wait_until_encoded(engine):
