@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import re
+import shutil
 import socket
+import subprocess
 import threading
 
 import numpy as np
@@ -223,6 +225,31 @@ def test_a_socket_a_database_and_valkey_urls(server, tmp_path):
         tier.put(key_for(3), parts_of(1, 4096))
         tier.close()
     assert server.client.info("keyspace")["db3"]["keys"] == 1
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="needs openssl, for a certificate")
+def test_over_tls_large_parts_come_back_whole_and_strangers_are_refused(tmp_path):
+    make = "openssl req -x509 -nodes -days 2 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -subj /CN=localhost"
+    files = ["-keyout", "key.pem", "-out", "cert.pem", "-addext", "subjectAltName=IP:127.0.0.1"]
+    subprocess.run([*make.split(), *files], cwd=tmp_path, check=True, capture_output=True)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    options = {"port": port, "cert-file": tmp_path / "cert.pem", "key-file": tmp_path / "key.pem", "auth-clients": "no"}
+    server = started(tmp_path, *(str(word) for name, value in options.items() for word in (f"--tls-{name}", value)))
+    url = f"rediss://127.0.0.1:{port}/0"
+    trusting = RedisTier(f"{url}?ssl_ca_certs={tmp_path}/cert.pem", timeout=5, transfer_timeout=5)
+    strict = RedisTier(url, timeout=5, transfer_timeout=5)
+    try:
+        parts = parts_of(1, 4096, 5_000_000)
+        trusting.put(key_for(1), parts)
+        assert got(trusting, key_for(1), 4096, 5_000_000) == parts[1]
+        assert trusting.name == url
+        with pytest.raises(RemoteError, match=r"(?i)certificate"):
+            strict.ping()
+    finally:
+        trusting.close()
+        strict.close()
+        server.kill()
 
 
 def test_a_password_opens_the_door_and_is_never_shown(tmp_path):
