@@ -60,13 +60,24 @@ class EncodeGroup:
 
 
 class ChunkTokenizer:
-    """Turns a document's chunk texts into :class:`ChunkTokens` for one model and one context policy."""
+    """Turns a document's chunk texts into :class:`ChunkTokens` for one model and one context policy.
+
+    ``salt`` is a secret in every key: under another one, nothing that is stored is found.
+    """
 
     def __init__(
-        self, tokenizer: Tokenizer, *, model_fingerprint: str, dtype: str, context_tokens: int, codec: str = "raw"
+        self,
+        tokenizer: Tokenizer,
+        *,
+        model_fingerprint: str,
+        dtype: str,
+        context_tokens: int,
+        codec: str = "raw",
+        salt: bytes = b"",
     ) -> None:
         self._tokenizer, self._limit = tokenizer, context_tokens
         self._model, self._dtype, self._codec = model_fingerprint, dtype, codec
+        self._salt = salt
 
     def document(self, texts: Sequence[str], policy: ContextPolicy) -> list[ChunkTokens]:
         """Tokens and keys of all chunks of a document, given their texts in order."""
@@ -93,6 +104,7 @@ class ChunkTokenizer:
             context_policy=policy,
             context=(*self._tokenizer.bos, *context),
             tokens=ids,
+            salt=self._salt,
         )
         return ChunkTokens(ids, context, index - start, policy, key, self._codec)
 

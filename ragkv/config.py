@@ -21,7 +21,7 @@ from ragkv.types import ContextPolicy, Method, RetrievalMode
 
 ENV_PREFIX = "RAGKV_"
 CONFIG_FILE_VARIABLE = "RAGKV_CONFIG"
-_SECRET = ("api_key", "remote_url")
+_SECRET = ("api_key", "remote_url", "store_salt")
 DEFAULT_SYSTEM_PROMPT = "Answer the question from the documents. Reply with the answer only."
 
 
@@ -58,6 +58,9 @@ class Settings(BaseSettings):
     store_bytes: int = Field(20 * 2**30, ge=2**20, description="most bytes the chunk store takes on disk")
     store_policy: Literal["cost", "s3-fifo", "lru"] = Field(
         "cost", description="which chunks make room on disk: `cost`, `s3-fifo` or `lru`"
+    )
+    store_salt: SecretStr | None = Field(
+        None, min_length=8, description="a secret, part of every chunk key: who has another one shares no stored KV"
     )
     ram_bytes: int = Field(1 * 2**30, ge=0, description="most bytes of chunk KV kept in RAM")
     remote_url: SecretStr | None = Field(

@@ -110,6 +110,7 @@ class Engine:
             dtype=dtype,
             context_tokens=_context_tokens(settings, checkpoint.runner.max_positions),
             codec=settings.kv_codec,
+            salt=settings.store_salt.get_secret_value().encode() if settings.store_salt else b"",
         )
         self._loop = EngineLoop(
             checkpoint.runner,
@@ -405,6 +406,7 @@ def store_check(store: ChunkStore, *, fix: bool) -> StoreCheck:
         missing_files=len(report.missing),
         corrupt_entries=len(report.corrupt),
         miscounted_entries=len(report.miscounted),
+        foreign_entries=len(report.foreign),
         tables_sound=report.tables_sound,
         fixed=report.fixed,
         ok=report.clean or report.fixed,

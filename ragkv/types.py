@@ -294,6 +294,7 @@ class StoreCheck(Reply):
     missing_files: int
     corrupt_entries: int
     miscounted_entries: int
+    foreign_entries: int = Field(description="sound, and for another version of ragkv: they stay")
     tables_sound: bool = Field(description="whether the order of eviction and the tallies agreed with the entries")
     fixed: bool
     ok: bool

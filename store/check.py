@@ -17,7 +17,7 @@ from ragkv.store.files import Folder, disk_bytes, key_of, read_header, read_into
 from ragkv.store.header import EntryHeader
 from ragkv.store.index import Index
 from ragkv.store.lease import lease
-from ragkv.store.rows import QUEUES, Row
+from ragkv.store.rows import QUEUES, Row, foreign_row
 from ragkv.store.txn import IndexTxn
 
 ROWS_PER_TRANSACTION = 1000
@@ -27,7 +27,8 @@ ROWS_PER_TRANSACTION = 1000
 class CheckReport:
     """What ``ChunkStore.check`` found, as chunk keys; with ``fix`` it has been repaired.
 
-    ``tables_sound`` says whether the order of eviction and the tallies agreed with the rows.
+    ``tables_sound`` says whether the order of eviction and the tallies agreed with the rows. ``foreign`` entries have
+    a sound header that is not for this version of ragkv (codec, source, …): nothing is wrong with them, and they stay.
     """
 
     entries: int = 0
@@ -35,6 +36,7 @@ class CheckReport:
     missing: list[bytes] = field(default_factory=list)
     corrupt: list[bytes] = field(default_factory=list)
     miscounted: list[bytes] = field(default_factory=list)
+    foreign: list[bytes] = field(default_factory=list)
     tables_sound: bool = True
     fixed: bool = False
 
@@ -59,25 +61,26 @@ def check(folder: Folder, index: Index, *, fix: bool) -> CheckReport:
     found = set(folder.entry_keys())
     for key in sorted(known | found):
         try:
-            header = _verified(folder, key)
-        except (CorruptEntryError, StoreFormatError):
+            right = _verified(folder, key)
+        except CorruptEntryError:
             report.corrupt.append(key)
-            header = None
             if fix:
                 index.write(partial(_expel, folder, key))
             continue
+        if right is not None and right.foreign:
+            report.foreign.append(key)
         # Files and rows were listed at different moments: what was written or evicted since is no fault.
         row = index.get_many([key])[0]
-        if header is None and row is not None:
+        if right is None and row is not None:
             report.missing.append(key)
-        elif header is not None and row is None:
+        elif right is not None and row is None:
             report.orphans.append(key)
-        elif row is not None and row.nbytes != disk_bytes(folder.entry_path(key)):
+        elif right is not None and row is not None and not _agrees(row, right):
             report.miscounted.append(key)
         else:
             continue
         if fix:
-            index.write(partial(_reindex, folder, key, header))
+            index.write(partial(_reindex, folder, key, right))
     return report
 
 
@@ -133,12 +136,18 @@ def _expel(folder: Folder, key: bytes, txn: IndexTxn) -> None:
     txn.delete(key)
 
 
-def _reindex(folder: Folder, key: bytes, header: EntryHeader | None, txn: IndexTxn) -> None:
+def _agrees(row: Row, right: Row) -> bool:
+    return row.nbytes == right.nbytes and (right.foreign or row.at(right.place) == right)
+
+
+def _reindex(folder: Folder, key: bytes, right: Row | None, txn: IndexTxn) -> None:
     nbytes = disk_bytes(folder.entry_path(key))
     if not nbytes:
         txn.delete(key)
-    elif header is not None:
-        txn.put(key, row_of(header, nbytes))
+    elif right is not None:
+        # Of a foreign entry, the row that its own version wrote says more.
+        known = txn.get(key) if right.foreign else None
+        txn.put(key, (known or right)._replace(nbytes=nbytes))
 
 
 def _adopt_all(folder: Folder, keys: list[bytes], txn: IndexTxn) -> None:
@@ -147,35 +156,46 @@ def _adopt_all(folder: Folder, keys: list[bytes], txn: IndexTxn) -> None:
 
 
 def adopt(folder: Folder, txn: IndexTxn, key: bytes) -> None:
-    """Index an entry's file by its header; quarantine it if that is damaged."""
+    """Index an entry's file by its header; quarantine it if that is damaged.
+
+    One that is not for this version has a row all the same: the byte cap counts it, and it can be evicted.
+    """
     with _leased(folder, key) as fd:
         if fd is None:
             return
         try:
-            header = read_header(fd)
-        except (CorruptEntryError, StoreFormatError):
-            folder.quarantine(key, fd)
-            return
-        if header.key == key:
-            txn.put(key, row_of(header, os.fstat(fd).st_blocks * 512))
-        else:
+            txn.put(key, _row_at(fd, key)[0])
+        except CorruptEntryError:
             folder.quarantine(key, fd)
 
 
-def _verified(folder: Folder, key: bytes) -> EntryHeader | None:
-    """The entry's header, it and its slabs verified; None if there is no such file (any more)."""
+def _row_at(fd: int, key: bytes) -> tuple[Row, EntryHeader | None]:
+    """The row of an open entry file, and its header, or None if that is not for this version."""
+    stat = os.fstat(fd)
+    nbytes = stat.st_blocks * 512
+    try:
+        header = read_header(fd)
+    except StoreFormatError:
+        return foreign_row(nbytes, stat.st_mtime), None
+    if header.key != key:
+        raise CorruptEntryError("the file holds another chunk's entry")
+    return row_of(header, nbytes), header
+
+
+def _verified(folder: Folder, key: bytes) -> Row | None:
+    """The row that the entry should have, header and slabs verified; None if there is no such file (any more)."""
     with _leased(folder, key) as fd:
         if fd is None:
             return None
-        header = read_header(fd)
-        if header.key != key:
-            raise CorruptEntryError("the file holds another chunk's entry")
+        row, header = _row_at(fd, key)
+        if header is None:
+            return row
         buffer = np.empty(header.slab_bytes, np.uint8)
         for slab in header.slabs:
             read_into(fd, buffer, slab.offset)
             if xxhash.xxh3_64_intdigest(buffer.data) != slab.checksum:
                 raise CorruptEntryError("a slab does not match its checksum")
-        return header
+        return row
 
 
 @contextlib.contextmanager

@@ -15,11 +15,11 @@ codec      fields, in order         meaning
 ========== ======================== ====================================================================
 
 An element is its byte (int8: a signed integer of -127 … 127; fp8: a float8_e4m3fn of -448 … 448) times its scale,
-multiplied in float32 and rounded to the KV's dtype. Scales are the largest magnitude ÷ 127 or ÷ 448. Keys are
-scaled per channel because some of their channels are large for all tokens, values per token because theirs are
-not (KIVI, Liu et al. 2024, https://arxiv.org/abs/2402.02750); RoPE would mix the channels of a key, but keys are
-stored un-rotated. In ``raw`` values follow keys directly; in the others every field begins on a multiple of 64
-bytes, the bytes between them being zero. A slab ends with its last field.
+multiplied in float32 and rounded to the KV's dtype. Scales are the largest magnitude ÷ 127 or ÷ 448, and never so
+large that this product overflows. Keys are scaled per channel because some of their channels are large for all
+tokens, values per token because theirs are not (KIVI, Liu et al. 2024, https://arxiv.org/abs/2402.02750); RoPE would
+mix the channels of a key, but keys are stored un-rotated. In ``raw`` values follow keys directly; in the others every
+field begins on a multiple of 64 bytes, the bytes between them being zero. A slab ends with its last field.
 """
 
 from __future__ import annotations
@@ -45,6 +45,8 @@ BLOCK_ELEMENTS = 1 << 16
 """Elements worked on at a time, so that the float32 between two steps stays in the cache."""
 SMALLEST = 2.0**-100
 """Channels whose largest magnitude is below are stored as zeros: their scale's inverse would overflow."""
+
+_FLOAT32_MAX = float(np.finfo(np.float32).max)
 
 _DTYPES: dict[str, np.dtype[Any]] = {
     "int8": np.dtype(np.int8),
@@ -133,6 +135,12 @@ class Scaled:
     pack: Callable[[NDArray[np.float32], Bytes], None]
     unpack: Callable[[Bytes, NDArray[np.float32]], None]
 
+    @property
+    def most(self) -> np.float32:
+        """The largest scale that makes a finite float32 of the largest byte; rounding may have gone beyond."""
+        scale = np.float32(_FLOAT32_MAX / self.limit)
+        return scale if float(scale) * self.limit <= _FLOAT32_MAX else np.nextafter(scale, np.float32(0))
+
     def fields(self, geometry: Geometry, tokens: int) -> tuple[Field, ...]:
         heads, dim = geometry.kv_heads, geometry.head_dim
         wanted = (
@@ -162,6 +170,7 @@ class Scaled:
             if not np.isfinite(largest).all():
                 raise StoreFormatError(f"the {name} hold inf or nan, which {self.name!r} cannot; store them as 'raw'")
             np.divide(largest, self.limit, out=scales, where=largest >= SMALLEST)
+            np.minimum(scales, self.most, out=scales)
             inverse = np.divide(self.limit, largest, out=np.zeros_like(scales), where=largest >= SMALLEST)
             for part, block in _blocks(source):
                 np.copyto(block, source[part])

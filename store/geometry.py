@@ -10,7 +10,7 @@ import numpy as np
 
 from ragkv.errors import StoreFormatError
 
-_DTYPES: dict[str, np.dtype[Any]] = {
+DTYPES: dict[str, np.dtype[Any]] = {
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
     "float16": np.dtype(np.float16),
     "float32": np.dtype(np.float32),
@@ -27,9 +27,9 @@ class Geometry:
     dtype: str
 
     def __post_init__(self) -> None:
-        if self.dtype not in _DTYPES:
+        if self.dtype not in DTYPES:
             raise StoreFormatError(
-                f"KV dtype {self.dtype!r} cannot be stored; use one of {', '.join(_DTYPES)}", dtype=self.dtype
+                f"KV dtype {self.dtype!r} cannot be stored; use one of {', '.join(DTYPES)}", dtype=self.dtype
             )
         for name in ("layers", "kv_heads", "head_dim"):
             value = getattr(self, name)
@@ -39,7 +39,7 @@ class Geometry:
     @property
     def numpy_dtype(self) -> np.dtype[Any]:
         """The element type of K and V as numpy knows it (bfloat16 through ml_dtypes)."""
-        return _DTYPES[self.dtype]
+        return DTYPES[self.dtype]
 
     def slab_bytes(self, tokens: int) -> int:
         """Bytes of one layer's K and V together, as the model has them."""

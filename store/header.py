@@ -13,8 +13,10 @@ offset bytes field
 24     4     number of layers ``n``
 28     4     length ``j`` of the JSON description
 32     24·n  per layer: offset in the file, length in bytes, xxh3_64 of the slab
-32+24n j     JSON description, UTF-8; zeros up to header_bytes
+32+24n j     JSON description, UTF-8; zeros up to header_bytes, the next multiple of 4096
 ====== ===== ==========================================================================================
+
+The description may be spelt in any way and say more than this version knows: nothing but ``j`` depends on it.
 """
 
 from __future__ import annotations
@@ -22,20 +24,21 @@ from __future__ import annotations
 import dataclasses
 import json
 import struct
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import xxhash
 
 from ragkv.errors import CorruptEntryError, StoreFormatError
 from ragkv.store.codecs import CODECS
-from ragkv.store.geometry import Geometry
+from ragkv.store.geometry import DTYPES, Geometry
 from ragkv.store.keys import FORMAT_VERSION, KEY_BYTES
 
 BLOCK = 4096
 MAX_HEADER_BYTES = 1 << 20
 MAX_TOKENS = (1 << 32) - 1
+MAX_CREATED = 1 << 53
 SOURCES = ("exact", "predicted", "int8", "image")
 
 _MAGIC = b"RAGKV\0KV"
@@ -61,7 +64,8 @@ class EntryHeader:
     """Everything needed to use an entry's bytes, and to rebuild its index row.
 
     ``source`` says who computed the KV, ``context_tokens`` behind how many tokens of its document (chosen by
-    ``context_policy``) it was encoded. ``created`` is in seconds since 1970.
+    ``context_policy``) it was encoded. ``created`` is in seconds since 1970. ``description`` is the JSON as it stands
+    in the file, whoever wrote it: a copy on another tier has the same bytes.
     """
 
     key: bytes
@@ -74,27 +78,25 @@ class EntryHeader:
     context_policy: str = "none"
     created: float = 0.0
     slabs: tuple[Slab, ...] = ()
+    description: bytes = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if len(self.key) != KEY_BYTES:
             raise StoreFormatError(f"a chunk key has {KEY_BYTES} bytes, not {len(self.key)}; use chunk_key()")
-        if self.codec not in CODECS:
-            raise StoreFormatError(
-                f"unknown codec {self.codec!r}; this version reads {', '.join(CODECS)}", codec=self.codec
-            )
-        if self.source not in SOURCES:
-            raise StoreFormatError(
-                f"unknown source {self.source!r}; this version knows {', '.join(SOURCES)}", source=self.source
-            )
-        if not 0 < len(self.model.encode()) <= 255:
-            raise StoreFormatError("a model fingerprint has 1 to 255 bytes", model=self.model[:64])
+        for name in ("codec", "source"):
+            _check_name(name, getattr(self, name))
+        if not isinstance(self.model, str) or not 0 < len(self.model.encode()) <= 255:
+            raise StoreFormatError("a model fingerprint has 1 to 255 bytes", model=str(self.model)[:64])
         for name, least in (("tokens", 1), ("context_tokens", 0)):
             value = getattr(self, name)
             if type(value) is not int or not least <= value <= MAX_TOKENS:
                 message = f"{name} must be a whole number from {least} to {MAX_TOKENS}, not {value!r}"
                 raise StoreFormatError(message, name=name, value=value)
-        if not isinstance(self.context_policy, str) or type(self.created) not in (int, float):
-            raise StoreFormatError("context_policy must be a string, created a number", created=self.created)
+        if not isinstance(self.context_policy, str):
+            raise StoreFormatError("context_policy must be a string", context_policy=repr(self.context_policy))
+        if type(self.created) not in (int, float) or not -MAX_CREATED <= self.created <= MAX_CREATED:
+            raise StoreFormatError(f"created must be seconds since 1970, not {self.created!r}")
+        object.__setattr__(self, "description", self._describe())
 
     @property
     def slab_bytes(self) -> int:
@@ -103,7 +105,7 @@ class EntryHeader:
 
     @property
     def header_bytes(self) -> int:
-        size = aligned(_PREFIX.size + _SLAB.size * self.geometry.layers + len(self._description()))
+        size = aligned(_PREFIX.size + _SLAB.size * self.geometry.layers + len(self.description))
         if size > MAX_HEADER_BYTES:
             message = f"the entry's header would take {size} bytes; at most {MAX_HEADER_BYTES} can be read again"
             raise StoreFormatError(message, layers=self.geometry.layers)
@@ -121,18 +123,21 @@ class EntryHeader:
         """The same header, naming the slabs as written."""
         nbytes, start, step = self.slab_bytes, self.header_bytes, aligned(self.slab_bytes)
         slabs = tuple(Slab(start + i * step, nbytes, checksum) for i, checksum in enumerate(checksums))
-        return dataclasses.replace(self, slabs=slabs)
+        return dataclasses.replace(self, slabs=slabs)._described(self.description)
 
     def pack(self) -> bytes:
         """The header as it stands in the file."""
-        description = self._description()
         size = self.header_bytes
-        body = struct.pack("<IIII", FORMAT_VERSION, size, len(self.slabs), len(description))
-        body += b"".join(_SLAB.pack(*slab) for slab in self.slabs) + description
+        body = struct.pack("<IIII", FORMAT_VERSION, size, len(self.slabs), len(self.description))
+        body += b"".join(_SLAB.pack(*slab) for slab in self.slabs) + self.description
         body = body.ljust(size - 16, b"\0")
         return _MAGIC + xxhash.xxh3_64_intdigest(body).to_bytes(8, "little") + body
 
-    def _description(self) -> bytes:
+    def _described(self, description: bytes) -> EntryHeader:
+        object.__setattr__(self, "description", description)
+        return self
+
+    def _describe(self) -> bytes:
         fields = {
             "key": self.key.hex(),
             **{name: getattr(self.geometry, name) for name in Geometry.__slots__},
@@ -142,6 +147,7 @@ class EntryHeader:
 
 
 _DESCRIBED = ("tokens", "model", "codec", "source", "context_tokens", "context_policy", "created")
+_NAMES: dict[str, Collection[str]] = {"dtype": DTYPES, "codec": CODECS, "source": SOURCES}
 
 
 def header_size(first: bytes) -> int:
@@ -162,8 +168,9 @@ def unpack_header(raw: bytes, file_bytes: int | None) -> EntryHeader:
     """Read a header from the first ``header_size`` bytes of a file of ``file_bytes`` bytes (None: unknown).
 
     Raises:
-        CorruptEntryError: the bytes do not match their checksum, or the file is shorter than it says.
-        StoreFormatError: a sound header of another format version, or with an unknown codec or dtype.
+        CorruptEntryError: the bytes do not match their checksum, or each other, or lack a field.
+        StoreFormatError: a sound header that is not for this version: of another format version, or with a codec,
+            dtype or source it does not know, which the message names.
     """
     size = header_size(raw)
     _, checksum, version, _, layers, described = _PREFIX.unpack_from(raw)
@@ -180,8 +187,12 @@ def unpack_header(raw: bytes, file_bytes: int | None) -> EntryHeader:
         raise CorruptEntryError("the header's tables do not fit in it", layers=layers)
     slabs = tuple(Slab(*fields) for fields in _SLAB.iter_unpack(raw[_PREFIX.size : start]))
     header = _parse(raw[start : start + described], slabs)
-    expected = header.with_checksums([slab.checksum for slab in slabs])
-    if layers != header.geometry.layers or expected != header or header.header_bytes != size:
+    if layers != header.geometry.layers:
+        raise CorruptEntryError("the header's slab table does not fit its geometry", layers=layers)
+    if header.header_bytes != size:
+        message = f"the header says it has {size} bytes; its fields take {header.header_bytes}"
+        raise CorruptEntryError(message, header_bytes=size)
+    if header.with_checksums([slab.checksum for slab in slabs]) != header:
         raise CorruptEntryError("the header's slab table does not fit its geometry", layers=layers)
     if file_bytes not in (None, header.file_bytes):
         raise CorruptEntryError(
@@ -192,9 +203,27 @@ def unpack_header(raw: bytes, file_bytes: int | None) -> EntryHeader:
 
 def _parse(description: bytes, slabs: tuple[Slab, ...]) -> EntryHeader:
     try:
-        fields: dict[str, Any] = json.loads(description)
-        geometry = Geometry(*(fields[name] for name in Geometry.__slots__))
+        fields: dict[str, Any] = json.loads(description.decode())
+        names = {name: fields[name] for name in _NAMES}
+        if not all(isinstance(value, str) for value in names.values()):
+            raise TypeError(f"{', '.join(names)} must be strings")
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise CorruptEntryError(f"the header's description cannot be read: {error!r}") from error
+    for name, value in names.items():
+        _check_name(name, value)
+    try:
         key = bytes.fromhex(fields["key"])
-        return EntryHeader(key, geometry, slabs=slabs, **{name: fields[name] for name in _DESCRIBED})
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CorruptEntryError(f"the header's description cannot be read: {error}") from error
+        if key.hex() != fields["key"]:
+            raise ValueError("the key is not in lower-case hex digits")
+        geometry = Geometry(*(fields[name] for name in Geometry.__slots__))
+        header = EntryHeader(key, geometry, slabs=slabs, **{name: fields[name] for name in _DESCRIBED})
+    except (ValueError, KeyError, TypeError, StoreFormatError) as error:
+        raise CorruptEntryError(f"the header's description cannot be used: {error!r}") from error
+    return header._described(description)
+
+
+def _check_name(name: str, value: object) -> None:
+    known = _NAMES[name]
+    if not isinstance(value, str) or value not in known:
+        message = f"unknown {name} {value!r}; this version of ragkv knows {', '.join(known)}"
+        raise StoreFormatError(message, **{name: value})

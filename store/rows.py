@@ -12,6 +12,7 @@ DATABASES = (b"entries", b"order", b"models", b"ghosts", b"state")
 TALLY = struct.Struct("<QQ")
 """One model's entries and bytes."""
 QUEUES = 3
+FOREIGN = 1
 
 _ROW = struct.Struct("<QQQdIIHHBB")
 _ORDER = struct.Struct(">BQQ")
@@ -103,8 +104,17 @@ class Row(NamedTuple):
         """Token-layers to compute for having the entry again: its context has to be prefilled, too."""
         return self.layers * (self.tokens + self.context_tokens)
 
+    @property
+    def foreign(self) -> bool:
+        """Whether it was made of a file whose header is not for this version, and knows its size only."""
+        return bool(self.flags & FOREIGN)
+
     def at(self, place: Place) -> Row:
         return self._replace(place=place)
+
+
+def foreign_row(nbytes: int, created: float) -> Row:
+    return Row(nbytes, 0, 0, created, "foreign", flags=FOREIGN)
 
 
 def pack_row(key: bytes, row: Row) -> bytes:

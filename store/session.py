@@ -95,7 +95,15 @@ class Session:
         path = self._folder.root / "lock"
         flags = os.O_RDONLY if self._read_only else os.O_RDWR | os.O_CREAT
         with disk_errors(path):
-            return os.open(path, flags | os.O_CLOEXEC, 0o600)
+            try:
+                return os.open(path, flags | os.O_CLOEXEC, 0o600)
+            except FileNotFoundError as error:
+                if not self._read_only:
+                    raise
+                root = self._folder.root
+                message = f"{root} lacks its lock file and its index, as a restored backup does; "
+                message += "open it once without read_only"
+                raise StoreFormatError(message, path=str(root)) from error
 
     def _join(self) -> _Shared | None:
         shared = _indexes.get(self._name)

@@ -138,7 +138,8 @@ class ChunkStore:
         ]
 
     def open(self, keys: Sequence[bytes]) -> list[OpenEntry | StoreError]:
-        """Lease the entries of ``keys``. One that is missing or corrupt comes back as an error.
+        """Lease the entries of ``keys``. One that is missing or corrupt comes back as an error, and so does one for
+        another version of ragkv (StoreFormatError), which stays.
 
         What is not here is asked of the remote tier, all of it in one round trip (of 256 keys). An entry there
         has no lease: it may vanish while it is read.
@@ -195,7 +196,7 @@ class ChunkStore:
         context_tokens: int = 0,
         context_policy: str = "none",
     ) -> bool:
-        """Store a chunk's KV durably. False if it is there already.
+        """Store a chunk's KV durably. False if it is there already, readable for this version or not.
 
         ``slabs`` gives ``geometry.layers`` slabs in order: each the bytes of K, then V, both
         (tokens, kv_heads, head_dim) in the geometry's dtype, as one buffer or array or as a tuple of them. They
@@ -273,8 +274,9 @@ class ChunkStore:
         """Compare index and files both ways and verify every checksum; with ``fix`` repair what is wrong.
 
         Whole orphans are taken into the index (if the capacity allows), damaged ones and damaged entries are
-        quarantined, rows without a file are dropped, byte counts corrected. What is being repaired in the
-        background since the store was opened is finished first.
+        quarantined, rows without a file are dropped, those that say something else than their file are corrected.
+        Entries for another version are only counted (``foreign``). What is being repaired in the background since the
+        store was opened is finished first.
         """
         self._session.wait_reconciled()
         report = checks.check(self.folder, self._writable() if fix else self._index_open(), fix=fix)
@@ -356,7 +358,11 @@ class ChunkStore:
             header = read_header(fd)
             if header.key != key:
                 raise CorruptEntryError("the file holds another chunk's entry")
-        except (CorruptEntryError, StoreFormatError) as error:
+        except StoreFormatError as error:
+            os.close(fd)  # sound, and for another version of ragkv: it stays
+            error.context["key"] = key.hex()
+            return error
+        except CorruptEntryError as error:
             error.context["key"] = key.hex()
             self._quarantine(key, fd)
             os.close(fd)

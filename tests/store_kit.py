@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import os
+import struct
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import xxhash
 
 from ragkv.store import ChunkStore, Geometry, OpenEntry, chunk_key
 
@@ -64,6 +69,26 @@ def flip(path: Path, bit: int) -> None:
     raw = bytearray(path.read_bytes())
     raw[bit // 8] ^= 1 << bit % 8
     path.write_bytes(raw)
+
+
+def retold(raw: bytes, change: Callable[[dict[str, Any]], object] | None = None, **spelling: Any) -> bytes:
+    """An entry file as another writer might have made it: its description changed, and spelt in another way."""
+    layers, length = struct.unpack_from("<II", raw, 24)
+    slabs = [struct.unpack_from("<QQQ", raw, 32 + 24 * n) for n in range(layers)]
+    [old_size] = struct.unpack_from("<I", raw, 20)
+    about = json.loads(raw[32 + 24 * layers :][:length])
+    if change is not None:
+        change(about)
+    description = json.dumps(about, **spelling).encode()
+    size = -(-(32 + 24 * layers + len(description)) // 4096) * 4096
+    body = struct.pack("<IIII", 1, size, layers, len(description))
+    body += b"".join(struct.pack("<QQQ", start - old_size + size, *rest) for start, *rest in slabs) + description
+    return sealed(raw[:16] + body.ljust(size - 16, b"\0")) + raw[old_size:]
+
+
+def sealed(header: bytes) -> bytes:
+    """A header with the checksum that belongs to it."""
+    return header[:8] + xxhash.xxh3_64_intdigest(header[16:]).to_bytes(8, "little") + header[16:]
 
 
 def disk_usage(root: Path) -> int:

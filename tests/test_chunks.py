@@ -128,3 +128,14 @@ def test_a_single_chunk_behind_its_context(make, tokenizer):
 def test_nothing_missing_nothing_to_do(make):
     assert make().groups(make().document(texts_of(6), "document"), set()) == []
     assert make().document([], "document") == []
+
+
+def test_another_salt_is_another_key_and_is_not_shown(make):
+    texts = texts_of(3)
+    keys = {
+        salt: [c.key for c in make(salt=salt).document(texts, "document")] for salt in (b"", b"hunter2", b"hunter3")
+    }
+    assert not set(keys[b""]) & set(keys[b"hunter2"])
+    assert not set(keys[b"hunter3"]) & set(keys[b"hunter2"])
+    assert keys[b""] == [c.key for c in make().document(texts, "document")]
+    assert "hunter2" not in repr(make(salt=b"hunter2")) + repr(make(salt=b"hunter2").document(texts, "document"))

@@ -91,7 +91,9 @@ def test_a_named_file_that_is_missing_is_an_error(tmp_path, monkeypatch):
         load_settings()
 
 
-@pytest.mark.parametrize("wrong", [{"api_key": "hunter2"}, {"remote_url": ["redis://:hunter2@host"]}])
+@pytest.mark.parametrize(
+    "wrong", [{"api_key": "hunter2"}, {"remote_url": ["redis://:hunter2@host"]}, {"store_salt": "hunter2"}]
+)
 def test_a_secret_is_not_repeated_in_the_error(wrong):
     with pytest.raises(ConfigError) as caught:
         load_settings(**wrong)
@@ -99,9 +101,9 @@ def test_a_secret_is_not_repeated_in_the_error(wrong):
     assert "hunter2" not in str(caught.value)
 
 
-def test_the_remote_url_is_not_shown_with_the_settings():
-    settings = load_settings(remote_url="redis://:hunter2@host")
-    assert "hunter2" not in f"{settings!r} {settings} {settings.model_dump()}"
+def test_secrets_are_not_shown_with_the_settings():
+    settings = load_settings(remote_url="redis://:hunter2@host", store_salt="salt-hunter2")
+    assert "hunter2" not in f"{settings!r} {settings} {settings.model_dump()} {settings.model_dump_json()}"
     assert _settings(settings, {"top_k": 4}).remote_url.get_secret_value() == "redis://:hunter2@host"
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import re
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import xxhash
 
 from ragkv.store import CODECS, ChunkStore, EntryHeader, Geometry
 from ragkv.store.files import Folder
-from tests.store_kit import flip
+from tests.store_kit import flip, retold
 
 PAGE = (Path(__file__).parent.parent / "docs" / "store.md").read_text(encoding="utf-8")
 DTYPES = ("bfloat16", "float16", "float32")
@@ -83,6 +84,30 @@ def test_the_reader_reads_what_the_store_writes(reader, tmp_path, codec, dtype):
         assert keys.dtype == own_keys.dtype
         assert keys.tobytes() == own_keys.tobytes()
         assert values.tobytes() == own_values.tobytes()
+
+
+@pytest.mark.parametrize("spelling", [{}, {"indent": 300}, {"ensure_ascii": False, "separators": (",", ":")}])
+def test_page_and_store_read_what_others_write(reader, tmp_path, spelling):
+    path, header, layers = put(tmp_path, "int8", "bfloat16")
+    path.write_bytes(retold(path.read_bytes(), lambda about: about.update(unknown=[1]), **spelling))
+    about, read = reader["read_entry"](path)
+    assert (about["model"], about["unknown"]) == ("α", [1])
+    with ChunkStore(tmp_path, capacity_bytes=1 << 20, ram_bytes=0) as store:
+        [entry] = store.open([header.key])
+        with entry:
+            assert dataclasses.replace(entry.header, slabs=()) == dataclasses.replace(header, slabs=())
+            again = [entry.decode(slab) for [slab] in store.open_layers([entry])]
+    for found in (read, again):
+        assert [part.tobytes() for both in found for part in both] == [x.tobytes() for both in layers for x in both]
+
+
+def test_the_header_is_as_long_as_said(tmp_path):
+    path, _, _ = put(tmp_path, "raw", "float32")
+    raw = path.read_bytes()
+    size, layers, length = struct.unpack_from("<III", raw, 20)
+    assert "32 + 24 n + j, rounded up to blocks" in section("The file, byte by byte")
+    assert size == -(-(32 + 24 * layers + length) // 4096) * 4096
+    assert not any(raw[32 + 24 * layers + length : size])
 
 
 @pytest.mark.parametrize("byte", [3, 12, 40, 4095, 4096, 8192])

@@ -351,3 +351,14 @@ def test_documents_can_be_listed_read_and_dropped(make_engine):
             call("c")
     with pytest.raises(NotFoundError):
         engine.document("c", "ada")
+
+
+def test_another_salt_finds_nothing_of_what_is_stored(make_engine):
+    engine = make_engine(store_salt="salt of one")
+    engine.ingest("c", DOCUMENTS)
+    assert engine.estimate(DOCUMENTS).new_kv_bytes == 0
+    engine.close()
+    for salt, found in (("salt of one", True), ("salt of two", False), (None, False)):
+        engine = make_engine(store_salt=salt)
+        assert (engine.estimate(DOCUMENTS).new_kv_bytes == 0) == found
+        engine.close()

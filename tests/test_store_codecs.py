@@ -149,12 +149,21 @@ def test_zeros_and_next_to_nothing_become_zeros(codec, dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("codec", SCALED)
 def test_the_largest_numbers_stay_finite(codec, dtype):
-    largest = float(ml_dtypes.finfo(Geometry(1, 1, 1, dtype).numpy_dtype).max) * (0.999 if dtype == "float32" else 1)
+    largest = float(ml_dtypes.finfo(Geometry(1, 1, 1, dtype).numpy_dtype).max)
     keys, values = kv((5, 2, 8), dtype)
     keys[3], values[:, 1, 2] = -largest, largest
     got_keys, got_values = round_trip(codec, keys, values)
     assert np.allclose(got_keys[3], -largest, rtol=1e-6)
     assert np.allclose(got_values[:, 1, 2], largest, rtol=1e-6)
+
+
+@pytest.mark.parametrize("codec", SCALED)
+def test_all_finite_float32_stay_finite(codec):
+    """Next to the largest one, a scale that is rounded up times the largest byte would be infinite."""
+    near = np.float32(np.finfo(np.float32).max) * np.linspace(0.999999, 1, 4000, dtype=np.float32)
+    for shape, which in (((1, 1, -1), 0), ((-1, 1, 1), 1)):  # each element with a scale of its own
+        given = np.concatenate([near, -near]).reshape(shape)
+        assert np.allclose(round_trip(codec, given, given)[which], given.astype(np.float64), rtol=1e-6)
 
 
 @pytest.mark.parametrize("codec", SCALED)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import struct
 import time
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from ragkv.errors import CorruptEntryError, StoreError, StoreFormatError
 from ragkv.store import ChunkStore, OpenEntry
 from tests.store_kit import (
     FILE,
+    TOKENS,
     disk_usage,
     entry_file,
     flip,
@@ -23,6 +25,8 @@ from tests.store_kit import (
     open_one,
     put,
     python,
+    retold,
+    sealed,
     slabs_for,
 )
 
@@ -148,6 +152,98 @@ def test_the_quarantine_counts_and_leaves_first(tmp_path):
         assert disk_usage(root) == 3 * FILE
 
 
+# Entries of another version
+
+
+def make_foreign(root: Path, i: int, how: str) -> bytes:
+    """Entry ``i`` as a later version might have written it; the file's bytes."""
+    path = entry_file(root, i)
+    raw = path.read_bytes()
+    if how == "version":
+        raw = sealed(raw[:16] + struct.pack("<I", 2) + raw[20:4096]) + raw[4096:]
+    else:
+        raw = retold(raw, lambda about: about.update({how: "q4"}))
+    path.write_bytes(raw)
+    return raw
+
+
+@pytest.mark.parametrize("how", ["version", "codec", "dtype", "source"])
+@pytest.mark.parametrize("index", ["kept", "lost", "row lost"])
+def test_an_entry_for_another_version_stays(root, how, index):
+    raw = make_foreign(root, 1, how)
+    if index == "lost":
+        shutil.rmtree(root / "index")
+    with opened(root) as store:
+        if index == "row lost":
+            store._index.write(lambda txn: txn.delete(key_for(1)))
+            assert store.check().orphans == [key_for(1)]
+            store.check(fix=True)
+        [answer] = store.open([key_for(1)])
+        assert isinstance(answer, StoreFormatError)
+        assert ("version 2" if how == "version" else f"{how} 'q4'") in answer.message
+        assert answer.context["key"] == key_for(1).hex()
+        for fix in (False, True, False):
+            report = store.check(fix=fix)
+            assert (report.foreign, report.corrupt, report.clean) == ([key_for(1)], [], True)
+        assert not put(store, 1)
+        assert all(holds(store, i) for i in range(COUNT) if i != 1)
+        stats = store.stats()
+        assert (stats.corrupt, stats.entries, stats.bytes) == (0, COUNT, disk_usage(root))
+        assert stats.models == ({"m": COUNT} if index == "kept" else {"m": COUNT - 1, "foreign": 1})
+    assert entry_file(root, 1).read_bytes() == raw
+    assert not list((root / "quarantine").iterdir())
+
+
+@pytest.mark.parametrize("index", ["kept", "lost"])
+def test_an_entry_for_another_version_can_be_evicted_and_deleted(root, index):
+    for i in (1, 2):
+        make_foreign(root, i, "codec")
+    if index == "lost":
+        shutil.rmtree(root / "index")
+    with opened(root) as store:
+        assert store.delete([key_for(2)]) == 1
+        assert not entry_file(root, 2).exists()
+    with opened(root, capacity=3 * FILE) as store:
+        for i in range(100, 104):
+            put(store, i)
+        assert store.check().foreign == []
+    assert not entry_file(root, 1).exists()
+
+
+def test_the_version_that_can_read_an_entry_corrects_its_row(root):
+    whole = entry_file(root, 1).read_bytes()
+    make_foreign(root, 1, "codec")
+    shutil.rmtree(root / "index")
+    opened(root).close()
+    entry_file(root, 1).write_bytes(whole)
+    with opened(root) as store:
+        assert holds(store, 1)
+        assert store.check(fix=True).miscounted == [key_for(1)]
+        assert store.check().clean
+        assert store.lookup([key_for(1)])[0].tokens == TOKENS
+        assert store.stats().models == {"m": COUNT}
+
+
+def test_a_slab_for_another_version_may_be_damaged_for_all_we_know_but_not_its_header(root):
+    make_foreign(root, 1, "codec")
+    flip(entry_file(root, 1), 8 * 300)
+    with opened(root) as store:
+        assert store.check(fix=True).corrupt == [key_for(1)]
+    assert not entry_file(root, 1).exists()
+
+
+@pytest.mark.parametrize("spelling", [{"indent": 3}, {"indent": 200}])
+def test_another_writers_file_is_an_entry_like_any_other(root, spelling):
+    raw = retold(entry_file(root, 1).read_bytes(), lambda about: about.update(later=1), **spelling)
+    entry_file(root, 1).write_bytes(raw)
+    with opened(root) as store:
+        assert holds(store, 1)
+        store.check(fix=True)
+        assert store.check().clean
+        assert store.stats().corrupt == 0
+    assert entry_file(root, 1).read_bytes() == raw
+
+
 # The index
 
 
@@ -207,6 +303,19 @@ def test_a_damaged_index_is_not_repaired_read_only(root):
     os.truncate(root / "index" / "data.mdb", 8192)
     with pytest.raises(StoreFormatError, match="without read_only"):
         opened(root, read_only=True)
+
+
+@pytest.mark.parametrize("copied", [(), ("lock",), ("index",)])
+def test_a_restored_backup_is_opened_for_writing_first(root, tmp_path, copied):
+    backup = tmp_path / "backup"
+    backup.mkdir()
+    for name in ("ragkv-store.json", "entries", *copied):
+        (shutil.copytree if (root / name).is_dir() else shutil.copy)(root / name, backup / name)
+    with pytest.raises(StoreFormatError, match="open it once without read_only"):
+        opened(backup, read_only=True)
+    opened(backup).close()
+    with opened(backup, read_only=True) as store:
+        assert all(holds(store, i) for i in range(COUNT))
 
 
 def test_a_damaged_index_is_not_replaced_under_another_process(root):
