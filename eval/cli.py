@@ -1,9 +1,10 @@
-"""``ragkv eval``: measure retrieval and answer quality; replay questions through a server."""
+"""``ragkv eval``: measure retrieval, answer quality and speed; replay questions through a server."""
 
 from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, get_args
@@ -22,7 +23,9 @@ from ragkv.eval.worlds_names import SPLITS
 from ragkv.store.policies import POLICIES
 from ragkv.types import ContextPolicy, Method
 
-app = typer.Typer(no_args_is_help=True, help="Measure retrieval and answer quality; replay questions through a server.")
+app = typer.Typer(
+    no_args_is_help=True, help="Measure retrieval, answer quality and speed; replay questions through a server."
+)
 out = Console()
 err = Console(stderr=True)
 
@@ -143,6 +146,59 @@ def quality(
 
 
 @app.command()
+def ttft(
+    model: Annotated[
+        str | None, typer.Option(help="`bundled`, a folder, a hub id, or random:<preset>: shapes without weights.")
+    ] = None,
+    context: Annotated[str, typer.Option(help="Context tokens, comma-separated.")] = "4096",
+    tiers: Annotated[str, typer.Option(help="Where chunks come from: ram, ssd, remote, comma-separated.")] = "ram,ssd",
+    methods: Annotated[str, typer.Option(help="Names, comma-separated.")] = "full,none,question,epic,hkvd,default",
+    ratio: Annotated[
+        str, typer.Option(help="Ratios, comma-separated, for hkvd, epic, question and random; `default` has its own.")
+    ] = "0.05,0.15",
+    codec: Annotated[str, typer.Option(help="Of the stored KV: raw, int8, fp8, comma-separated.")] = "raw",
+    chunk_tokens: Annotated[int, typer.Option(help="Tokens of a chunk.")] = 512,
+    question_tokens: Annotated[int, typer.Option(help="Tokens of the question.")] = 32,
+    batch: Annotated[int, typer.Option(help="Requests that come at once.")] = 1,
+    passes: Annotated[int, typer.Option(help="Passes; figures are medians over them.")] = 5,
+    plot: Annotated[Path | None, typer.Option(help="Draw TTFT, with the floors: .png, .svg, .pdf.")] = None,
+    save: Annotated[Path | None, typer.Option(help="Write rows, rates and environment into this file.")] = None,
+    json_: Json = False,
+) -> None:
+    """Time to first token: every method on every tier, beside full prefill and what the machine could do at best."""
+    from ragkv.eval import ttft_show
+    from ragkv.eval.cache_policy_plot import check
+    from ragkv.eval.quality import grid
+    from ragkv.eval.ttft import Plan, measure_ttft
+
+    settings = load_settings(model=model)
+    names = _choices(methods, get_args(Method), "--methods")
+    asked = grid(names, _ratios(ratio), ["alone"], settings.ratio)
+    plan = Plan(
+        contexts=tuple(int(tokens) for tokens in _numbers(context, "--context", 0, 1 << 24)),
+        tiers=_names(tiers),
+        codecs=_names(codec),
+        asked=tuple((one.method, one.ratio) for one in asked),
+        chunk_tokens=chunk_tokens,
+        question_tokens=question_tokens,
+        batch=batch,
+        passes=passes,
+    )
+    if plot:
+        check(plot)
+    with terminal.progress(err, quiet=not err.is_terminal) as say:
+        result = measure_ttft(settings, plan, say=say)
+    if save:
+        save.write_text(json.dumps({"command": " ".join(["ragkv", *sys.argv[1:]]), **result}, indent=1) + "\n", "utf-8")
+    if plot:
+        ttft_show.plot(result["rows"], plot)
+    if json_:
+        print(json.dumps(result["rows"]))
+        return
+    ttft_show.show(out, result["rows"])
+
+
+@app.command()
 def store(
     size: Annotated[str, typer.Option(help="Whose KV: 8b, 1b or tiny.")] = "8b",
     entries: Annotated[int, typer.Option(min=1, help="Chunks to write and read in a pass.")] = 16,
@@ -210,8 +266,12 @@ def cache_policy(
     out.print(f"\nmost saved over all: {result['winner']}", highlight=False)
 
 
+def _names(given: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in given.split(",") if name.strip())
+
+
 def _choices(given: str, known: Sequence[str], option: str) -> list[Any]:
-    chosen = [name.strip() for name in given.split(",") if name.strip()]
+    chosen = list(_names(given))
     for name in chosen:
         if name not in known:
             raise ConfigError(f"{option}: {name!r} is not one of {', '.join(known)}")

@@ -1,0 +1,245 @@
+"""The speed yardstick: rows as promised, chunks that really come from their tier, a floor that counts what it must."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+from typer.testing import CliRunner
+
+from ragkv import presets
+from ragkv.checkpoint import load_checkpoint
+from ragkv.config import Settings, load_settings
+from ragkv.errors import ConfigError, PromptTooLongError, StoreError
+from ragkv.eval import rates, ttft_bench
+from ragkv.eval.cli import app
+from ragkv.eval.rates import Rates, Work, matrix_rate, memory_rate, ram_rate, work_of
+from ragkv.eval.ttft import Plan, measure_ttft
+from ragkv.eval.ttft_bench import Bench, Place, opened
+from ragkv.eval.ttft_show import plot, show
+from ragkv.prefill import SpanOutcome
+from tests.remote_kit import FakeTier
+
+MODEL = "random:tiny"
+COLUMNS = [
+    "model",
+    "tier",
+    "codec",
+    "context_tokens",
+    "method",
+    "ratio",
+    "recomputed_share",
+    "ttft_ms",
+    "full_prefill_ms",
+    "speedup",
+    "floor_ms",
+    "over_floor",
+    "bytes_loaded",
+    "device",
+]
+RAM, SSD, REMOTE = Place("ram", "raw"), Place("ssd", "raw"), Place("remote", "raw")
+TINY: dict[str, Any] = {"chunk_tokens": 16, "question_tokens": 5, "passes": 1}
+
+
+def _silent(stage: str, done: int, total: int) -> None:
+    return
+
+
+@pytest.fixture(autouse=True)
+def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
+    options = presets._options(4, 64, 96, (4, 2), 9000, 512, rope_parameters=presets._rope(1e4))
+    monkeypatch.setitem(presets.PRESETS, "tiny", presets.Preset("qwen2", options))
+    made_up = Rates(1e9, 1e9, None, {"ram": 1e9, "ssd": 1e8, "remote": 1e7})
+    monkeypatch.setattr(Bench, "rates", lambda self, contexts: made_up)
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> Settings:
+    return load_settings(model=MODEL, data_dir=tmp_path, dtype="float32", device="cpu", threads=1)
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> Iterator[Bench]:
+    with _opened(tmp_path, RAM, SSD) as bench:
+        yield bench
+
+
+def _opened(folder: Path, *places: Place, remote: FakeTier | None = None) -> Any:
+    checkpoint = load_checkpoint(MODEL, device="cpu", dtype="float32", cache_dir=folder)
+    return opened(
+        checkpoint,
+        places,
+        [40],
+        chunk_tokens=16,
+        question_tokens=5,
+        folder=folder,
+        remote=remote,
+        remote_timeout_ms=1000,
+    )
+
+
+# Rows
+
+
+def test_rows_are_as_promised(settings: Settings) -> None:
+    asked = (("full", 1.0), ("none", 0.0), ("question", 0.5), ("hkvd", 0.25), ("default", 0.15))
+    plan = Plan((32, 40), asked=asked, codecs=("raw", "int8"), **TINY)
+    result = measure_ttft(settings, plan, say=_silent)
+    rows = result["rows"]
+    assert [list(row)[: len(COLUMNS)] for row in rows] == [COLUMNS] * 40
+    json.dumps(result)
+    for row in rows:
+        full, none = row["method"] == "full", row["method"] == "none"
+        assert row["speedup"] == pytest.approx(row["full_prefill_ms"] / row["ttft_ms"])
+        assert row["full_prefill_ms"] == min(row["library_prefill_ms"], row["ragkv_prefill_ms"])
+        assert row["over_floor"] == pytest.approx(row["ttft_ms"] / max(row["floors_ms"].values()))
+        assert (row["bytes_loaded"] == 0) == full
+        assert full or row["bytes_loaded"] < 32 * 1024 * 4 or row["codec"] == "raw"
+        assert (row["recomputed_share"] == 0) == none
+    [half] = {row["recomputed_share"] for row in rows if row["method"] == "question"}
+    assert half == 0.5
+    assert {row["bytes_loaded"] for row in rows if row["method"] == "none" and row["codec"] == "raw"} == {
+        tokens * 4 * 2 * 2 * 16 * 4 for tokens in (32, 40)
+    }
+
+
+def test_chunks_come_from_the_tier_asked_for(bench: Bench) -> None:
+    chunks = bench.chunks(40, "raw")
+    for place in (RAM, SSD):
+        bench.settle(place, chunks)
+        run = bench.run(place, chunks, "epic", 0.5)
+        assert [outcome.kv for outcome in run.outcomes] == [place.tier] * 3
+        assert [span.length for span in run.plan.spans] == [16, 16, 8]
+        assert sum(run.parts.values()) == pytest.approx(run.seconds)
+
+
+def test_a_chunk_from_elsewhere_is_no_measurement(bench: Bench) -> None:
+    with pytest.raises(StoreError, match="came from 'computed', not 'ssd': not stored yet"):
+        bench.run(SSD, bench.chunks(48, "raw"), "none", 0.0)
+
+
+def test_the_remote_tier_stays_remote_and_is_left_empty(tmp_path: Path) -> None:
+    tier = FakeTier()
+    with _opened(tmp_path, REMOTE, remote=tier) as bench:
+        chunks = bench.chunks(40, "raw")
+        assert len(tier.objects) == 3
+        for _ in range(2):
+            run = bench.run(REMOTE, chunks, "question", 0.5)
+            assert {outcome.kv for outcome in run.outcomes} == {"remote"}
+        assert bench._tier_rate(REMOTE, 40) > 0
+    assert not tier.objects
+    assert not list(tmp_path.glob("ragkv-eval-ttft-*"))
+
+
+def test_the_library_prefills_the_same_ids(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = {}
+    forward = bench.runner.model.forward
+
+    def watched(ids: Any, **options: Any) -> Any:
+        seen["ids"], seen["attention"] = ids, bench.runner.config._attn_implementation
+        return forward(ids, **options)
+
+    monkeypatch.setattr(bench.runner.model, "forward", watched)
+    chunks = bench.chunks(40, "raw")
+    assert bench.run_library(chunks) > 0
+    assert tuple(seen["ids"][0].tolist()) == bench.run(RAM, chunks, "full", 1.0).plan.ids
+    assert seen["attention"] == "sdpa"
+    assert bench.runner.config._attn_implementation == "ragkv"
+
+
+# Floors
+
+
+def test_the_floor_counts_matrices_and_attention_to_the_causal_limit(bench: Bench) -> None:
+    run = bench.run(RAM, bench.chunks(40, "raw"), "full", 1.0)
+    work = work_of(bench.runner, run.plan, run.outcomes, 0)
+    model = bench.runner.model
+    linear = sum(p.numel() for layer in model.model.layers for p in layer.parameters() if p.dim() > 1)
+    attention = 4 * 4 * 4 * 16 * sum(range(1, 46))
+    assert work.flops == pytest.approx(2 * 45 * linear + attention + 2 * model.lm_head.weight.numel())
+    nothing = work_of(bench.runner, run.plan, [SpanOutcome("ram")] * 3, 7)
+    rows = 2 * 5 * linear + 4 * 4 * 4 * 16 * sum(range(41, 46))
+    assert nothing.flops == pytest.approx(rows + 2 * model.lm_head.weight.numel())
+    assert nothing.memory_bytes == work.memory_bytes
+
+
+def test_each_resource_has_its_own_time() -> None:
+    some = Rates(flops=100.0, memory=10.0, link=5.0, tiers={"ssd": 2.0})
+    assert Work(20, 30, 700.0).floor_s("ssd", some) == {"tier": 10.0, "link": 4.0, "memory": 3.0, "chip": 7.0}
+    best = some.best(Rates(flops=50.0, memory=20.0, link=6.0, tiers={"ssd": 3.0}))
+    assert best == Rates(100.0, 20.0, 6.0, {"ssd": 3.0})
+
+
+def test_rates_are_measured(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rates, "_COPIED_BYTES", 1 << 16)
+    monkeypatch.setitem(rates._LEAST_MATRIX_FLOPS, "cpu", 1e6)
+    assert min(matrix_rate(bench.runner), memory_rate(bench.runner), ram_rate(), bench._tier_rate(SSD, 40)) > 0
+
+
+# Refusals
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"tiers": ("device",)}, "'device' is not built yet; there are ram, ssd, remote"),
+        ({"tiers": ("tape",)}, "'tape' is no tier"),
+        ({"codecs": ("zip",)}, "'zip' is not one of raw"),
+        ({"batch": 2}, "one at a time"),
+        ({"asked": ()}, "nothing to measure"),
+        ({"passes": 0}, "at least 1"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused_by_name(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        Plan((64,), **options)
+
+
+def test_a_remote_tier_must_be_configured(settings: Settings) -> None:
+    with pytest.raises(ConfigError, match="remote_url"):
+        measure_ttft(settings, Plan((16,), tiers=("remote",)), say=_silent)
+
+
+def test_a_context_must_fit_the_model(settings: Settings) -> None:
+    with pytest.raises(PromptTooLongError, match="512 positions"):
+        measure_ttft(settings, Plan((512,)), say=_silent)
+
+
+# Doors
+
+
+def test_the_command_prints_saves_and_draws(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAGKV_DATA_DIR", str(tmp_path / "data"))
+    monkeypatch.setenv("RAGKV_DEVICE", "cpu")
+    command = f"ttft --model {MODEL} --context 32 --tiers ram --methods full,none,epic --ratio 0.5 --passes 1".split()
+    command += ["--chunk-tokens", "16", "--question-tokens", "4", "--save", "r.json", "--plot", "r.svg", "--json"]
+    done = CliRunner().invoke(app, command)
+    assert done.exit_code == 0, done.output
+    rows = json.loads(done.stdout)
+    assert [(row["method"], row["ratio"]) for row in rows] == [("full", 1.0), ("none", 0.0), ("epic", 0.5)]
+    saved = json.loads(Path("r.json").read_text())
+    assert saved["rows"] == rows
+    assert {"command", "date", "gpu", "versions"} <= saved.keys()
+    assert "time to first token" in Path("r.svg").read_text()
+    text = io.StringIO()
+    show(Console(file=text, width=80), rows)
+    assert "speedups are against" in text.getvalue()
+    assert "50.0%" in text.getvalue()
+
+
+def test_a_plot_needs_a_known_ending(tmp_path: Path) -> None:
+    from ragkv.errors import InputError
+
+    with pytest.raises(InputError, match="cannot be drawn"):
+        plot([], tmp_path / "rows.xyz")
+
+
+def test_settling_gives_up_with_the_reason(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ttft_bench, "_SETTLE_TRIES", 2)
+    with pytest.raises(StoreError, match="not stored yet"):
+        bench.settle(RAM, bench.chunks(48, "raw"))
