@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 import os
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import xxhash
@@ -106,8 +107,12 @@ def tables_sound(txn: IndexTxn, pause: Callable[[], None] = lambda: None) -> boo
     return txn.ordered() == count and txn.models() == {model: tuple(tally) for model, tally in tallies.items()}
 
 
-def recover(folder: Folder, txn: IndexTxn) -> None:
-    """Clear up after writers that died: drop what they had not finished, take in what only lacked its row."""
+def recover(folder: Folder, txn: IndexTxn) -> list[Path]:
+    """Clear up after writers that died: drop what they had not finished, take in what only lacked its row.
+
+    Returns names under which the latter is still counted, should the transaction fail: ``drop`` them at its end.
+    """
+    spare: list[Path] = []
     for temp in folder.stale_temps():
         key = key_of(temp.name)
         if key is not None and txn.get(key) is None:
@@ -115,7 +120,15 @@ def recover(folder: Folder, txn: IndexTxn) -> None:
             with contextlib.suppress(FileNotFoundError):
                 if os.path.samefile(temp, path):
                     adopt(folder, txn, key)
+                    spare.append(temp)
+                    continue
         temp.unlink(missing_ok=True)  # its writer may just have finished
+    return spare
+
+
+def drop(paths: Iterable[Path]) -> None:
+    for path in paths:
+        path.unlink(missing_ok=True)
 
 
 def adopt_orphans(folder: Folder, index: Index) -> None:

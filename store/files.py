@@ -18,6 +18,7 @@ import fcntl
 import json
 import os
 import secrets
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
@@ -29,7 +30,7 @@ from ragkv.errors import CorruptEntryError, StoreError, StoreFormatError, StoreF
 from ragkv.store.buffers import aligned_empty
 from ragkv.store.header import BLOCK, EntryHeader, header_size, unpack_header
 from ragkv.store.keys import FORMAT_VERSION, KEY_BYTES
-from ragkv.store.lease import lock, remove_unleased
+from ragkv.store.lease import leased, remove_unleased
 
 MARKER = "ragkv-store.json"
 
@@ -141,19 +142,16 @@ class Folder:
 
     def purge_quarantine(self) -> None:
         for path in self.quarantined.iterdir():
-            path.unlink(missing_ok=True)
+            if path.is_dir() and not path.is_symlink():  # somebody's, where an entry's file should have been
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
 
     def stale_temps(self) -> Iterator[Path]:
         """Temporary files whose writer is gone. Call it where no new one can appear meanwhile."""
         for path in self.tmp.iterdir():
-            with contextlib.suppress(FileNotFoundError):
-                fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
-                try:
-                    stale = lock(fd, exclusive=True)
-                finally:
-                    os.close(fd)
-                if stale:
-                    yield path
+            if path.is_file() and not path.is_symlink() and not leased(str(path)):
+                yield path
 
 
 def read_into(fd: int, buffer: NDArray[np.uint8], offset: int, *, block: int = 1) -> None:

@@ -45,6 +45,7 @@ class Index:
         self._pid = os.getpid()
         self._idle = threading.Condition()
         self._active = 0
+        self._resizing = 0
         if not read_only:
             path.mkdir(mode=0o700, exist_ok=True)
         with contextlib.ExitStack() as undo, disk_errors(path), _lmdb_errors(path):
@@ -149,6 +150,7 @@ class Index:
     def _transaction(self, write: bool) -> Iterator[Any]:
         self._check_file()
         with self._idle:
+            self._idle.wait_for(lambda: not self._resizing)  # or many readers would keep it waiting for ever
             self._active += 1
         try:
             with self._env.begin(write=write) as txn:
@@ -172,10 +174,15 @@ class Index:
 
     def _resize(self, map_bytes: int) -> None:
         with self._idle:
-            # LMDB forbids resizing while any transaction of this process is open.
-            self._idle.wait_for(lambda: not self._active)
-            if map_bytes == 0 or map_bytes > self._env.info()["map_size"]:
-                self._env.set_mapsize(map_bytes)
+            self._resizing += 1
+            try:
+                # LMDB forbids resizing while any transaction of this process is open.
+                self._idle.wait_for(lambda: not self._active)
+                if map_bytes == 0 or map_bytes > self._env.info()["map_size"]:
+                    self._env.set_mapsize(map_bytes)
+            finally:
+                self._resizing -= 1
+                self._idle.notify_all()
 
 
 def is_clean(path: Path) -> bool:

@@ -6,6 +6,7 @@ an entry in use is never removed, by no thread and no process, and a killed read
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import struct
@@ -35,19 +36,34 @@ def lease(path: str) -> int | None:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
     except FileNotFoundError:
         return None
-    # Whoever holds it exclusively removes it in a moment: then no name leads to it any more.
-    lock(fd, exclusive=False, wait=True)
-    if os.fstat(fd).st_nlink:
-        return fd
-    os.close(fd)
-    return None
+    try:
+        # Whoever holds it exclusively removes it in a moment: then no name leads to it any more.
+        lock(fd, exclusive=False, wait=True)
+        gone = not os.fstat(fd).st_nlink
+    except BaseException:
+        os.close(fd)
+        raise
+    if gone:
+        os.close(fd)
+        return None
+    return fd
+
+
+def leased(path: str) -> bool:
+    """Whether somebody holds a lease on ``path`` at this moment."""
+    fd = _open(path)
+    if fd is None:
+        return False
+    try:
+        return not lock(fd, exclusive=True)
+    finally:
+        os.close(fd)
 
 
 def remove_unleased(path: str) -> bool:
     """Delete ``path`` unless it is leased. True when it is gone afterwards."""
-    try:
-        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
-    except FileNotFoundError:
+    fd = _open(path)
+    if fd is None:
         return True
     try:
         if not lock(fd, exclusive=True):
@@ -56,3 +72,13 @@ def remove_unleased(path: str) -> bool:
         return True
     finally:
         os.close(fd)
+
+
+def _open(path: str) -> int | None:
+    """None when no file is there (any more), whatever somebody may have put in its place."""
+    try:
+        return os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP):
+            return None
+        raise

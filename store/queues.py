@@ -9,6 +9,8 @@ from typing import Any
 
 from ragkv.store.rows import Ghost, Place, ShelfState
 
+FORGOTTEN_AT_ONCE = 8
+
 _GHOST = struct.Struct("<QQB")
 _NUMBER = struct.Struct(">Q")
 _NAME_BYTES = 16
@@ -74,9 +76,10 @@ class Queues:
             self._txn.delete(b"k" + before, db=self._ghosts)
         excess = self._txn.stat(self._ghosts)["entries"] // 2 - most
         if excess > 0:
+            # After most entries were deleted there are millions too many: not all in one go.
             with self._txn.cursor(self._ghosts) as cursor:
                 cursor.set_range(b"#")
-                oldest = list(islice(cursor, excess))
+                oldest = list(islice(cursor, min(excess, FORGOTTEN_AT_ONCE)))
             for at, forgotten in oldest:
                 self._txn.delete(at, db=self._ghosts)
                 self._txn.delete(b"k" + forgotten, db=self._ghosts)

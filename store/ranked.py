@@ -8,6 +8,8 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 
+from ragkv.errors import StoreError
+
 
 class RankedExecutor:
     """Like a ThreadPoolExecutor of ``threads`` threads, but work of the lowest rank goes first.
@@ -23,10 +25,18 @@ class RankedExecutor:
         self._lock = threading.Lock()
 
     def submit(self, rank: int, work: Callable[[], None]) -> Future[None]:
+        """Have ``work`` done.
+
+        Raises:
+            StoreError: the executor was shut down.
+        """
         future: Future[None] = Future()
         with self._lock:
+            try:
+                self._executor.submit(self._next)
+            except RuntimeError as error:  # shut down; and nothing may wait that would take another's turn
+                raise StoreError("the store was closed while an entry was being written") from error
             heapq.heappush(self._waiting, (rank, next(self._count), future, work))
-        self._executor.submit(self._next)
         return future
 
     def shutdown(self) -> None:

@@ -7,15 +7,17 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 
 from ragkv.errors import StoreFullError
-from ragkv.store.check import recover
+from ragkv.store.check import drop, recover
 from ragkv.store.files import Folder, disk_bytes, disk_errors, key_of
 from ragkv.store.header import BLOCK
+from ragkv.store.lease import leased
 from ragkv.store.policies import Policy, evict
 from ragkv.store.rows import Row
 from ragkv.store.txn import IndexTxn
 
 TOUCHES_BEFORE_FLUSH = 4096
 SECONDS_BEFORE_FLUSH = 30.0
+TIDIED_AT_ONCE = 1000
 
 
 class Recency:
@@ -50,7 +52,8 @@ class Recency:
 class Space:
     """Keeps the entry files of a folder under ``capacity`` bytes, as the disk counts them.
 
-    Every method wants the write transaction, inside which nobody else can take or free space. ``on_evict`` is
+    Every method wants the write transaction, inside which nobody else can take or free space. Files go last: what
+    fails before has changed nothing that is not rolled back. ``on_evict`` is
     called with each key that had to leave.
     """
 
@@ -63,11 +66,11 @@ class Space:
         self._recency = recency
         self._on_evict = on_evict
 
-    def make(self, txn: IndexTxn, need: int, *, tidy: bool = False) -> None:
-        """Evict until ``need`` more bytes fit; ``tidy`` clears up after dead writers even if they do already.
+    def make(self, txn: IndexTxn, need: int) -> None:
+        """Evict until ``need`` more bytes fit.
 
         Raises:
-            StoreFullError: they never will, or what is left is leased.
+            StoreFullError: they never will, or what is left is leased; no entry has left then.
         """
         # One block more than asked for: the disk may need it for the file's own list of extents.
         room = self.capacity - (need + BLOCK if need else 0)
@@ -75,14 +78,26 @@ class Space:
             message = f"{need} bytes do not fit a store of {self.capacity}; raise its capacity"
             raise StoreFullError(message, need=need, capacity_bytes=self.capacity)
         with disk_errors(self._folder.root):
-            if tidy or self._used(txn) > room:
-                recover(self._folder, txn)
-                if self._used(txn) > room:
-                    self._folder.purge_quarantine()
-            excess = self._used(txn) - room
-            if excess > 0:
-                self.use(txn, self._recency.take())
-                self._evict(txn, excess)
+            if self._used(txn) <= room:
+                return
+            spare = recover(self._folder, txn)
+            excess = self._excess(txn, room)
+            while excess > 0:
+                victims = self._victims(txn, excess)
+                if sum(row.nbytes for _, row in victims) < excess:
+                    message = f"{excess} bytes are lacking and all entries left are open"
+                    message += "; close some or raise the capacity"
+                    raise StoreFullError(message, need=excess, capacity_bytes=self.capacity)
+                excess -= self._remove(txn, victims)
+            drop(spare)
+
+    def tidy(self, txn: IndexTxn) -> bool:
+        """Clear up after dead writers, and evict what is above the cap and not leased; True if there is more to do."""
+        with disk_errors(self._folder.root):
+            drop(recover(self._folder, txn))
+            excess = self._excess(txn, self.capacity)
+            freed = self._remove(txn, self._victims(txn, excess, most=TIDIED_AT_ONCE)) if excess > 0 else 0
+            return 0 < freed < excess
 
     def admit(self, txn: IndexTxn, key: bytes, row: Row) -> None:
         """Enter a new row where the policy wants it."""
@@ -105,13 +120,37 @@ class Space:
                 used += disk_bytes(temp)
         return used
 
-    def _evict(self, txn: IndexTxn, excess: int) -> None:
-        for key, row in self._policy.victims(txn):
+    def _excess(self, txn: IndexTxn, room: int) -> int:
+        """Bytes above ``room``, for which the quarantine leaves first."""
+        if self._used(txn) > room:
+            self._folder.purge_quarantine()
+        excess = self._used(txn) - room
+        if excess > 0:
+            self.use(txn, self._recency.take())
+        return excess
+
+    def _victims(self, txn: IndexTxn, excess: int, *, most: int | None = None) -> list[tuple[bytes, Row]]:
+        """Take rows off the shelf that together free ``excess`` bytes, or as many as are not leased."""
+        taken: list[tuple[bytes, Row]] = []
+        for key, _ in self._policy.victims(txn):
+            row = txn.get(key)
+            if row is None or leased(self._folder.entry_path(key)):
+                continue
+            evict(txn, key, row)
+            taken.append((key, row))
+            excess -= row.nbytes
+            if excess <= 0 or len(taken) == most:
+                break
+        return taken
+
+    def _remove(self, txn: IndexTxn, victims: Sequence[tuple[bytes, Row]]) -> int:
+        """Delete the files of ``victims``; says how many bytes that freed."""
+        freed = 0
+        for key, row in victims:
             if self._folder.remove(key):
-                evict(txn, key, row)
                 self._on_evict(key)
-                excess -= row.nbytes
-            if excess <= 0:
-                return
-        message = f"{excess} bytes are lacking and all entries left are open; close some or raise the capacity"
-        raise StoreFullError(message, need=excess, capacity_bytes=self.capacity)
+                freed += row.nbytes
+            else:  # opened a moment ago
+                txn.recall(key)
+                txn.put(key, row)
+        return freed

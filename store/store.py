@@ -9,13 +9,13 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 from ragkv.errors import (
     CorruptEntryError,
     MissingEntryError,
     StoreError,
     StoreFormatError,
-    StoreFullError,
     StoreReadOnlyError,
 )
 from ragkv.store import check as checks
@@ -231,11 +231,12 @@ class ChunkStore:
         return removed
 
     def _delete_here(self, keys: Sequence[bytes]) -> int:
-        def remove(txn: IndexTxn) -> int:
-            return sum(self._remove(txn, key) for key in dict.fromkeys(keys) if txn.get(key) is not None)
-
+        index, removed = self._writable(), 0
         with disk_errors(self.folder.root):
-            return self._writable().write(remove)
+            for start in range(0, len(keys), checks.ROWS_PER_TRANSACTION):  # others may want to write
+                some = dict.fromkeys(keys[start : start + checks.ROWS_PER_TRANSACTION])
+                removed += index.write(partial(self._remove_all, some))
+        return removed
 
     def clear(self) -> int:
         """Remove every entry here that is not open, and the quarantine; says how many entries.
@@ -284,8 +285,7 @@ class ChunkStore:
             self._count("corrupt", len(report.corrupt))
             for key in report.corrupt:
                 self._ram.drop(key)
-            with contextlib.suppress(StoreFullError):
-                self._index.write(lambda txn: self._space.make(txn, 0))
+            self._tidy(self._index)
         return report
 
     def drain(self, timeout: float) -> bool:
@@ -337,8 +337,8 @@ class ChunkStore:
 
     def _tidy(self, index: Index) -> None:
         """A smaller cap than last time, or writers that died: both are put right before anything is written."""
-        with contextlib.suppress(StoreFullError):  # all of it is leased elsewhere; the next put tries again
-            index.write(lambda txn: self._space.make(txn, 0, tidy=True))
+        while index.write(self._space.tidy):
+            pass  # in small transactions: others may want to write
 
     def _open(self, key: bytes, row: Row | None) -> OpenEntry | StoreError:
         missing = MissingEntryError("the chunk is not in the store; encode it again", key=key.hex())
@@ -386,9 +386,13 @@ class ChunkStore:
 
     def _keep(self, header: EntryHeader, slabs: Sequence[Array]) -> bool:
         """Store an entry of the remote tier as it is. False if it is here by now."""
+        self._session.wait_counted()
         if self._index.get_many([header.key])[0] is not None:
             return False
         return self._writer.write(header, ([slab.data] for slab in slabs))
+
+    def _remove_all(self, keys: Iterable[bytes], txn: IndexTxn) -> int:
+        return sum(self._remove(txn, key) for key in keys if txn.get(key) is not None)
 
     def _remove(self, txn: IndexTxn, key: bytes) -> bool:
         if not self.folder.remove(key):

@@ -77,15 +77,23 @@ class TempFile:
             with contextlib.suppress(FileExistsError):
                 os.mkdir(self.shard, 0o700)
                 sync_folder(os.path.dirname(self.shard))
+            if self._published():
+                return
+            # A file that no row belongs to may stand there; replacing it would cost the temporary name.
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(self._final)
             try:
                 os.link(self.path, self._final)
-            except FileExistsError:
-                if not os.path.samestat(os.stat(self._final), os.fstat(self.fd)):
-                    os.replace(self.path, self._final)
             except OSError as error:
                 if error.errno not in (errno.EPERM, errno.EOPNOTSUPP):
                     raise
                 os.replace(self.path, self._final)  # a file system without hard links
+
+    def _published(self) -> bool:
+        try:
+            return os.path.samestat(os.stat(self._final), os.fstat(self.fd))
+        except FileNotFoundError:
+            return False
 
     def discard(self) -> None:
         """Drop the temporary name (what was published stays) and close the file. Calling it again is harmless.

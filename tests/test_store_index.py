@@ -152,3 +152,29 @@ def test_a_damaged_row_is_no_row():
         damaged[bit // 8] ^= 1 << bit % 8
         assert unpack_row(KEYS[0], bytes(damaged)) is None
     assert all(unpack_row(KEYS[0], value[:n]) is None for n in range(len(value)))
+
+
+def fill_at_once(index: Index) -> None:
+    index.write(lambda txn: [txn.put(key_for(i), row(1)) for i in range(1000)])
+
+
+def test_readers_do_not_keep_the_map_from_growing(tmp_path):
+    index = Index(tmp_path / "index", read_only=False, map_bytes=64 << 10)
+    grown = threading.Event()
+
+    def look() -> None:
+        while not grown.is_set():
+            index.read(lambda txn: grown.wait(0.01))
+
+    threads = [threading.Thread(target=look) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    writer = threading.Thread(target=fill_at_once, args=(index,))
+    writer.start()
+    writer.join(20)
+    stuck = writer.is_alive()
+    grown.set()
+    for thread in [*threads, writer]:
+        thread.join()
+    index.close()
+    assert not stuck

@@ -21,7 +21,7 @@ from ragkv.errors import (
     StoreError,
     StoreReadOnlyError,
 )
-from ragkv.store import ChunkStore, OpenEntry
+from ragkv.store import ChunkStore, OpenEntry, reconcile
 from ragkv.store.remote import client
 from ragkv.store.remote.breaker import Breaker
 from tests.remote_kit import FakeTier, started
@@ -120,6 +120,20 @@ def test_what_was_read_to_the_end_is_here_afterwards_byte_for_byte(make, server,
     assert two.stats().remote.promotions == 1
     assert two.check().clean
     assert two.stats().remote.writebacks == 0  # it came from there
+
+
+def test_nothing_is_kept_before_the_index_counts_every_file(make, monkeypatch):
+    fake, gate = FakeTier(), threading.Event()
+    filled(make, fake)
+    counted = reconcile.tables_sound
+    monkeypatch.setattr(reconcile, "tables_sound", lambda txn, pause: gate.wait(SOON) and counted(txn, pause))
+    store = make("two", fake)
+    assert holds(store, 0)
+    assert not store.drain(0.2)
+    assert key_for(0) not in store
+    gate.set()
+    assert store.drain(SOON)
+    assert key_for(0) in store
 
 
 def test_what_was_not_read_to_the_end_is_not_kept(make):
@@ -490,9 +504,12 @@ def test_a_full_queue_drops_and_never_blocks(make):
         assert put(store, i)
     assert store.stats().remote.writebacks_waiting_bytes == 2 * FILE
     assert store.stats().remote.writebacks_dropped == 3
+    store.delete([key_for(2)])
+    assert store.stats().remote.writebacks_waiting_bytes == FILE
     gate.set()
     assert store.drain(SOON)
-    assert set(fake.objects) == {key_for(i) for i in range(3)}
+    assert set(fake.objects) == {key_for(0), key_for(1)}
+    assert store.stats().remote.writebacks_waiting_bytes == 0
 
 
 def test_an_entry_evicted_before_its_upload_is_dropped(make):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
 import signal
 import time
@@ -13,11 +14,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ragkv.errors import StoreError, StoreFullError
-from ragkv.store import ChunkStore, OpenEntry
+from ragkv.store import ChunkStore, OpenEntry, space
+from ragkv.store.index import Index
+from ragkv.store.lease import lease
 from ragkv.store.policies import POLICIES
-from ragkv.store.rows import Row
+from ragkv.store.rows import Ghost, Row
 from ragkv.store.temp import TempFile
-from tests.store_kit import FILE, GEOMETRY, disk_usage, holds, key_for, open_one, put, python
+from tests.store_kit import FILE, GEOMETRY, disk_usage, entry_file, holds, key_for, open_one, put, python
 
 EVERY = list(POLICIES)
 MIB = 1 << 20
@@ -271,3 +274,86 @@ def test_a_state_that_was_lost_is_derived(tmp_path):
         use(store, 20)
         assert here(store, [20]) == [20]
         assert store.check().clean
+
+
+def test_a_put_that_cannot_fit_costs_nobody_his_place(tmp_path):
+    with store_at(tmp_path) as store:
+        for i in range(6):
+            put(store, i)
+        held = [open_one(store, i) for i in range(3)]
+        with pytest.raises(StoreFullError, match="open"):
+            sized(store, 9, tokens=4 * 50)
+        assert here(store, range(6)) == list(range(6))
+        assert all(holds(store, i) for i in range(6))
+        assert store.stats().evictions == 0
+        assert store.check().clean
+        for entry in held:
+            entry.close()
+
+
+def test_a_cap_below_what_is_leased_lets_only_that_stay(tmp_path, monkeypatch):
+    monkeypatch.setattr(space, "TIDIED_AT_ONCE", 2)
+    with store_at(tmp_path) as store:
+        for i in range(6):
+            put(store, i)
+    leases = [lease(str(entry_file(tmp_path, i))) for i in (1, 4)]
+    with store_at(tmp_path, capacity=FILE) as store:
+        assert here(store, range(6)) == [1, 4]
+        assert disk_usage(tmp_path) == 2 * FILE
+        assert store.check().clean
+    for fd in leases:
+        os.close(fd)
+    with store_at(tmp_path, capacity=FILE) as store:
+        assert len(here(store, range(6))) == 1
+
+
+def test_what_a_dead_writer_published_is_counted_although_a_put_failed(tmp_path):
+    with store_at(tmp_path) as store:
+        for i in range(6):
+            put(store, i)
+        held = [open_one(store, i) for i in range(5)]
+        file = entry_file(tmp_path, 5)
+        raw = file.read_bytes()
+        store.delete([key_for(5)])
+        file.write_bytes(raw)  # as if its writer had died before its row was committed
+        os.link(file, tmp_path / "tmp" / f"{key_for(5).hex()}.0")
+        with pytest.raises(StoreFullError):
+            sized(store, 9, tokens=4 * 50)
+        put(store, 8)
+        assert here(store, range(9)) == [0, 1, 2, 3, 4, 8]
+        assert disk_usage(tmp_path) <= CAPACITY
+        for entry in held:
+            entry.close()
+
+
+@pytest.mark.parametrize("where", ["entry", "entry link", "tmp", "tmp link", "quarantine"])
+def test_what_is_no_file_stops_no_eviction(tmp_path, where):
+    with store_at(tmp_path) as store:
+        put(store, 0)
+        kind, _, link = where.partition(" ")
+        place = entry_file(tmp_path, 0) if kind == "entry" else tmp_path / kind / "x"
+        place.unlink(missing_ok=True)
+        if link:
+            place.symlink_to("nowhere")
+        else:
+            place.mkdir()
+        for i in range(1, 20):
+            assert put(store, i)
+        assert holds(store, 19)
+
+
+def test_many_ghosts_too_many_are_forgotten_little_by_little(tmp_path):
+    index = Index(tmp_path / "index", read_only=False)
+
+    def remember(numbers, most):
+        return lambda txn: [txn._queues.remember(key_for(i), Ghost(0, i), number=i, most=most) for i in numbers]
+
+    def known(txn):
+        return txn._txn.stat(txn._queues._ghosts)["entries"] // 2
+
+    index.write(remember(range(100), 100))
+    index.write(remember([100], 3))
+    assert 80 < index.read(known) < 100
+    index.write(remember(range(101, 150), 3))
+    assert index.read(known) == 3
+    index.close()

@@ -11,6 +11,7 @@ import pytest
 
 from ragkv.errors import StoreError, StoreFormatError, StoreFullError
 from ragkv.store import ChunkStore, Geometry, temp, writer
+from ragkv.store.files import Folder
 from ragkv.store.ranked import RankedExecutor
 from tests.store_kit import disk_usage, key_for
 
@@ -192,3 +193,45 @@ def test_the_oldest_entry_is_written_first():
     with pytest.raises(ZeroDivisionError):
         failing.result(10)
     executor.shutdown()
+
+
+def test_work_refused_by_a_closed_executor_takes_nobodys_turn():
+    executor, gate, done = RankedExecutor(1, "test"), threading.Event(), threading.Event()
+    executor.submit(1, lambda: gate.wait(20) and None)
+    accepted = executor.submit(1, done.set)
+    closing = threading.Thread(target=executor.shutdown)
+    closing.start()
+    while not executor._executor._shutdown:
+        threading.Event().wait(0.001)
+    with pytest.raises(StoreError, match="closed"):
+        executor.submit(0, lambda: None)
+    gate.set()
+    closing.join()
+    assert accepted.done()
+    assert done.is_set()
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_publishing_again_after_a_roll_back(tmp_path, monkeypatch, links):
+    """Also where a file without a row stands in the way, and on file systems without hard links."""
+    if not links:
+
+        def refused(source: str, _target: str) -> None:
+            os.stat(source)
+            raise OSError(errno.EPERM, "no hard links here")
+
+        monkeypatch.setattr(os, "link", refused)
+    folder = Folder(tmp_path)
+    folder.prepare(read_only=False)
+    final = Path(folder.entry_path(key_for(1)))
+    final.parent.mkdir()
+    final.write_bytes(b"an orphan")
+    file = temp.TempFile(folder, key_for(1), 8192)
+    file.reserve()
+    for _ in range(2):
+        file.publish()
+        assert final.stat().st_size == 8192
+        assert os.path.exists(file.path) == links  # the name by which it is counted until it has a row
+    file.indexed = True
+    file.discard()
+    assert final.stat().st_nlink == 1

@@ -48,6 +48,7 @@ class WriteBack:
         self._tier, self._breaker, self._file_of, self._count = tier, breaker, file_of, count
         self._capacity = capacity
         self._uploads: OrderedDict[bytes, int] = OrderedDict()
+        self._waiting = 0
         self._deletes: list[tuple[list[bytes], threading.Event]] = []
         self._busy = False
         self._stopping = False
@@ -58,16 +59,15 @@ class WriteBack:
 
     @property
     def waiting_bytes(self) -> int:
-        with self._changed:
-            return sum(self._uploads.values())
+        return self._waiting
 
     def add(self, key: bytes, nbytes: int) -> None:
         """Queue an entry for upload, or drop it if too much is waiting. Never blocks."""
         with self._changed:
-            waiting = sum(self._uploads.values()) - self._uploads.get(key, 0)
-            fits = not self._stopping and waiting + nbytes <= self._capacity
+            waiting = self._waiting + nbytes - self._uploads.get(key, 0)
+            fits = not self._stopping and waiting <= self._capacity
             if fits:
-                self._uploads[key] = nbytes
+                self._uploads[key], self._waiting = nbytes, waiting
                 self._changed.notify_all()
         if not fits:
             self._count("writebacks_dropped", 1)
@@ -77,7 +77,7 @@ class WriteBack:
         done = threading.Event()
         with self._changed:
             for key in keys:
-                self._uploads.pop(key, None)
+                self._waiting -= self._uploads.pop(key, 0)
             self._deletes.append((list(keys), done))
             self._changed.notify_all()
         return done
@@ -98,6 +98,7 @@ class WriteBack:
             self._stopping = True
             uploads, deletes = len(self._uploads), sum(len(keys) for keys, _ in self._deletes)
             self._uploads.clear()
+            self._waiting = 0
             self._deletes.clear()
             self._changed.notify_all()
         self._count("writebacks_dropped", uploads)
@@ -136,6 +137,7 @@ class WriteBack:
             return lambda: self._delete(keys, done)
         if self._uploads:
             key, nbytes = self._uploads.popitem(last=False)
+            self._waiting -= nbytes
             return lambda: self._upload(key, nbytes)
         return None
 
@@ -187,6 +189,7 @@ class WriteBack:
     def _requeue(self, key: bytes, nbytes: int) -> None:
         with self._changed:
             if not self._stopping:
+                self._waiting += nbytes - self._uploads.get(key, 0)
                 self._uploads[key] = nbytes
                 self._uploads.move_to_end(key, last=False)
                 return
