@@ -11,12 +11,12 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ragkv.errors import StoreError
+from ragkv.store.buffers import aligned_empty
 
 PAGE = 4096
 BLOCK_BYTES = 8 << 20
@@ -139,10 +139,9 @@ def _requests(fd: int, size: int, block: int) -> list[Request]:
 
 
 def _random(nbytes: int) -> Bytes:
-    raw: NDArray[Any] = np.empty(nbytes + PAGE, np.uint8)
-    aligned = raw[-raw.ctypes.data % PAGE :][:nbytes]
-    aligned[:] = np.frombuffer(np.random.default_rng(0).bytes(nbytes), np.uint8)
-    return aligned
+    buffer = aligned_empty(nbytes)
+    buffer[:] = np.frombuffer(np.random.default_rng(0).bytes(nbytes), np.uint8)
+    return buffer
 
 
 def _sync_folder(path: str) -> None:

@@ -1,13 +1,15 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import threading
 
 import numpy as np
 import pytest
 
 from ragkv.errors import StoreError
-from ragkv.store.buffers import HUGE_PAGE, Buffers, aligned_empty, footprint
+from ragkv.store.buffers import HUGE_PAGE, Buffers, aligned_empty, cut, footprint
+from ragkv.store.header import aligned
 
 KIB = 1 << 10
 
@@ -59,6 +61,54 @@ def test_sizes_that_nearly_agree_take_each_others_place():
     assert footprint(2 << 20) == 2 << 20
 
 
+def test_small_buffers_share_whole_huge_pages():
+    asked: list[int] = []
+    buffers = Buffers(1 << 30, lambda nbytes: asked.append(nbytes) or aligned_empty(nbytes))
+    lent = [buffers.take(512 * KIB) for _ in range(8)]
+    assert asked == [HUGE_PAGE] * 2
+    spans = sorted((address(array), address(array) + array.nbytes) for array in lent)
+    assert all(end <= start for (_, end), (start, _) in itertools.pairwise(spans))
+    assert buffers.nbytes == sum(asked)
+    rng = np.random.default_rng(0)
+    for nbytes in [64 * KIB, 1 << 20, (1 << 20) + 1, HUGE_PAGE, *rng.integers(64 * KIB, 40 << 20, 500).tolist()]:
+        region, count = cut(nbytes)
+        assert region % HUGE_PAGE == 0
+        assert region <= 10 * nbytes + HUGE_PAGE
+        assert region // count >= nbytes
+        assert region / count <= aligned(nbytes) * 9 / 8
+
+
+def test_a_region_is_given_up_when_the_last_of_its_buffers_is_back():
+    buffers = Buffers(2 * HUGE_PAGE)
+    lent = [buffers.take(512 * KIB) for _ in range(8)]
+    one = lent[0]
+    lent.clear()
+    other = [buffers.take(HUGE_PAGE) for _ in range(2)]  # the region with nothing lent makes room, the other cannot
+    assert buffers.nbytes == 3 * HUGE_PAGE
+    del other
+    assert buffers.nbytes == 2 * HUGE_PAGE
+    one[:] = 7
+    again = [buffers.take(512 * KIB) for _ in range(3)]
+    for array in again:
+        array[:] = 1
+    assert (one == 7).all()
+    buffers.close()
+    del again
+    assert buffers.nbytes == HUGE_PAGE
+    del one, array
+    assert buffers.nbytes == 0
+
+
+def test_beyond_the_limit_few_lent_buffers_keep_no_regions():
+    buffers = Buffers(HUGE_PAGE)
+    lent = [buffers.take(64 * KIB) for _ in range(33)]
+    assert buffers.nbytes == HUGE_PAGE + 64 * KIB
+    kept = [buffers.take(nbytes * KIB) for nbytes in (100, 200, 300)]
+    assert buffers.nbytes <= HUGE_PAGE + 64 * KIB + sum(map(footprint, (100 * KIB, 200 * KIB, 300 * KIB)))
+    del lent, kept
+    assert buffers.nbytes <= HUGE_PAGE
+
+
 def test_what_is_over_the_limit_is_given_up():
     buffers = Buffers(100 * KIB)
     lent = [buffers.take(32 * KIB) for _ in range(5)]
@@ -67,11 +117,24 @@ def test_what_is_over_the_limit_is_given_up():
     buffers.take(32 * KIB)
     assert buffers.nbytes <= 100 * KIB
     big = buffers.take(96 * KIB)  # of another size: the idle ones make room
-    assert buffers.nbytes == footprint(96 * KIB)
+    assert buffers.nbytes <= footprint(96 * KIB)
     buffers.close()
     del big
     buffers.close()
     assert buffers.nbytes == 0
+
+
+def test_memory_stays_within_the_limit_and_what_is_lent_whatever_the_sizes():
+    limit, rng, lent = 16 << 20, np.random.default_rng(1), []
+    buffers = Buffers(limit)
+    for _ in range(2000):
+        if lent and rng.random() < 0.5:
+            del lent[rng.integers(len(lent))]
+        else:
+            lent.append(buffers.take(int(rng.integers(1, 3 << 20))))
+        assert buffers.nbytes <= limit + sum(footprint(array.nbytes) + 4096 for array in lent)
+    lent.clear()
+    assert buffers.nbytes <= limit
 
 
 def test_the_callers_memory_is_used_again_and_again():
@@ -117,13 +180,14 @@ def test_memory_that_comes_back_inside_take_does_not_wait_for_itself():
     assert buffers.nbytes == 4096  # the one that came back was lent again
 
 
-def test_many_threads_never_share_memory():
+@pytest.mark.parametrize("nbytes", [8192, 70_000])
+def test_many_threads_never_share_memory(nbytes):
     buffers = Buffers(1 << 20)
     wrong: list[int] = []
 
     def work(seed: int) -> None:
         for i in range(300):
-            array = buffers.take(8192)
+            array = buffers.take(nbytes)
             array[:] = (seed * 50 + i) % 251
             if not (array == (seed * 50 + i) % 251).all():
                 wrong.append(i)
@@ -134,4 +198,4 @@ def test_many_threads_never_share_memory():
     for thread in threads:
         thread.join()
     assert not wrong
-    assert buffers.nbytes <= 2 * 4 * 8192  # a thread takes its next array before it lets go of the last
+    assert buffers.nbytes <= 2 * 4 * aligned(footprint(nbytes))  # a thread takes its next before it lets go of the last
