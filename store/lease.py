@@ -11,31 +11,35 @@ import fcntl
 import os
 import struct
 
-_FLOCK = struct.Struct("hhqqi4x")  # l_type, l_whence, l_start, l_len, l_pid; all zero means the whole file
+_FLOCK = struct.Struct("hhqqi4x")  # l_type, l_whence, l_start, l_len, l_pid; a length of zero means to the end
 
 
-def lock(fd: int, *, exclusive: bool, wait: bool = False) -> bool:
-    """Take, or change, the lock of this open file. False when another holds it and ``wait`` is off."""
+def lock(fd: int, *, exclusive: bool, wait: bool = False, byte: int | None = None) -> bool:
+    """Take, or change, the lock of this open file, or of one byte of it. False when another holds it and ``wait`` is
+    off.
+    """
     kind = fcntl.F_WRLCK if exclusive else fcntl.F_RDLCK
     command = fcntl.F_OFD_SETLKW if wait else fcntl.F_OFD_SETLK
     try:
-        fcntl.fcntl(fd, command, _FLOCK.pack(kind, 0, 0, 0, 0))
+        fcntl.fcntl(fd, command, _FLOCK.pack(kind, 0, *_range(byte), 0))
     except BlockingIOError:
         return False
     return True
 
 
-def unlock(fd: int) -> None:
-    """Give up the lock of this open file."""
-    fcntl.fcntl(fd, fcntl.F_OFD_SETLK, _FLOCK.pack(fcntl.F_UNLCK, 0, 0, 0, 0))
+def unlock(fd: int, *, byte: int | None = None) -> None:
+    """Give up the lock of this open file, or of one byte of it."""
+    fcntl.fcntl(fd, fcntl.F_OFD_SETLK, _FLOCK.pack(fcntl.F_UNLCK, 0, *_range(byte), 0))
 
 
 def lease(path: str) -> int | None:
-    """Open ``path`` for reading and hold its lease until the descriptor is closed; None when it is gone."""
+    """Open ``path`` for reading and hold its lease until the descriptor is closed; None when it is gone, or a link."""
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
-    except FileNotFoundError:
-        return None
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ELOOP):
+            return None
+        raise
     try:
         # Whoever holds it exclusively removes it in a moment: then no name leads to it any more.
         lock(fd, exclusive=False, wait=True)
@@ -72,6 +76,10 @@ def remove_unleased(path: str) -> bool:
         return True
     finally:
         os.close(fd)
+
+
+def _range(byte: int | None) -> tuple[int, int]:
+    return (0, 0) if byte is None else (byte, 1)
 
 
 def _open(path: str) -> int | None:

@@ -1,7 +1,8 @@
 """What an unclean end can leave behind, put right in the background while the store is in use.
 
 Reading goes on meanwhile: an index that has been verified page by page gives no wrong answer, at worst too few.
-Who wants to write waits until the index is known to count every file, because the byte cap depends on it.
+Who wants to write waits until the index is known to count every file, because the byte cap depends on it; in every
+process (see counting.py).
 """
 
 from __future__ import annotations
@@ -14,19 +15,26 @@ from functools import partial
 
 from ragkv.errors import StoreError
 from ragkv.store.check import adopt, modified, tables_sound
+from ragkv.store.counting import Counting
 from ragkv.store.files import Folder, disk_bytes, disk_errors
 from ragkv.store.index import Index
 from ragkv.store.txn import IndexTxn
+
+SECONDS_BETWEEN_LOOKS = 0.01
 
 log = logging.getLogger("ragkv")
 
 
 class Reconciler:
-    """One thread over one index. ``tidy`` is called once every file is counted, to bring them under the cap."""
+    """One thread over one index. ``tidy`` is called once every file is counted, to bring them under the cap.
 
-    def __init__(self, folder: Folder, index: Index, tidy: Callable[[Index], None]) -> None:
+    While another process counts, it waits for that one, and takes over if it dies.
+    """
+
+    def __init__(self, folder: Folder, index: Index, counting: Counting, tidy: Callable[[Index], None]) -> None:
         self._folder = folder
         self._index = index
+        self._counting = counting
         self._tidy = tidy
         self._stop = threading.Event()
         self._counted = threading.Event()
@@ -51,13 +59,19 @@ class Reconciler:
     def _run(self) -> None:
         try:
             with disk_errors(self._folder.root):
-                if not self._index.read(partial(tables_sound, pause=self._pause)):
-                    self._index.write(lambda txn: txn.rebuild())
-                for shard in range(256):
-                    self._names(bytes([shard]))
-                self._tidy(self._index)
+                while not self._counting.begin():
+                    self._pause(SECONDS_BETWEEN_LOOKS)
+                ours = not self._counting.known()
+                counted = False
+                try:
+                    if ours:
+                        self._count()
+                    self._tidy(self._index)
+                    counted = True
+                finally:
+                    self._counting.end(counted=counted)
                 self._counted.set()
-                for shard in range(256):
+                for shard in range(256 if ours else 0):
                     self._bytes(bytes([shard]))
             self._finished = True
         except _StoppedError:
@@ -67,9 +81,15 @@ class Reconciler:
         finally:
             self._counted.set()
 
-    def _pause(self) -> None:
-        if self._stop.is_set():
+    def _pause(self, seconds: float = 0.0) -> None:
+        if self._stop.wait(seconds):
             raise _StoppedError
+
+    def _count(self) -> None:
+        if not self._index.read(partial(tables_sound, pause=self._pause)):
+            self._index.write(lambda txn: txn.rebuild())
+        for shard in range(256):
+            self._names(bytes([shard]))
 
     def _names(self, shard: bytes) -> None:
         """Compare a shard's rows with its file names, both ways."""

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from ragkv.errors import StoreError, StoreFormatError
 from ragkv.store.check import adopt_orphans
+from ragkv.store.counting import Counting
 from ragkv.store.files import Folder, disk_errors
 from ragkv.store.index import Index, is_clean, mark_clean, move_aside
 from ragkv.store.lease import lock, unlock
@@ -20,6 +21,7 @@ from ragkv.store.pages import DamagedPagesError
 from ragkv.store.reconcile import Reconciler
 
 SECONDS_TO_BE_ALONE = 1.0
+SESSION = 0  # the byte of the lock file that every session locks; counting.py has others
 
 
 @dataclass(slots=True)
@@ -27,6 +29,7 @@ class _Shared:
     """This process's one index of a folder, as LMDB allows no second, and who uses it."""
 
     index: Index
+    counting: Counting | None = None
     reconciler: Reconciler | None = None
     users: int = 1
 
@@ -83,12 +86,15 @@ class Session:
         os.close(self._fd)
 
     def _close_index(self) -> None:
+        reconciler, counting = self._shared.reconciler, self._shared.counting
         if self.index.forked:
-            return  # all of it is the parent's, the lock as well
-        reconciler = self._shared.reconciler
-        reconciled = reconciler is None or reconciler.close()
-        self.index.close()
-        if reconciled and not self._read_only and lock(self._fd, exclusive=True):
+            reconciled = False  # all of it is the parent's, the locks as well
+        else:
+            reconciled = reconciler is None or reconciler.close()
+            self.index.close()
+        if counting is not None:
+            counting.close()
+        if reconciled and not self._read_only and lock(self._fd, exclusive=True, byte=SESSION):
             mark_clean(self._folder.index)
 
     def _open_lock(self) -> int:
@@ -116,19 +122,19 @@ class Session:
                 f"this process has {self._folder.root} open with read_only=True; close that first",
                 path=str(self._folder.root),
             )
-        lock(self._fd, exclusive=False, wait=True)
+        lock(self._fd, exclusive=False, wait=True, byte=SESSION)
         shared.users += 1
         return shared
 
     def _first(self) -> _Shared:
         patience = time.monotonic() + SECONDS_TO_BE_ALONE
         while True:
-            sole = not self._read_only and lock(self._fd, exclusive=True)
+            sole = not self._read_only and lock(self._fd, exclusive=True, byte=SESSION)
             if sole:
                 # Stale readers, and a damaged lock file, go with it; nobody else has it open.
                 (self._folder.index / "lock.mdb").unlink(missing_ok=True)
             else:
-                lock(self._fd, exclusive=False, wait=True)  # whoever repairs the index holds it exclusively
+                lock(self._fd, exclusive=False, wait=True, byte=SESSION)  # whoever repairs it is alone
             clean = is_clean(self._folder.index)
             index = self._open(clean)
             if index is None and sole:
@@ -136,10 +142,16 @@ class Session:
             if index is not None:
                 break
             self._make_way(patience)
-        lock(self._fd, exclusive=False)
-        # A damaged meta page makes LMDB fall back to its last transaction but one, which is sound as well.
-        reconciler = Reconciler(self._folder, index, self._tidy) if sole and not clean else None
-        _indexes[self._name] = shared = _Shared(index, reconciler)
+        shared = _Shared(index)
+        if not self._read_only:
+            shared.counting = counting = Counting(self._open_lock())
+            # What was clean a moment ago may not be so any more, unless nobody else has it open.
+            settled = counting.settled(lambda: clean and (sole or is_clean(self._folder.index)))
+            # A damaged meta page makes LMDB fall back to its last transaction but one, which is sound as well.
+            if not settled:
+                shared.reconciler = Reconciler(self._folder, index, counting, self._tidy)
+        lock(self._fd, exclusive=False, byte=SESSION)
+        _indexes[self._name] = shared
         return shared
 
     def _make_way(self, patience: float) -> None:
@@ -151,7 +163,7 @@ class Session:
         if time.monotonic() > patience:
             message = f"the index of {root} is damaged and another process has it open; close that first"
             raise StoreError(message, path=str(root))
-        unlock(self._fd)
+        unlock(self._fd, byte=SESSION)
         time.sleep(random.uniform(0.001, 0.05))  # noqa: S311 - so that they do not stay in step
 
     def _open(self, clean: bool) -> Index | None:

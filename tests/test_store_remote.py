@@ -22,7 +22,7 @@ from ragkv.errors import (
     StoreReadOnlyError,
 )
 from ragkv.store import ChunkStore, OpenEntry, reconcile
-from ragkv.store.remote import client
+from ragkv.store.remote import client, writeback
 from ragkv.store.remote.breaker import Breaker
 from tests.remote_kit import FakeTier, started
 from tests.store_kit import FILE, TOKENS, entry_file, flip, holds, key_for, open_one, put, slabs_for
@@ -250,6 +250,15 @@ def test_a_delete_waits_for_a_server_that_is_down(make, own_server):
     assert store.drain(SOON)
     assert own_server.entries() == []
     assert store.stats().remote.deletes_failed == 0
+
+
+def test_no_more_deletions_wait_for_a_server_that_is_down_than_are_allowed(make, monkeypatch):
+    monkeypatch.setattr(writeback, "MOST_DELETES", 3)
+    store = make("one", FakeTier())
+    store._remote._breaker.trip("it is down")
+    for i in range(5):
+        store.delete([key_for(i)])
+    assert store.stats().remote.deletes_failed == 2
 
 
 def test_a_read_only_store_reads_and_never_writes(make, server):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import select
 import shutil
 import signal
 import time
@@ -237,6 +238,67 @@ def test_processes_share_one_order(tmp_path):
     with store_at(root) as store:
         assert here(store, [7000]) == [7000], "both used it, and it outlived fifty that nobody used"
         assert store.check().clean
+
+
+AFTER_A_CRASH = """
+import sys, threading
+from ragkv.store import ChunkStore, reconcile
+from tests.store_kit import FILE, put
+root, slow, first = sys.argv[1], sys.argv[2] == "slow", int(sys.argv[3])
+if slow:
+    go_on, sound = threading.Event(), reconcile.tables_sound
+    reconcile.tables_sound = lambda txn, pause: go_on.wait() and sound(txn, pause)
+with ChunkStore(root, capacity_bytes=6 * FILE + 4096, ram_bytes=0) as store:
+    print("open", flush=True)
+    if slow:
+        sys.stdin.readline()
+        go_on.set()
+    for i in range(first, first + 5):
+        put(store, i)
+    print("put", flush=True)
+    sys.stdin.readline()
+"""
+
+
+@pytest.mark.parametrize("end", ["done", "killed", "reading"])
+def test_the_cap_holds_while_another_process_counts(tmp_path, end):
+    """After a crash that cost all rows: whoever comes later waits for the count, or makes it."""
+    root = tmp_path / "kv"
+    with store_at(root) as store:
+        for i in range(6):
+            put(store, i)
+        store._index.write(lambda txn: [txn.delete(key_for(i)) for i in range(6)])
+    (root / "index" / "clean").unlink()
+    with contextlib.ExitStack() as stack:
+
+        def worker(speed: str, first: int):
+            process = stack.enter_context(python(AFTER_A_CRASH, root, speed, first))
+            stack.callback(process.kill)
+            assert process.stdout.readline() == "open\n"
+            return process
+
+        if end == "reading":
+            stack.enter_context(ChunkStore(root, capacity_bytes=CAPACITY, ram_bytes=0, read_only=True))
+            others = [worker("fast", 20)]
+        else:
+            counts = worker("slow", 10)
+            others = [worker("fast", first) for first in (20, 30)]
+            assert not select.select([process.stdout for process in others], [], [], 0.2)[0]
+            assert len(list(root.glob("entries/*/*"))) == 6
+            if end == "done":
+                others.append(counts)
+                counts.stdin.write("\n")
+                counts.stdin.flush()
+            else:
+                counts.kill()
+        assert [process.stdout.readline() for process in others] == ["put\n"] * len(others)
+        assert disk_usage(root) <= CAPACITY
+        for process in others:
+            process.stdin.close()
+            assert process.wait() == 0
+    with store_at(root) as store:
+        assert store.check().clean
+        assert store.stats().bytes == disk_usage(root) <= CAPACITY
 
 
 def test_another_layout_is_rebuilt_from_the_headers(tmp_path, monkeypatch):

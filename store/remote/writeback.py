@@ -7,7 +7,7 @@ import logging
 import os
 import threading
 import time
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable, Generator, Sequence
 from itertools import pairwise
 
@@ -21,6 +21,8 @@ from ragkv.store.lease import lease
 from ragkv.store.remote.breaker import Breaker
 from ragkv.store.remote.tier import HEAD_BYTES, RemoteTier
 
+MOST_DELETES = 100_000  # keys, of 32 bytes
+
 log = logging.getLogger("ragkv")
 
 
@@ -32,7 +34,7 @@ class WriteBack:
 
     Args:
         file_of: the path of an entry's file.
-        capacity: bytes of entries that may wait; more are dropped.
+        capacity: bytes of entries that may wait; more are dropped. So are deletions of more than MOST_DELETES keys.
         count: called with the name of a field of ``RemoteStats``, and by how much it rises.
     """
 
@@ -49,7 +51,8 @@ class WriteBack:
         self._capacity = capacity
         self._uploads: OrderedDict[bytes, int] = OrderedDict()
         self._waiting = 0
-        self._deletes: list[tuple[list[bytes], threading.Event]] = []
+        self._deletes: deque[tuple[list[bytes], threading.Event]] = deque()
+        self._doomed = 0
         self._busy = False
         self._stopping = False
         self._changed = threading.Condition()
@@ -73,13 +76,21 @@ class WriteBack:
             self._count("writebacks_dropped", 1)
 
     def delete(self, keys: Sequence[bytes]) -> threading.Event:
-        """Delete objects, next in turn, and forget their uploads. The event is set when that was tried."""
+        """Delete objects, next in turn, and forget their uploads. The event is set when that was tried, or dropped as
+        too much is waiting.
+        """
         done = threading.Event()
         with self._changed:
             for key in keys:
                 self._waiting -= self._uploads.pop(key, 0)
-            self._deletes.append((list(keys), done))
+            fits = not self._stopping and (not self._deletes or self._doomed + len(keys) <= MOST_DELETES)
+            if fits:
+                self._deletes.append((list(keys), done))
+                self._doomed += len(keys)
             self._changed.notify_all()
+        if not fits:
+            done.set()
+            self._count("deletes_failed", len(keys))
         return done
 
     def drain(self, timeout: float) -> bool:
@@ -96,9 +107,9 @@ class WriteBack:
         """Take no further job; what waits is dropped."""
         with self._changed:
             self._stopping = True
-            uploads, deletes = len(self._uploads), sum(len(keys) for keys, _ in self._deletes)
+            uploads, deletes = len(self._uploads), self._doomed
             self._uploads.clear()
-            self._waiting = 0
+            self._waiting = self._doomed = 0
             self._deletes.clear()
             self._changed.notify_all()
         self._count("writebacks_dropped", uploads)
@@ -133,7 +144,8 @@ class WriteBack:
         if not self._breaker.closed:
             return (lambda: self._breaker.probe(self._well)) if self._breaker.seconds_to_probe() == 0.0 else None
         if self._deletes:
-            keys, done = self._deletes.pop(0)
+            keys, done = self._deletes.popleft()
+            self._doomed -= len(keys)
             return lambda: self._delete(keys, done)
         if self._uploads:
             key, nbytes = self._uploads.popitem(last=False)
@@ -164,7 +176,8 @@ class WriteBack:
         except Exception as error:
             if self._down(error):
                 with self._changed:
-                    self._deletes.insert(0, (keys, done))
+                    self._deletes.appendleft((keys, done))
+                    self._doomed += len(keys)
             else:
                 self._count("deletes_failed", len(keys))
         finally:
