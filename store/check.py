@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
@@ -22,6 +23,7 @@ from ragkv.store.rows import QUEUES, Row, foreign_row
 from ragkv.store.txn import IndexTxn
 
 ROWS_PER_TRANSACTION = 1000
+OF_ONE_FILE = (errno.EACCES, errno.EPERM, errno.EIO, errno.ENXIO)  # what opening may say that is no fault of others
 
 
 @dataclass(slots=True)
@@ -118,7 +120,7 @@ def recover(folder: Folder, txn: IndexTxn) -> list[Path]:
         if key is not None and txn.get(key) is None:
             path = folder.entry_path(key)
             with contextlib.suppress(FileNotFoundError):
-                if os.path.samefile(temp, path):
+                if os.path.samestat(os.lstat(temp), os.lstat(path)):
                     adopt(folder, txn, key)
                     spare.append(temp)
                     continue
@@ -173,13 +175,12 @@ def adopt(folder: Folder, txn: IndexTxn, key: bytes) -> None:
 
     One that is not for this version has a row all the same: the byte cap counts it, and it can be evicted.
     """
-    with _leased(folder, key) as fd:
-        if fd is None:
-            return
-        try:
-            txn.put(key, _row_at(fd, key)[0])
-        except CorruptEntryError:
-            folder.quarantine(key, fd)
+    try:
+        with _leased(folder, key) as fd:
+            if fd is not None:
+                txn.put(key, _row_at(fd, key)[0])
+    except CorruptEntryError:
+        folder.quarantine(key)
 
 
 def _row_at(fd: int, key: bytes) -> tuple[Row, EntryHeader | None]:
@@ -213,7 +214,15 @@ def _verified(folder: Folder, key: bytes) -> Row | None:
 
 @contextlib.contextmanager
 def _leased(folder: Folder, key: bytes) -> Iterator[int | None]:
-    fd = lease(folder.entry_path(key))
+    path = folder.entry_path(key)
+    try:
+        fd = lease(path)
+    except OSError as error:
+        if error.errno not in OF_ONE_FILE:
+            raise
+        raise CorruptEntryError(f"the entry's file cannot be opened: {error.strerror}") from error
+    if fd is None and os.path.islink(path):
+        raise CorruptEntryError("a link is where the entry's file should be")
     try:
         yield fd
     finally:
@@ -223,6 +232,6 @@ def _leased(folder: Folder, key: bytes) -> Iterator[int | None]:
 
 def modified(path: str) -> float:
     try:
-        return os.stat(path).st_mtime
+        return os.lstat(path).st_mtime
     except FileNotFoundError:
         return 0.0

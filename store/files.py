@@ -19,6 +19,7 @@ import json
 import os
 import secrets
 import shutil
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
@@ -135,7 +136,7 @@ class Folder:
         """Move an entry's file away. With ``fd``, only if its name still leads to that open file."""
         path = self.entry_path(key)
         with contextlib.suppress(FileNotFoundError):
-            if fd is None or os.path.samestat(os.stat(path), os.fstat(fd)):
+            if fd is None or os.path.samestat(os.lstat(path), os.fstat(fd)):
                 os.replace(path, self.quarantined / os.path.basename(path))
                 return True
         return False
@@ -213,12 +214,17 @@ def read_header(fd: int) -> EntryHeader:
 
 
 def disk_bytes(path: str | os.PathLike[str], *, names: int = 1) -> int:
-    """What the disk counts for a file; 0 when it is gone, or has fewer ``names`` than asked for."""
+    """What the disk counts for a file; 0 when it is gone, a link, or has fewer ``names`` than asked for."""
     try:
-        stat = os.stat(path)
+        found = os.lstat(path)
     except FileNotFoundError:
         return 0
-    return stat.st_blocks * 512 if stat.st_nlink >= names else 0
+    return found.st_blocks * 512 if found.st_nlink >= names and not stat.S_ISLNK(found.st_mode) else 0
+
+
+def is_there(path: str) -> bool:
+    """Whether something stands at ``path`` that is no link: links are never followed."""
+    return os.path.lexists(path) and not os.path.islink(path)
 
 
 def key_of(name: str) -> bytes | None:

@@ -8,7 +8,6 @@ process (see counting.py).
 from __future__ import annotations
 
 import logging
-import os
 import threading
 from collections.abc import Callable
 from functools import partial
@@ -16,7 +15,7 @@ from functools import partial
 from ragkv.errors import StoreError
 from ragkv.store.check import adopt, modified, tables_sound
 from ragkv.store.counting import Counting
-from ragkv.store.files import Folder, disk_bytes, disk_errors
+from ragkv.store.files import Folder, disk_bytes, disk_errors, is_there
 from ragkv.store.index import Index
 from ragkv.store.txn import IndexTxn
 
@@ -102,7 +101,7 @@ class Reconciler:
     def _settle(self, txn: IndexTxn, rows: set[bytes], files: set[bytes]) -> None:
         # Listed at different moments, without the lock that this transaction holds: look again.
         for key in rows:
-            if not os.path.exists(self._folder.entry_path(key)):
+            if not is_there(self._folder.entry_path(key)):
                 txn.delete(key)
         for key in sorted(files, key=lambda key: modified(self._folder.entry_path(key))):
             if txn.get(key) is None:

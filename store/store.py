@@ -20,7 +20,7 @@ from ragkv.errors import (
 )
 from ragkv.store import check as checks
 from ragkv.store.buffers import Allocate, Array
-from ragkv.store.files import Folder, disk_errors, read_header
+from ragkv.store.files import Folder, disk_errors, is_there, read_header
 from ragkv.store.geometry import Geometry
 from ragkv.store.header import EntryHeader
 from ragkv.store.index import Index
@@ -212,7 +212,7 @@ class ChunkStore:
             key, geometry, tokens, model, codec, source, context_tokens, context_policy, created=time.time()
         )
         self._writable()
-        if key in self and os.path.exists(self.folder.entry_path(key)):
+        if key in self and is_there(self.folder.entry_path(key)):
             self._touch([key])
             return False
         fresh = self._writer.write(header, encoded(header, slabs))
@@ -412,7 +412,7 @@ class ChunkStore:
         self._ram.drop(key)
         if not self.read_only:
             with contextlib.suppress(StoreError):
-                self._index.write(lambda txn: not os.path.exists(self.folder.entry_path(key)) and txn.delete(key))
+                self._index.write(lambda txn: not is_there(self.folder.entry_path(key)) and txn.delete(key))
 
     def _count_hits(self, opened: Sequence[OpenEntry | StoreError]) -> None:
         tiers = Counter(entry.tier if isinstance(entry, OpenEntry) else "miss" for entry in opened)

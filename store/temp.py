@@ -91,7 +91,7 @@ class TempFile:
 
     def _published(self) -> bool:
         try:
-            return os.path.samestat(os.stat(self._final), os.fstat(self.fd))
+            return os.path.samestat(os.lstat(self._final), os.fstat(self.fd))
         except FileNotFoundError:
             return False
 

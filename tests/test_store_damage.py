@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import signal
@@ -12,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ragkv.errors import CorruptEntryError, StoreError, StoreFormatError
+from ragkv.errors import CorruptEntryError, MissingEntryError, StoreError, StoreFormatError
 from ragkv.store import ChunkStore, OpenEntry
 from tests.store_kit import (
     FILE,
@@ -425,6 +426,50 @@ def test_killed_while_evicting_keeps_the_cap(root):
             assert not report.corrupt
             assert store.check().clean
             assert store.stats().bytes == disk_usage(root) <= capacity
+
+
+@pytest.mark.parametrize("target", ["itself", "another", "nowhere"])
+def test_a_link_is_never_followed_and_stops_nothing(root, target):
+    """One where an entry's file should be: a miss, which `check` reports and `put` replaces."""
+    place = entry_file(root, 3)
+    elsewhere = {"itself": place, "another": entry_file(root, 4), "nowhere": root / "nowhere"}[target]
+    with opened(root) as store:
+        place.unlink()
+        place.symlink_to(elsewhere)
+        [entry] = store.open([key_for(3)])
+        assert isinstance(entry, MissingEntryError)
+        assert key_for(3) not in store
+        assert store.check().corrupt == [key_for(3)]
+        assert put(store, 3)
+        assert not place.is_symlink()
+        assert holds(store, 3)
+        store._index.write(lambda txn: [txn.delete(key_for(i)) for i in range(COUNT)])
+        place.unlink()
+        place.symlink_to(elsewhere)
+    (root / "index" / "clean").unlink()
+    with opened(root) as store:
+        store._session.wait_reconciled()
+        assert store.check().clean
+        assert store.stats().entries == COUNT - 1
+        assert all(holds(store, i) for i in range(COUNT) if i != 3)
+
+
+def test_a_file_that_cannot_be_opened_keeps_no_other_from_being_counted(root, monkeypatch):
+    bad, real = str(entry_file(root, 3)), os.open
+
+    def refusing(path, *args, **options):
+        if path == bad:
+            raise OSError(errno.EIO, "Input/output error")
+        return real(path, *args, **options)
+
+    with opened(root) as store:
+        store._index.write(lambda txn: [txn.delete(key_for(i)) for i in range(COUNT)])
+    (root / "index" / "clean").unlink()
+    monkeypatch.setattr(os, "open", refusing)
+    with opened(root) as store:
+        assert store.check().clean
+        assert store.stats().entries == COUNT - 1
+    assert [path.name for path in (root / "quarantine").iterdir()] == [entry_file(root, 3).name]
 
 
 def test_a_lease_binds_other_processes_and_dies_with_its_owner(root):
