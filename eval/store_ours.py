@@ -12,6 +12,7 @@ from ragkv.eval.disk import BLOCK_BYTES, raw_read, raw_write
 from ragkv.eval.store_load import PAGE, Bytes, Load, page_aligned
 from ragkv.eval.store_peers import Contender
 from ragkv.store import ChunkStore, OpenEntry, chunk_key
+from ragkv.store.buffers import HUGE_PAGE, aligned_empty
 
 PROMPT = 8
 """Chunks that are read together, layer by layer, as for one prompt."""
@@ -106,9 +107,9 @@ class Ours(Contender):
 
 
 def _staging(count: int, nbytes: int) -> list[Bytes]:
-    """Buffers that are used again and again: one piece of memory, touched before the clock starts, as a server's."""
+    """Buffers that are used again and again: one piece of huge pages, touched before the clock starts."""
     step = -(-nbytes // PAGE) * PAGE
-    whole = page_aligned(count * step)
+    whole = aligned_empty(-(-count * step // HUGE_PAGE) * HUGE_PAGE)
     whole.fill(0)
     return [whole[i * step : i * step + nbytes] for i in range(count)]
 
