@@ -7,11 +7,11 @@ of a world, which are then answered together on top of it. Only methods that loo
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import torch
 
@@ -23,6 +23,7 @@ from ragkv.encode import encode
 from ragkv.errors import PromptTooLongError
 from ragkv.eval.branches import generate_all, slots_behind
 from ragkv.eval.cases import Case, Condition, Place, groups, in_order
+from ragkv.eval.steps import drained
 from ragkv.eval.worlds import Question, WorldDocument
 from ragkv.pipeline import resolve_method
 from ragkv.plan import PlannedChunk, PromptPlan, make_plan
@@ -35,7 +36,6 @@ from ragkv.types import ContextPolicy, Method
 MAX_ANSWER_TOKENS = 16
 # What these repair does not depend on the question, so that questions may share a blended context.
 BLIND = frozenset({FULL, "none", "epic", "random", "hkvd"})
-_T = TypeVar("_T")
 _Tokens = dict[str, list[ChunkTokens]]
 
 
@@ -169,7 +169,7 @@ class Asker:
             for parts in documents.values():
                 missing = {part.key for part in parts} - keys
                 for group in self._chunks.groups(parts, missing):
-                    for chunk in _drain(encode(self._runner, group)):
+                    for chunk in drained(encode(self._runner, group)):
                         self._store.put(
                             chunk.key,
                             self._geometry,
@@ -221,7 +221,7 @@ class Asker:
             watch=watch,
             seed=seed,
         )
-        return _drain(prefill.run())
+        return drained(prefill.run())
 
     def _mark(
         self,
@@ -245,12 +245,3 @@ def _context(documents: Sequence[WorldDocument], tokens: _Tokens, away: Place | 
                 chunk = Chunk(f"{document.id}#{ordinal}", document.id, ordinal, document.chunks[ordinal])
                 planned.append(PlannedChunk(chunk, len(planned) + 1, 0.0, part))
     return planned
-
-
-def _drain(steps: Generator[None, None, _T]) -> _T:
-    """The result of a generator nobody else waits for."""
-    while True:
-        try:
-            next(steps)
-        except StopIteration as done:
-            return done.value  # type: ignore[no-any-return]

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
-import fcntl
 import os
 import queue
 import time
@@ -17,6 +15,7 @@ from numpy.typing import NDArray
 
 from ragkv.errors import StoreError
 from ragkv.store.buffers import aligned_empty
+from ragkv.store.files import go_direct
 
 PAGE = 4096
 BLOCK_BYTES = 8 << 20
@@ -119,19 +118,9 @@ def _opened(paths: Sequence[Path], flags: int) -> Iterator[tuple[list[int], bool
         for path in paths:
             fd = os.open(path, flags | os.O_CLOEXEC, 0o600)
             stack.callback(os.close, fd)
-            direct = _bypass_cache(fd) and direct
+            direct = go_direct(fd) and direct
             fds.append(fd)
         yield fds, direct
-
-
-def _bypass_cache(fd: int) -> bool:
-    try:
-        fcntl.fcntl(fd, fcntl.F_SETFL, fcntl.fcntl(fd, fcntl.F_GETFL) | os.O_DIRECT)
-    except OSError as error:
-        if error.errno == errno.EINVAL:
-            return False
-        raise
-    return True
 
 
 def _requests(fd: int, size: int, block: int) -> list[Request]:

@@ -75,10 +75,9 @@ class Contender(ABC):
             pass
 
 
-class Pickles(Contender):
-    """One pickle per chunk, protocol 5: a list of arrays."""
+class FilePerChunk(Contender):
+    """Entries written and read each by itself, on all threads."""
 
-    name = "pickle"
     durable = "fsync of each file and of the folder"
 
     def write(self) -> None:
@@ -86,6 +85,18 @@ class Pickles(Contender):
 
     def read(self) -> None:
         self.each(self._read)
+
+    @abstractmethod
+    def _write(self, entry: int) -> None: ...
+
+    @abstractmethod
+    def _read(self, entry: int) -> None: ...
+
+
+class Pickles(FilePerChunk):
+    """One pickle per chunk, protocol 5: a list of arrays."""
+
+    name = "pickle"
 
     def _write(self, entry: int) -> None:
         with open(self.root / f"{entry}.pickle", "wb") as file:
@@ -101,17 +112,10 @@ class Pickles(Contender):
             self.load.arrived(entry, layer, array)
 
 
-class Safetensors(Contender):
+class Safetensors(FilePerChunk):
     """One safetensors file per chunk, a tensor per layer, read tensor by tensor."""
 
     name = "safetensors"
-    durable = "fsync of each file and of the folder"
-
-    def write(self) -> None:
-        self.each(self._write)
-
-    def read(self) -> None:
-        self.each(self._read)
 
     def _write(self, entry: int) -> None:
         path = self.root / f"{entry}.safetensors"

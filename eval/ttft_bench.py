@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import torch
 
@@ -18,6 +18,7 @@ from ragkv.clock import Stopwatch
 from ragkv.encode import encode
 from ragkv.errors import StoreError
 from ragkv.eval.rates import Rates, disk_rate, link_rate, matrix_rate, memory_rate, ram_rate
+from ragkv.eval.steps import drained
 from ragkv.eval.store_load import drop_cached
 from ragkv.pipeline import resolve_method
 from ragkv.plan import PlannedChunk, PromptPlan, make_plan
@@ -30,7 +31,6 @@ from ragkv.types import Method
 _WRITE_BACK_S = 600.0
 _SETTLE_TRIES = 200
 _ENTRY_SLACK = 1 << 20
-_T = TypeVar("_T")
 
 
 class Place(NamedTuple):
@@ -243,12 +243,3 @@ def _check(place: Place, outcomes: Sequence[SpanOutcome]) -> None:
                 f"a chunk's KV came from {outcome.kv!r}, not {place.tier!r}: {why}; the tier cannot be measured",
                 tier=place.tier,
             )
-
-
-def drained(steps: Generator[None, None, _T]) -> _T:
-    """The result of a generator nobody else waits for."""
-    while True:
-        try:
-            next(steps)
-        except StopIteration as done:
-            return done.value  # type: ignore[no-any-return]

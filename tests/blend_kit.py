@@ -13,6 +13,7 @@ from ragkv.attention import NAME
 from ragkv.chunks import ChunkTokens, EncodeGroup
 from ragkv.clock import Stopwatch
 from ragkv.encode import EncodedChunk, encode
+from ragkv.eval.steps import drained
 from ragkv.kv import RequestKV
 from ragkv.plan import PlannedChunk, PromptPlan, Span, make_plan
 from ragkv.prefill import Prefill, PrefillResult
@@ -30,11 +31,7 @@ T = TypeVar("T")
 def drain(steps: Generator[None, None, T]) -> T:
     """Run a generator to its end, as the engine thread does."""
     with torch.inference_mode():
-        while True:
-            try:
-                next(steps)
-            except StopIteration as done:
-                return done.value
+        return drained(steps)
 
 
 def token_ids(n: int, seed: int) -> tuple[int, ...]:
