@@ -17,6 +17,7 @@ from ragkv.selfcheck import find_fault
 from ragkv.store import CODECS
 from ragkv.unpacking import Unpacker
 from tests.codec_kit import decoded, encoded, random_kv
+from tests.engine_kit import wait_idle
 from tests.families import MOVABLE, make_model
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -44,7 +45,7 @@ def test_repairing_every_token_is_full_prefill(engine, method):
     """With document context all chunks of the prompt are repairable, so ratio 1 recomputes everything."""
     full = engine.query("Where does person 3 live?", documents=DOCUMENTS, method="full")
     engine.query("Where does person 3 live?", documents=DOCUMENTS, method=method)  # encodes in the background
-    wait_until_encoded(engine)
+    wait_idle(engine)
     again = engine.query("Where does person 3 live?", documents=DOCUMENTS, method=method, ratio=1.0)
     assert {chunk.kv for chunk in again.sources} == {"ssd"}
     assert again.recomputed_share == 1.0
@@ -53,7 +54,7 @@ def test_repairing_every_token_is_full_prefill(engine, method):
 
 def test_reuse_without_repair_loads_every_layer(engine):
     engine.query("Where does person 3 live?", documents=DOCUMENTS, method="none")
-    wait_until_encoded(engine)
+    wait_idle(engine)
     answers = [engine.query("Where does person 3 live?", documents=DOCUMENTS, method="none") for _ in range(3)]
     assert answers[0].recomputed_share == 0.0
     assert len({answer.text for answer in answers}) == 1
@@ -107,7 +108,7 @@ def test_coded_entries_are_reused_and_repaired(tiny_checkpoint, tmp_path, codec)
     settings = {"model": str(tiny_checkpoint), "device": "cuda", "dtype": "bfloat16", "data_dir": tmp_path / "data"}
     with Engine(**settings, chunk_tokens=32, ram_bytes=0, max_tokens=8, kv_codec=codec) as engine:
         engine.query("Where does person 3 live?", documents=DOCUMENTS, method="none")
-        wait_until_encoded(engine)
+        wait_idle(engine)
         reused = [engine.query("Where does person 3 live?", documents=DOCUMENTS, method="none") for _ in range(2)]
         assert {chunk.kv for chunk in reused[0].sources} == {"ssd"}
         assert reused[0].text == reused[1].text
@@ -131,18 +132,9 @@ def test_chunks_in_ram_lie_in_page_locked_memory(tiny_checkpoint, tmp_path):
     settings = {"model": str(tiny_checkpoint), "device": "cuda", "dtype": "float32", "data_dir": tmp_path / "data"}
     with Engine(**settings, chunk_tokens=32, ram_bytes=1 << 26, max_tokens=8) as engine:
         engine.query("Where does person 3 live?", documents=DOCUMENTS, method="none")
-        wait_until_encoded(engine)
+        wait_idle(engine)
         answers = [engine.query("Where does person 3 live?", documents=DOCUMENTS, method="none") for _ in range(2)]
         assert [{chunk.kv for chunk in answer.sources} for answer in answers] == [{"ssd"}, {"ram"}]
         assert answers[0].text == answers[1].text
         memory = engine._store._ram.buffers.take(1 << 20)
         assert torch.from_numpy(memory).is_pinned()
-
-
-def wait_until_encoded(engine):
-    import time
-
-    deadline = time.monotonic() + 60
-    while engine.health().encoding:
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
