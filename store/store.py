@@ -7,7 +7,7 @@ import os
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
@@ -55,6 +55,8 @@ class ChunkStore:
             bytes, returns a uint8 array, such as page-locked memory. It is used again and again.
         remote: the URL of a server that keeps entries for several stores (``redis://…``), or a tier of your own,
             closed with the store.
+        on_gone: called with the key of an entry that has been deleted, evicted or found wrong, for caches above the
+            store; on any thread, with the index locked: it must return at once, and not call the store.
         remote_timeout_ms: the most that asking it may add to ``open`` and ``lookup`` when something is missing
             here; ten times that is the most a layer waits for it.
 
@@ -77,6 +79,7 @@ class ChunkStore:
         ram_allocate: Allocate | None = None,
         remote: str | RemoteTier | None = None,
         remote_timeout_ms: int = 50,
+        on_gone: Callable[[bytes], None] | None = None,
     ) -> None:
         for name, value, least in (
             ("capacity_bytes", capacity_bytes, 1),
@@ -96,6 +99,7 @@ class ChunkStore:
         self.read_only = read_only
         self.policy = policy
         self._ram = RamTier(ram_bytes, ram_allocate)
+        self._on_gone = on_gone
         self._counts: Counter[str] = Counter()
         self._lock = threading.Lock()
         self._recency = Recency()
@@ -127,7 +131,7 @@ class ChunkStore:
         infos: list[EntryInfo | None] = []
         for key, row in zip(keys, rows, strict=True):
             if row is None:
-                ram.drop(key)  # removed by another process
+                self._gone(key)  # removed by another process
                 infos.append(None)
             else:
                 infos.append(EntryInfo("ram" if key in ram else "ssd", row.tokens, row.nbytes))
@@ -228,6 +232,8 @@ class ChunkStore:
         removed = self._delete_here(keys)
         if self._remote is not None and keys:
             self._remote.delete(keys)
+            for key in keys:
+                self._gone(key)  # caches above may have what was never stored here
         return removed
 
     def _delete_here(self, keys: Sequence[bytes]) -> int:
@@ -284,7 +290,7 @@ class ChunkStore:
         if fix:
             self._count("corrupt", len(report.corrupt))
             for key in report.corrupt:
-                self._ram.drop(key)
+                self._gone(key)
             self._tidy(self._index)
         return report
 
@@ -397,19 +403,19 @@ class ChunkStore:
     def _remove(self, txn: IndexTxn, key: bytes) -> bool:
         if not self.folder.remove(key):
             return False
-        self._ram.drop(key)
+        self._gone(key)
         return txn.delete(key)
 
     def _quarantine(self, key: bytes, fd: int) -> None:
         self._count("corrupt")
-        self._ram.drop(key)
+        self._gone(key)
         if not self.read_only:
             with contextlib.suppress(StoreError, OSError):  # the caller has the error that matters
                 self._index.write(lambda txn: self.folder.quarantine(key, fd) and txn.delete(key))
 
     def _forget_missing(self, key: bytes) -> None:
         """Drop a row whose file somebody removed by hand (or a crash, halfway through an eviction)."""
-        self._ram.drop(key)
+        self._gone(key)
         if not self.read_only:
             with contextlib.suppress(StoreError):
                 self._index.write(lambda txn: not is_there(self.folder.entry_path(key)) and txn.delete(key))
@@ -430,8 +436,13 @@ class ChunkStore:
             with contextlib.suppress(StoreError):  # the order of use is a hint; losing it harms nobody
                 self._index.write(lambda txn: self._space.use(txn, uses))
 
-    def _evicted(self, key: bytes) -> None:
+    def _gone(self, key: bytes) -> None:
         self._ram.drop(key)
+        if self._on_gone is not None:
+            self._on_gone(key)
+
+    def _evicted(self, key: bytes) -> None:
+        self._gone(key)
         self._count("evictions")
 
     def _count(self, event: str, by: int = 1) -> None:
