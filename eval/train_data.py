@@ -1,8 +1,9 @@
 """Rows for training and scoring: invented worlds turned into packed token rows, made by worker processes.
 
 A sample is one context with many questions behind it; a row packs samples up to its length. Losses fall on
-answers and on a sample of the context's tokens (0.05 of an answer token, taken over all of them). Where a word is
-met for the second time in another document, a third loss asks a middle layer for what the first place told of it.
+answers and on a sample of the context's tokens (0.05 of an answer token, taken over all of them). A third loss asks
+middle layers for hints, two tokens each: where a word is met for the second time in another document, what the first
+place told of it; where the answer to a ``bridge`` begins, the name it leads over.
 """
 
 from __future__ import annotations
@@ -29,39 +30,52 @@ CONTEXT_WEIGHT = 0.05
 SHUFFLED = 0.2
 # Chunks of a world by curriculum level, and how many questions of a kind are asked behind one context.
 LEVELS = ((3, 4), (3, 7), (6, 11), (10, 18), (14, 30), (24, 48), (40, 100), (80, 215))
-PER_KIND = {"direct": 5, "coref": 4, "bridge": 6, "gloss": 8, "compare": 6, "update": 4, "memory": 2}
-# Loss weight of an answer token by kind: what is learned last counts double.
-WEIGHTS = np.array([2.0 if kind in ("bridge", "gloss", "compare", "update") else 1.0 for kind in KINDS], np.float32)
+PER_KIND = {"direct": 5, "coref": 4, "bridge": 9, "gloss": 6, "compare": 3, "update": 6, "memory": 2}
+# Loss weight of an answer token by kind: what is learned last counts more.
+WEIGHTS = np.array([{"bridge": 3.0, "gloss": 2.0, "update": 2.0}.get(kind, 1.0) for kind in KINDS], np.float32)
 # A long context is dear and a question cheap: from so many chunks on twice as many are asked.
 LONG = 40
 
 Ints = NDArray[np.int32]
+Told = tuple[int, int]
+
+
+@dataclass
+class Chain:
+    """Questions one behind the other, with the spans of their answers as (start, end, kind).
+
+    ``steps`` are (position in the chain, the two tokens that a later middle layer should know there).
+    """
+
+    ids: list[int] = field(default_factory=list)
+    spans: list[tuple[int, int, int]] = field(default_factory=list)
+    steps: list[tuple[int, Told]] = field(default_factory=list)
 
 
 @dataclass
 class Sample:
-    """``context`` ids, then per question chain its ids and the spans of its answers as (start, end, kind).
+    """``context`` ids, then the question chains behind it.
 
-    ``links`` are (position in the context, token that a middle layer should know there).
+    ``links`` are (position in the context, the two tokens that a middle layer should know there).
     """
 
     context: list[int]
-    links: list[tuple[int, int]] = field(default_factory=list)
-    chains: list[tuple[list[int], list[tuple[int, int, int]]]] = field(default_factory=list)
+    links: list[tuple[int, Told]] = field(default_factory=list)
+    chains: list[Chain] = field(default_factory=list)
 
     def __len__(self) -> int:
-        return len(self.context) + sum(len(ids) for ids, _ in self.chains)
+        return len(self.context) + sum(len(chain.ids) for chain in self.chains)
 
 
 @dataclass(frozen=True)
 class Row:
     """``tokens`` (4, length): ids, position, context number, turn. ``losses`` (4, 3/16 length): position,
-    target, kind (-1 for context tokens), answer number; ``weights`` (3/16 length,), 0 where unused. ``links``
-    (2, 1/64 length): position and target, -1 where unused."""
+    target, kind (-1 for context tokens), answer number; ``weights`` (3/16 length,), 0 where unused. ``hints``
+    (4, 1/32 length): position, two targets, -1 where unused, and 1 where a later layer is asked."""
 
     tokens: Ints
     losses: Ints
-    links: Ints
+    hints: Ints
     weights: NDArray[np.float32]
 
 
@@ -109,20 +123,22 @@ class SampleMaker:
             later = where.index(max(where))
             at = _find(parts[where[later]], word)
             if at is not None:
-                sample.links.append((int(ends[where[later]]) + at, tells[1 - later][0]))
+                sample.links.append((int(ends[where[later]]) + at, _told(tells[1 - later])))
         return sample
 
     def _asked(self, sample: Sample, asked: list[Question], turns: int) -> Sample:
-        pieces = self.ids.texts([t for q in asked for t in (question_text(q.text), q.answer)])
+        pieces = self.ids.texts([t for q in asked for t in (question_text(q.text), q.answer, " " + q.via)])
         for number, question in enumerate(asked):
             if number % turns == 0:
-                sample.chains.append(([], []))
-            ids, spans = sample.chains[-1]
+                sample.chains.append(Chain())
+            chain = sample.chains[-1]
+            asks, answer, via = pieces[3 * number : 3 * number + 3]
             # The end token of the answer before is already there.
-            lead = self.ids.next_turn[1:] if ids else []
-            ids += [*lead, *pieces[2 * number], *self.ids.to_answer]
-            spans.append((len(ids), len(ids) + len(pieces[2 * number + 1]) + 1, KINDS.index(question.kind)))
-            ids += [*pieces[2 * number + 1], self.ids.end]
+            chain.ids += [*(self.ids.next_turn[1:] if chain.ids else []), *asks, *self.ids.to_answer]
+            if question.via:
+                chain.steps.append((len(chain.ids) - 1, _told(via)))
+            chain.spans.append((len(chain.ids), len(chain.ids) + len(answer) + 1, KINDS.index(question.kind)))
+            chain.ids += [*answer, self.ids.end]
         return sample
 
 
@@ -145,6 +161,10 @@ def _find(ids: list[int], word: list[int]) -> int | None:
     return next((i + n - 1 for i in range(len(ids) - n + 1) if ids[i : i + n] == word), None)
 
 
+def _told(ids: list[int]) -> Told:
+    return ids[0], ids[1] if len(ids) > 1 else -1
+
+
 def _balanced(questions: list[Question], per_kind: dict[str, int]) -> list[Question]:
     left, out = dict(per_kind), []
     for question in questions:
@@ -160,27 +180,28 @@ def pack(samples: list[Sample], dice: Dice, row: int = ROW) -> Row:
     tokens[2] = len(samples)
     answers: list[tuple[int, int, int, int]] = []
     context_at: list[NDArray[np.int64]] = []
-    links: list[tuple[int, int]] = []
+    hints: list[tuple[int, int, int, int]] = []
     at = turn = number = 0
     for index, sample in enumerate(samples):
         length = len(sample.context)
         tokens[:, at : at + length] = _columns(sample.context, 0, index, 0)
         context_at.append(np.arange(at, at + length - 1))
-        links += [(at + where, target) for where, target in sample.links]
+        hints += [(at + where, *told, 0) for where, told in sample.links]
         at += length
-        for ids, spans in sample.chains:
+        for chain in sample.chains:
             turn += 1
-            n = len(ids)
-            tokens[:, at : at + n] = _columns(ids, length, index, turn)
-            for start, end, kind in spans:
-                answers += [(at + i - 1, ids[i], kind, number) for i in range(start, end)]
+            n = len(chain.ids)
+            tokens[:, at : at + n] = _columns(chain.ids, length, index, turn)
+            for start, end, kind in chain.spans:
+                answers += [(at + i - 1, chain.ids[i], kind, number) for i in range(start, end)]
                 number += 1
+            hints += [(at + where, *told, 1) for where, told in chain.steps]
             at += n
     losses, weights = _losses(tokens[0], answers, np.concatenate(context_at), dice)
-    asked = np.full((2, row // 64), -1, np.int32)
+    asked = np.full((4, row // 32), -1, np.int32)
     asked[0] = 0
-    some = dice.sample(links, row // 64)
-    asked[:, : len(some)] = np.array(some, np.int32).reshape(-1, 2).T
+    some = dice.sample(hints, row // 32)
+    asked[:, : len(some)] = np.array(some, np.int32).reshape(-1, 4).T
     return Row(tokens, losses, asked, weights)
 
 

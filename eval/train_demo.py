@@ -37,8 +37,8 @@ from ragkv.eval.worlds_names import SPLITS, Split
 # Chunks a world, worlds, questions a kind and world: about 0.6k, 0.9k, 2k, 4k, 8k and 15k tokens of context.
 SCORED = ((9, 80, 5), (12, 60, 4), (30, 30, 5), (60, 30, 5), (120, 30, 5), (222, 30, 5))
 WATCHED = ((12, 24, 3), (30, 12, 5))
-# Of the loss that asks a middle layer for what links say, beside the answers' mean.
-LINK_WEIGHT = 1.0
+# Of the loss that asks middle layers for hints, beside the answers' mean.
+HINT_WEIGHT = 1.0
 
 
 @dataclass
@@ -51,7 +51,8 @@ class Progress:
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows on the device, and their losses flattened: (n,) each. ``answer`` is unique over the batch."""
+    """Rows on the device, and their losses flattened: (n,) each, and (m,) or (m, 2) of the hints. ``answer`` is
+    unique over the batch."""
 
     rows: Rows
     at: Tensor
@@ -59,8 +60,9 @@ class Batch:
     kind: Tensor
     answer: Tensor
     weight: Tensor
-    links: Tensor
+    hints: Tensor
     told: Tensor
+    late: Tensor
 
 
 def to_batch(rows: list[Row], device: torch.device) -> Batch:
@@ -70,14 +72,16 @@ def to_batch(rows: list[Row], device: torch.device) -> Batch:
     losses[0] += offset * tokens.shape[2]
     losses[3] += offset * 4096
     weight = torch.from_numpy(np.concatenate([row.weights for row in rows]))
-    links = np.stack([row.links for row in rows], 1).astype(np.int64)
-    links[0] += offset * tokens.shape[2]
+    hints = np.stack([row.hints for row in rows], 1).astype(np.int64)
+    hints[0] += offset * tokens.shape[2]
     if device.type == "cuda":
         tokens, weight = tokens.pin_memory(), weight.pin_memory()
     moved = tokens.to(device, non_blocking=True)
     at, target, kind, answer = torch.from_numpy(losses).flatten(1).to(device, non_blocking=True)
-    where, told = torch.from_numpy(links).flatten(1).to(device, non_blocking=True)
-    return Batch(Rows(*moved), at, target, kind, answer, weight.to(device, non_blocking=True), where, told)
+    where, first, second, late = torch.from_numpy(hints).flatten(1).to(device, non_blocking=True)
+    told = torch.stack((first, second), 1)
+    weight = weight.to(device, non_blocking=True)
+    return Batch(Rows(*moved), at, target, kind, answer, weight, where, told, late.eq(1))
 
 
 class Trainer:
@@ -117,13 +121,16 @@ class Trainer:
         return functional.cross_entropy(logits, target, reduction="none"), logits.argmax(-1) == target
 
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        """Cross entropy and whether the greedy token is right, both (n,); the mean loss of the links."""
+        """Cross entropy and whether the greedy token is right, both (n,); mean losses (2,) of links and of steps."""
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
-            hidden, recalled = self.model(batch.rows, batch.at, batch.links)
+            hidden, recalled = self.model(batch.rows, batch.at, batch.hints, batch.late)
             entropy, right = self.losses(hidden, batch.target)
-            there = batch.told.ge(0)
-            missed = self.losses(recalled, batch.told.clamp(min=0))[0] * there
-        return entropy, right, missed.sum() / there.sum().clamp(min=1)
+            told = batch.told.flatten()
+            missed = self.losses(recalled.flatten(0, 1), told.clamp(min=0))[0]
+            late = batch.late.repeat_interleave(2)
+            groups = [told.ge(0) & ~late, told.ge(0) & late]
+            means = [(missed * group).sum() / group.sum().clamp(min=1) for group in groups]
+        return entropy, right, torch.stack(means)
 
     # The run ---------------------------------------------------------------------------------------------
 
@@ -179,7 +186,7 @@ class Trainer:
     def _step(self, batch: Batch) -> None:
         marks = [self._mark()]
         entropy, right, missed = self.forward(batch)
-        loss = (entropy * batch.weight).sum() / batch.weight.sum() + self.args.link_weight * missed
+        loss = (entropy * batch.weight).sum() / batch.weight.sum() + self.args.hint_weight * missed.sum()
         marks.append(self._mark())
         torch.autograd.backward(loss)
         marks.append(self._mark())
@@ -203,8 +210,14 @@ class Trainer:
             by_kind = {kind: float(entropy[answers & (batch.kind == k)].mean()) for k, kind in enumerate(KINDS)}
             context = float(entropy[batch.kind.lt(0) & used].mean())
             hits = float(right[answers].float().mean())
+            links, steps = missed.tolist()
             self._log(
-                answer_loss=self.recent, right=hits, context_loss=context, link_loss=float(missed), by_kind=by_kind
+                answer_loss=self.recent,
+                right=hits,
+                context_loss=context,
+                link_loss=links,
+                step_loss=steps,
+                by_kind=by_kind,
             )
 
     def _mark(self) -> float:
@@ -301,7 +314,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=14, help="processes a GPU that make training rows")
     parser.add_argument("--lr", type=float, default=1.5e-3)
     parser.add_argument("--decay", type=float, default=0.45, help="share of the run in which the rate falls to zero")
-    parser.add_argument("--link-weight", type=float, default=LINK_WEIGHT, help="of the loss on links")
+    parser.add_argument("--hint-weight", type=float, default=HINT_WEIGHT, help="of the loss on middle layers")
     parser.add_argument("--climb", type=float, default=0.2, help="answer loss below which the curriculum climbs")
     parser.add_argument("--score-every", type=float, default=60.0, help="seconds")
     parser.add_argument("--full-scores", action="store_true", help="score all lengths at the end")

@@ -116,7 +116,7 @@ class Body(nn.Module):
 class DemoModel(nn.Module):
     """``forward`` gives hidden states at chosen positions only, ``head`` their logits.
 
-    ``recall`` is a head on a middle layer, for training alone: it is neither saved nor used afterwards.
+    ``recall`` holds two heads on middle layers, for training alone: they are neither saved nor used afterwards.
     """
 
     frequencies: Tensor
@@ -125,8 +125,8 @@ class DemoModel(nn.Module):
         super().__init__()
         self.shape = shape
         self.model = Body(shape)
-        self.recall = nn.Linear(shape.hidden_size, shape.hidden_size, bias=False)
-        self.middle = max(1, shape.num_hidden_layers * 5 // 12)
+        self.recall = nn.ModuleList(nn.Linear(shape.hidden_size, 2 * shape.hidden_size, bias=False) for _ in range(2))
+        self.middle = [max(1, shape.num_hidden_layers * twelfths // 12) for twelfths in (5, 7)]
         half = torch.arange(0, shape.head_dim, 2).float() / shape.head_dim
         self.register_buffer("frequencies", shape.rope_theta**-half, persistent=False)
         for name, weight in self.named_parameters():
@@ -134,10 +134,11 @@ class DemoModel(nn.Module):
                 small = name.endswith(("o_proj.weight", "down_proj.weight"))
                 nn.init.normal_(weight, std=0.02 / (math.sqrt(2 * shape.num_hidden_layers) if small else 1))
 
-    def forward(self, rows: Rows, chosen: Tensor, links: Tensor) -> tuple[Tensor, Tensor]:
-        """``chosen`` (n,) and ``links`` (m,) hold positions in the flattened batch.
+    def forward(self, rows: Rows, chosen: Tensor, hints: Tensor, late: Tensor) -> tuple[Tensor, Tensor]:
+        """``chosen`` (n,) and ``hints`` (m,) hold positions in the flattened batch.
 
-        Returns the last hidden states (n, hidden), and of ``links`` (m, hidden) what a middle layer recalls.
+        Returns the last hidden states (n, hidden), and of ``hints`` (m, 2, hidden) which two tokens a middle layer
+        recalls there: the fifth of twelve, or the seventh where ``late`` (m,) holds.
         """
         angles = rows.position[..., None].float() * self.frequencies  # (rows, length, head_dim / 2)
         angles = torch.cat((angles, angles), -1)[:, :, None]
@@ -146,12 +147,16 @@ class DemoModel(nn.Module):
         x = self.model.embed_tokens(rows.ids)
         if rows.ids.is_cuda:
             x, cos, sin = x.bfloat16(), cos.bfloat16(), sin.bfloat16()
-        for layer in self.model.layers[: self.middle]:
+        recalled = []
+        for done, layer in enumerate(self.model.layers, 1):
             x = layer(x, cos, sin, mask)
-        recalled: Tensor = self.recall(x.flatten(0, 1)[links])
-        for layer in self.model.layers[self.middle :]:
-            x = layer(x, cos, sin, mask)
-        return x.flatten(0, 1)[chosen], recalled
+            recalled += [
+                head(x.flatten(0, 1)[hints])
+                for head, middle in zip(self.recall, self.middle, strict=True)
+                if middle == done
+            ]
+        asked = torch.where(late[:, None], recalled[1], recalled[0])
+        return x.flatten(0, 1)[chosen], asked.view(len(hints), 2, x.shape[-1])
 
     def head(self, x: Tensor) -> Tensor:
         """Logits (n, vocabulary) of hidden states (n, hidden)."""
@@ -222,14 +227,14 @@ def hf_config(shape: Shape) -> dict[str, object]:
 
 def load(folder: Path, model: DemoModel) -> None:
     weights = {k: v.float() for k, v in load_file(folder / "model.safetensors").items()}
-    model.load_state_dict({"recall.weight": model.recall.weight.detach(), **weights})
+    model.load_state_dict({**{f"recall.{k}": v for k, v in model.recall.state_dict().items()}, **weights})
 
 
 def save(model: DemoModel, folder: Path) -> None:
     """Write config, generation config and bf16 weights; raise if the library's forward would differ."""
     folder.mkdir(parents=True, exist_ok=True)
-    weights = {name: w.detach().cpu().bfloat16().contiguous() for name, w in model.state_dict().items()}
-    del weights["recall.weight"]
+    kept = {name: w for name, w in model.state_dict().items() if not name.startswith("recall.")}
+    weights = {name: w.detach().cpu().bfloat16().contiguous() for name, w in kept.items()}
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     generation = {"bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 3, "do_sample": False, "max_new_tokens": 32}
     for name, content in (("config.json", hf_config(model.shape)), ("generation_config.json", generation)):
@@ -250,5 +255,5 @@ def parity_error(shape: Shape, folder: Path) -> float:
     rows = Rows(ids, torch.arange(200).expand(2, -1), torch.zeros_like(ids), torch.zeros_like(ids))
     with torch.no_grad():
         expected = theirs(ids).logits.flatten(0, 1)
-        got = ours.head(ours(rows, torch.arange(400), torch.arange(0))[0])
+        got = ours.head(ours(rows, torch.arange(400), torch.arange(0), torch.arange(0) > 0)[0])
     return float((got - expected).norm() / expected.norm())

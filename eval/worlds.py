@@ -62,12 +62,16 @@ class WorldDocument:
 
 @dataclass(frozen=True)
 class Question:
-    """A question with its one right answer; ``evidence`` lists every (document id, chunk number) it needs."""
+    """A question with its one right answer; ``evidence`` lists every (document id, chunk number) it needs.
+
+    ``via`` is the name a ``bridge`` leads over.
+    """
 
     text: str
     answer: str
     kind: str
     evidence: list[tuple[str, int]]
+    via: str = ""
 
 
 @dataclass(frozen=True)
@@ -339,7 +343,8 @@ class _Maker:
                 if fact.changed or fact.attribute.gloss or fact.value == entity.name:
                     continue
                 evidence = entity.evidence(link) + link.target.evidence(fact)
-                yield Question(self._ask(fact.attribute.asks, x=phrase), fact.value, "bridge", evidence)
+                text = self._ask(fact.attribute.asks, x=phrase)
+                yield Question(text, fact.value, "bridge", evidence, link.value)
 
     def _glosses(self) -> Iterator[Question]:
         for entity, fact in self._settled():

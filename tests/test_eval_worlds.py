@@ -24,7 +24,7 @@ from ragkv.eval.worlds_prompt import PromptIds, context_chunks
 from ragkv.tokenizer import Tokenizer as CoreTokenizer
 from ragkv.tokenizer import chunk_text, question_text
 
-PINNED = ["b1a4051c21e83c98", "5e0c1156f0b0f8c0", "59db49631e1a07d6"]
+PINNED = ["e20c550e9a945bab", "f6e11215d3fd7f9f", "cd6cd10d9d53902a"]
 MODEL = Path(ragkv.__file__).parent / "demo" / "model"
 TINY = Shape(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, head_dim=16,
              intermediate_size=32)  # fmt: skip
@@ -164,19 +164,20 @@ def test_packed_questions_see_their_context_and_nothing_else(maker: SampleMaker)
     torch.manual_seed(0)
     model = DemoModel(TINY)
     sample = maker.scoring(make_world(0, "dev", 3, 2), 2)
-    ids = [*sample.context, *sample.chains[1][0]]
+    ids = [*sample.context, *sample.chains[1].ids]
     alone = Rows(*(torch.tensor([column]) for column in (ids, range(len(ids)), [0] * len(ids), [0] * len(ids))))
     batch = to_batch(scoring_rows(maker, "dev", 3, 1, 2, 2048), torch.device("cpu"))
-    start = len(sample.context) + len(sample.chains[0][0])
-    at = torch.arange(start, start + len(sample.chains[1][0]))
+    start = len(sample.context) + len(sample.chains[0].ids)
+    at = torch.arange(start, start + len(sample.chains[1].ids))
     wrong = replace(batch.rows, turn=torch.zeros_like(batch.rows.turn))
     with torch.no_grad():
-        links = torch.arange(3, len(sample.context), 7)
-        expected, recalled = model(alone, torch.arange(len(sample.context), len(ids)), links)
-        got, got_recalled = model(batch.rows, at, links)
+        hints = torch.arange(3, len(sample.context), 7)
+        late = hints % 2 == 0
+        expected, recalled = model(alone, torch.arange(len(sample.context), len(ids)), hints, late)
+        got, got_recalled = model(batch.rows, at, hints, late)
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(got_recalled, recalled, rtol=1e-4, atol=1e-5)
-        assert not torch.allclose(model(wrong, at, links)[0], expected, rtol=1e-4, atol=1e-5)
+        assert not torch.allclose(model(wrong, at, hints, late)[0], expected, rtol=1e-4, atol=1e-5)
 
 
 def test_training_rows_have_right_targets(maker: SampleMaker) -> None:
@@ -190,6 +191,10 @@ def test_training_rows_have_right_targets(maker: SampleMaker) -> None:
     assert answers.sum() > 50
     assert (row.tokens[3][row.losses[0][answers]] > 0).all()
     assert (row.tokens[3][row.losses[0][used & ~answers]] == 0).all()
+    at, first, _, late = row.hints[:, row.hints[1] >= 0]
+    assert 0 < late.sum() < len(late)
+    assert ((row.tokens[3][at] > 0) == (late == 1)).all()
+    assert (first > 0).all()
 
 
 @pytest.mark.parametrize("shuffle", [False, True])
@@ -198,11 +203,28 @@ def test_links_are_asked_where_the_word_is_met_again(maker: SampleMaker, shuffle
     chunks = context_chunks(world, Dice("links"), shuffle=shuffle)
     sample = maker.context([maker.ids.bos], chunks, world.links)
     assert len(sample.links) == len(world.links)
-    told = {maker.ids.text(" " + text)[0]: link for link in world.links for text in link.tells}
-    for at, target in sample.links:
+    told = [(text, maker.ids.text(" " + text)) for link in world.links for text in link.tells]
+    for at, (first, second) in sample.links:
         read = maker.ids.tokenizer.decode(sample.context[: at + 1])
-        link = next(link for link in world.links if read.endswith(link.word) and target in told)
-        assert read.count(link.word) >= 2
+        links = [link for link in world.links if read.endswith(link.word)]
+        assert read.count(links[0].word) >= 2
+        tells = {text for link in links for text in link.tells}
+        assert any(text in tells and [first, second] == [*ids, -1][:2] for text, ids in told)
+
+
+def test_a_bridge_is_asked_for_the_name_it_leads_over(maker: SampleMaker) -> None:
+    world = make_world(9, "train", 14)
+    bridges = {q.text: q for q in world.questions if q.kind == "bridge"}
+    steps = 0
+    for chain in maker.scoring(world, 4).chains:
+        text = maker.ids.tokenizer.decode(chain.ids)
+        question = next((q for t, q in bridges.items() if t in text), None)
+        assert bool(chain.steps) == (question is not None)
+        for at, (first, second) in chain.steps:
+            assert at == chain.spans[0][0] - 1
+            assert [first, second] == [*maker.ids.text(" " + question.via), -1][:2]
+            steps += 1
+    assert steps == 4
 
 
 def test_our_muon_is_torchs() -> None:
