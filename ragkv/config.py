@@ -16,6 +16,7 @@ from pydantic_settings import (
     TomlConfigSettingsSource,
 )
 
+from ragkv.calibrated import Calibration
 from ragkv.errors import ConfigError
 from ragkv.types import ContextPolicy, Method, RetrievalMode
 
@@ -74,6 +75,9 @@ class Settings(BaseSettings):
     top_k: int = Field(10, ge=1, le=1000, description="chunks to retrieve")
     method: Method = Field("default", description="how stored KV is repaired; `full` prefills everything")
     ratio: float = Field(0.15, ge=0.0, le=1.0, description="share of the repairable context tokens to recompute")
+    calibration: Calibration | None = Field(
+        None, description="what `ragkv calibrate` measured, for which model and setting: a table that it writes"
+    )
     system_prompt: str = Field(DEFAULT_SYSTEM_PROMPT, description="system text in front of every prompt")
     max_tokens: int = Field(64, ge=1, description="most tokens to generate when a request names no limit")
 
@@ -92,7 +96,7 @@ class Settings(BaseSettings):
         dotenv_settings: PydanticBaseSettingsSource,
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        toml = TomlConfigSettingsSource(settings_cls, _config_file())
+        toml = TomlConfigSettingsSource(settings_cls, config_file())
         return init_settings, env_settings, toml
 
     @property
@@ -116,12 +120,13 @@ def load_settings(**flags: Any) -> Settings:
     except ValidationError as error:
         raise ConfigError("; ".join(_explain(e) for e in error.errors())) from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{_config_file()} is not valid TOML: {error}", path=str(_config_file())) from error
+        raise ConfigError(f"{config_file()} is not valid TOML: {error}", path=str(config_file())) from error
     except OSError as error:
-        raise ConfigError(f"cannot read {_config_file()}: {error.strerror}", path=str(_config_file())) from error
+        raise ConfigError(f"cannot read {config_file()}: {error.strerror}", path=str(config_file())) from error
 
 
-def _config_file() -> Path:
+def config_file() -> Path:
+    """Where the configuration is, or would be. Raises ConfigError where one is named that is not there."""
     named = os.environ.get(CONFIG_FILE_VARIABLE)
     path = Path(named or "ragkv.toml").expanduser()
     if named and not path.is_file():

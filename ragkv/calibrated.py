@@ -1,0 +1,62 @@
+"""The record that ``ragkv calibrate`` leaves in the configuration: for which model and setting it measured what."""
+
+from __future__ import annotations
+
+from datetime import date
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from ragkv.types import ContextPolicy, Method
+
+# What must be as it was measured. A method without a ratio is indifferent to it.
+_MEASURED = ("method", "ratio", "kv_codec", "context_policy", "chunk_tokens")
+NO_RATIO = frozenset({"none", "full"})
+UNCALIBRATED = "no calibration in the configuration; `ragkv calibrate` makes one"
+
+
+class Calibration(BaseModel):
+    """What was chosen, for which model, and how sure that is. Losses are shares of the questions, 0 to 1.
+
+    ``fingerprint`` is the checkpoint's, ``loss_interval`` the 95% interval of ``loss``; ``proven`` says that its upper
+    end, too, was within ``wanted_loss``.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+    model: str
+    fingerprint: str
+    date: date
+    method: Method
+    ratio: float = Field(ge=0, le=1)
+    kv_codec: Literal["raw", "int8", "fp8"]
+    context_policy: ContextPolicy
+    chunk_tokens: int
+    recomputed_share: float
+    wanted_loss: float
+    loss: float
+    loss_interval: tuple[float, float]
+    proven: bool
+    questions: int
+
+    def doubt(self, fingerprint: str, settings: Any) -> str | None:
+        """Why this says nothing of a model with ``fingerprint`` under ``settings``; None where it does."""
+        if fingerprint != self.fingerprint:
+            return (
+                f"the calibration in the configuration is of another model ({self.model}, {self.date}): method, ratio "
+                "and kv_codec may not suit this one; run `ragkv calibrate` again"
+            )
+        changed = [
+            f"{name} is {getattr(settings, name)!r}, was {getattr(self, name)!r}"
+            for name in _MEASURED
+            if getattr(settings, name) != getattr(self, name) and not (name == "ratio" and self.method in NO_RATIO)
+        ]
+        return f"changed since the calibration of {self.date}: {'; '.join(changed)}" if changed else None
+
+    def __str__(self) -> str:
+        low, high = self.loss_interval
+        unsure = "" if self.proven else "; too few questions to be sure"
+        return (
+            f"{self.date}, {self.questions} questions: loss against full prefill {self.loss:.1%} [{low:.1%}, "
+            f"{high:.1%}], wanted {self.wanted_loss:.1%}{unsure}"
+        )
