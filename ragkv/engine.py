@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import torch
 
+from ragkv.calibrated import UNCALIBRATED
 from ragkv.checkpoint import find_device, load_checkpoint
 from ragkv.chunks import ChunkTokenizer
 from ragkv.clock import Stopwatch
@@ -97,6 +98,7 @@ class Engine:
         fault = find_fault(checkpoint.runner)
         if fault:
             log.warning("blending is off: %s", fault)
+        self._uncalibrated = _calibration_doubt(settings, checkpoint.model_fingerprint)
         splitter = Splitter(
             tokenizer.count,
             settings.chunk_tokens,
@@ -108,7 +110,7 @@ class Engine:
             tokenizer,
             model_fingerprint=checkpoint.model_fingerprint,
             dtype=dtype,
-            context_tokens=_context_tokens(settings, checkpoint.runner.max_positions),
+            context_tokens=context_room(settings, checkpoint.runner.max_positions),
             codec=settings.kv_codec,
             salt=settings.store_salt.get_secret_value().encode() if settings.store_salt else b"",
         )
@@ -281,6 +283,8 @@ class Engine:
             device=str(self._checkpoint.runner.device),
             dtype=self._dtype,
             blending=loop.failure or loop.blending_off or "on",
+            calibrated=self._uncalibrated is None,
+            calibration=self._uncalibrated or str(self.settings.calibration),
             running=loop.running,
             queued=loop.queued,
             encoding=self._ingestor.pending,
@@ -413,8 +417,23 @@ def store_check(store: ChunkStore, *, fix: bool) -> StoreCheck:
     )
 
 
-def _context_tokens(settings: Settings, positions: int) -> int:
-    """Document context that leaves room for a chunk within the positions the model was trained for."""
+def _calibration_doubt(settings: Settings, fingerprint: str) -> str | None:
+    """Why the setting counts as not calibrated for this model, or None; the log tells, too."""
+    record = settings.calibration
+    doubt = record.doubt(fingerprint, settings) if record else UNCALIBRATED
+    if doubt:
+        log.log(logging.WARNING if record else logging.INFO, "method and ratio are not calibrated: %s", doubt)
+    else:
+        log.info("calibrated: %s", record)
+    return doubt
+
+
+def context_room(settings: Settings, positions: int) -> int:
+    """Document context that leaves room for a chunk within the positions the model was trained for.
+
+    Raises:
+        ConfigError: a chunk alone does not fit them.
+    """
     room = positions - settings.chunk_tokens - 16
     if room < 0:
         raise ConfigError(

@@ -72,6 +72,11 @@ class Tokenizer:
         batch = self._plain_backend.encode_batch([_encodable(text) for text in texts], add_special_tokens=False)
         return [len(encoding.ids) for encoding in batch]
 
+    @property
+    def has_template(self) -> bool:
+        """Whether the checkpoint was made to be talked to."""
+        return bool(self._inner.chat_template)
+
     def frame(self, system: str, history: Sequence[Message]) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """The ids before and after the last user message, which holds chunks and question.
 

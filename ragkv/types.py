@@ -120,6 +120,27 @@ class Timing(Reply):
     total_ms: float
 
 
+class Forecast(Reply):
+    """What the controller expected of a prefill, and what it took; both from the choice to the first logits, without
+    the time that others' work took in between.
+
+    ``load`` is what computing waits for, as in :class:`Timing`. On a GPU all but the totals are the host's view.
+    """
+
+    way: Literal["full", "blend", "split"] = Field(description="`split`: some stored chunks were computed, not loaded")
+    why: str
+    full_ms: float = Field(description="predicted for a full prefill")
+    blend_ms: float = Field(description="predicted for loading every stored chunk")
+    load_ms: float
+    select_ms: float
+    recompute_ms: float
+    total_ms: float
+    actual_load_ms: float
+    actual_select_ms: float
+    actual_recompute_ms: float
+    actual_total_ms: float
+
+
 class Usage(Reply):
     """Tokens of the request. ``cached_tokens``: context tokens no layer recomputed."""
 
@@ -147,6 +168,7 @@ class Answer(Reply):
     warnings: list[str]
     timing: Timing
     usage: Usage
+    forecast: Forecast | None = Field(None, description="the controller's prediction, where it chose")
 
     @property
     def sources(self) -> list[ChunkReport]:
@@ -309,6 +331,8 @@ class Health(Reply):
     device: str
     dtype: str
     blending: str = Field(description="`on`, or the reason why every prompt is prefilled in full")
+    calibrated: bool = Field(False, description="method, ratio and codec are as `ragkv calibrate` measured this model")
+    calibration: str = Field("", description="what it measured, or why the setting counts as not calibrated")
     running: int
     queued: int
     encoding: int = Field(description="chunks waiting to be encoded in the background")
