@@ -128,6 +128,7 @@ class Delivery:
             chunks=[*chunks, *(_dropped(chunk) for chunk in plan.dropped)],
             warnings=list(prepared.warnings),
             timing=_timing(generation),
+            forecast=generation.forecast,
             usage=Usage(
                 prompt_tokens=len(plan.ids),
                 context_tokens=context,

@@ -10,7 +10,7 @@ from ragkv.clock import Stopwatch
 from ragkv.plan import PromptPlan
 from ragkv.prefill import SpanOutcome
 from ragkv.sampling import Sampler
-from ragkv.types import FinishReason
+from ragkv.types import FinishReason, Forecast
 
 
 @dataclass(eq=False)
@@ -34,6 +34,7 @@ class Generation:
     on_error: Callable[[Exception], None]
     seed: int = 0
     outcomes: list[SpanOutcome] = field(default_factory=list)
+    forecast: Forecast | None = None
     ttft_ms: float = 0.0
     stop: threading.Event = field(default_factory=threading.Event)
 

@@ -230,7 +230,7 @@ class EngineLoop:
         self._runner.synchronize()
         generation.watch.lap("first_token")
         generation.ttft_ms = generation.watch.total_ms
-        generation.outcomes = result.outcomes
+        generation.outcomes, generation.forecast = result.outcomes, result.forecast
         request = _Running(generation, result.kv, len(generation.plan.ids), token)
         self._running.append(request)
         self._deliver(request)

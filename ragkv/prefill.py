@@ -11,16 +11,19 @@ import torch
 
 from ragkv.blend import Blend
 from ragkv.clock import Stopwatch
+from ragkv.controller import Actual, Choice, Controller, Reading
+from ragkv.costs import Piece, Work
 from ragkv.errors import MissingEntryError, RagkvError
 from ragkv.kv import RequestKV
 from ragkv.loading import ChunkLostError, LayerLoader
 from ragkv.plan import PromptPlan, Span
 from ragkv.runner import ModelRunner
 from ragkv.selection import STRATEGIES
-from ragkv.store import ChunkStore, EntryHeader, OpenEntry
-from ragkv.types import KvSource
+from ragkv.store import ChunkStore, EntryHeader, LayerReader, OpenEntry
+from ragkv.types import Forecast, KvSource
 
 FULL = "full"
+_CONTENDED = 0.05
 
 
 @dataclass
@@ -42,6 +45,32 @@ class PrefillResult:
     kv: RequestKV
     outcomes: list[SpanOutcome]
     to_encode: list[Span] = field(default_factory=list)
+    forecast: Forecast | None = None
+
+
+@dataclass
+class _Trial:
+    """What the controller chose, and what is needed to see how it went: the watch's parts before, the reader after."""
+
+    choice: Choice
+    before: dict[str, float]
+    reader: LayerReader | None = None
+
+    def actual(self, watch: Stopwatch, overlapped: bool) -> Actual:
+        spent = {part: seconds - self.before.get(part, 0.0) for part, seconds in watch.parts.items()}
+        queue = spent.pop("queue", 0.0)
+        total, load, select = sum(spent.values()), spent.get("load", 0.0), spent.get("select", 0.0)
+        traffic = self.reader.traffic if self.reader else {}
+        return Actual(
+            total,
+            load,
+            select,
+            total - load - select,
+            waited=self.reader.waited if self.reader else 0.0,
+            readings=[Reading(tier, one.nbytes, one.seconds) for tier, one in traffic.items() if one.seconds],
+            # A device works on after the host has turned to others: then its time cannot be told from theirs.
+            contended=overlapped and queue > _CONTENDED * total,
+        )
 
 
 class Prefill:
@@ -51,6 +80,7 @@ class Prefill:
         strategy: a name of :data:`ragkv.selection.STRATEGIES`, or ``full``.
         blending_off: why nothing may be blended, or None.
         room: tokens that will be generated; the KV gets slots for them.
+        controller: may compute more than is asked for, where that is faster; None does exactly what is asked for.
     """
 
     def __init__(
@@ -65,11 +95,13 @@ class Prefill:
         watch: Stopwatch,
         blending_off: str | None = None,
         seed: int = 0,
+        controller: Controller | None = None,
     ) -> None:
         self._runner, self._store, self._plan = runner, store, plan
         self._strategy, self._ratio, self._seed, self._room = strategy, ratio, seed, room
-        self._watch, self._off = watch, blending_off
+        self._watch, self._off, self._controller = watch, blending_off, controller
         self._why: dict[Span, str] = {}
+        self._chosen: dict[Span, str] = {}
         self._opened: set[Span] = set()
 
     def run(self) -> Generator[None, None, PrefillResult]:
@@ -81,16 +113,43 @@ class Prefill:
         while True:
             with ExitStack() as leases:
                 entries = self._open(leases)
-                if not entries:
-                    result = yield from self._full()
-                    break
+                trial = self._choose(entries)
                 try:
-                    result = yield from self._blend(entries)
+                    result = yield from self._blend(entries, trial) if entries else self._full()
                     break
                 except ChunkLostError as lost:
                     self._why.update((span, _unreadable(cause)) for span, cause in lost.causes.items())
+        if trial:
+            result.forecast = self._learn(trial)
         result.to_encode = [span for span in self._plan.spans if span in self._why]
         return result
+
+    def _choose(self, entries: dict[Span, OpenEntry]) -> _Trial | None:
+        """Have the controller choose; what it would rather compute is taken out of ``entries``."""
+        self._chosen = {}
+        if self._controller is None:
+            return None
+        spans = list(entries)
+        pieces = [self._piece(span, entry) for span, entry in entries.items()]
+        choice = self._controller.choose(Work(len(self._plan.ids), tuple(pieces), self._strategy, self._ratio))
+        if choice is None:
+            return None
+        for index in set(range(len(spans))) - set(choice.loaded):
+            self._chosen[spans[index]] = choice.why_computed(index)
+            entries.pop(spans[index]).close()
+        return _Trial(choice, dict(self._watch.parts))
+
+    def _piece(self, span: Span, entry: OpenEntry) -> Piece:
+        nbytes = self._runner.shape.entry_bytes(span.length, entry.header.codec)
+        return Piece(span.length, span.start, nbytes, entry.tier, span.context_present)
+
+    def _learn(self, trial: _Trial) -> Forecast | None:
+        """What the trial took, told to the controller."""
+        self._runner.synchronize()
+        self._watch.lap("first_token")
+        if self._controller is None:
+            return None
+        return self._controller.learn(trial.choice, trial.actual(self._watch, self._runner.device.type == "cuda"))
 
     def _open(self, leases: ExitStack) -> dict[Span, OpenEntry]:
         wanted = [span for span in self._plan.spans if span not in self._why]
@@ -120,7 +179,7 @@ class Prefill:
         wrong = [name for name in right if found[name] != right[name]]
         return f"another {' and '.join(wrong)}" if wrong else None
 
-    def _blend(self, entries: dict[Span, OpenEntry]) -> Generator[None, None, PrefillResult]:
+    def _blend(self, entries: dict[Span, OpenEntry], trial: _Trial | None) -> Generator[None, None, PrefillResult]:
         kv = self._runner.new_kv(len(self._plan.ids) + self._room)
         spans = list(entries)
         [codec] = {span.chunk.tokens.codec for span in spans}
@@ -128,6 +187,7 @@ class Prefill:
             closing(self._store.open_layers(list(entries.values()))) as slabs,
             closing(LayerLoader(self._runner, kv, spans, slabs, codec)) as loader,
         ):
+            self._watch.lap("load")
             blend = Blend(
                 self._runner,
                 self._plan,
@@ -141,13 +201,15 @@ class Prefill:
             )
             rows = yield from blend.run()
             logits = self._runner.logits(rows)
+            if trial:
+                trial.reader = slabs
         outcomes = [self._outcome(span, entries.get(span), blend) for span in self._plan.spans]
         return PrefillResult(logits, kv, outcomes)
 
     def _outcome(self, span: Span, entry: OpenEntry | None, blend: Blend) -> SpanOutcome:
         layers = self._runner.shape.layers
         if entry is None:
-            return SpanOutcome("computed", self._why[span], span.length, span.length * layers)
+            return self._computed(span)
         repaired = int(blend.computed[span.start : span.end].sum())
         dense = blend.dense_layers if span.context_present else 0
         return SpanOutcome(
@@ -167,8 +229,11 @@ class Prefill:
             yield
             self._watch.lap("queue")
         logits = self._runner.logits(rows)
-        outcomes = [SpanOutcome("computed", self._why[s], s.length, s.length * layers) for s in plan.spans]
-        return PrefillResult(logits, kv, outcomes)
+        return PrefillResult(logits, kv, [self._computed(span) for span in plan.spans])
+
+    def _computed(self, span: Span) -> SpanOutcome:
+        why = self._why.get(span) or self._chosen[span]
+        return SpanOutcome("computed", why, span.length, span.length * self._runner.shape.layers)
 
 
 def _unreadable(cause: RagkvError) -> str:

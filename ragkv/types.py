@@ -168,7 +168,7 @@ class Answer(Reply):
     warnings: list[str]
     timing: Timing
     usage: Usage
-    forecast: Forecast | None = Field(None, description="the controller's prediction, where it chose")
+    forecast: Forecast | None = Field(default=None, description="the controller's prediction, where it chose")
 
     @property
     def sources(self) -> list[ChunkReport]:

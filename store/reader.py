@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor, Future, wait
@@ -19,6 +20,7 @@ from ragkv.store.codecs import CODECS
 from ragkv.store.header import EntryHeader
 from ragkv.store.ram import RamEntry, RamTier, entry_bytes, read_only
 from ragkv.store.source import Source
+from ragkv.store.traffic import Traffic
 
 SlabOrError = Array | StoreError
 
@@ -165,13 +167,19 @@ class _Reading:
 
 
 class LayerReader(Iterator[list[SlabOrError]]):
-    """Iterates over layers; see ``ChunkStore.open_layers``. Reading begins at once, stops with ``close``."""
+    """Iterates over layers; see ``ChunkStore.open_layers``. Reading begins at once, stops with ``close``.
+
+    ``traffic`` says, by tier, what was read so far (what lay in RAM was not), ``waited`` how many seconds the caller
+    waited for it.
+    """
 
     def __init__(self, entries: Sequence[OpenEntry], *, depth: int, allocate: Allocate | None, ram: RamTier) -> None:
         self._readings: list[_Reading] = []
         self._ahead: deque[list[Future[list[SlabOrError]]]] = deque()
         self._ram = ram
         self._next = 0
+        self.traffic: dict[str, Traffic] = {}
+        self.waited = 0.0
         counts = {entry.header.geometry.layers for entry in entries}
         if len(counts) > 1:
             raise StoreError(f"entries of different depth cannot be read together: {sorted(counts)} layers")
@@ -180,6 +188,7 @@ class LayerReader(Iterator[list[SlabOrError]]):
             for entry in entries:
                 self._readings.append(_Reading(entry.source(), allocate))
             self._tasks = self._spread()
+            self.traffic = {self._readings[task[0]].source.tier: Traffic() for _, task in self._tasks}
             for _ in range(min(depth, self._layers)):
                 self._submit()
         except BaseException:
@@ -193,7 +202,9 @@ class LayerReader(Iterator[list[SlabOrError]]):
         try:
             self._submit()
             layer = self._next - len(self._ahead)
+            began = time.perf_counter()
             found = [future.result() for future in self._ahead[0]]
+            self.waited += time.perf_counter() - began
         except BaseException:
             self.close()
             raise
@@ -255,7 +266,9 @@ class LayerReader(Iterator[list[SlabOrError]]):
             raise StoreError("the store was closed while its entries were being read") from error
 
     def _read(self, layer: int, task: list[int]) -> list[SlabOrError]:
-        return [self._readings[i].slab(layer) for i in task]
+        readings = [self._readings[i] for i in task]
+        with self.traffic[readings[0].source.tier].reading(sum(one.header.slabs[layer].nbytes for one in readings)):
+            return [one.slab(layer) for one in readings]
 
     def _in_order(self, layer: int, found: list[list[SlabOrError]]) -> list[SlabOrError]:
         cold = {

@@ -1,0 +1,244 @@
+"""Load or compute: for every prompt the fastest way that keeps the quality asked for.
+
+Three ways are compared: full prefill; blending; and blending with some stored chunks computed instead of loaded, so
+that loading and computing end together. The ratio asked for is a floor: computing more is always allowed, computing
+less never. Every request's timings correct the costs (:mod:`ragkv.costs`).
+
+Not thread-safe but for :meth:`Controller.stats`: the engine thread owns it.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections import Counter, deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from ragkv.costs import Machine, Piece, Times, Work, passes
+from ragkv.types import Forecast
+
+# Full prefill is exact, so blending must win by more than the error of a good prediction.
+MARGIN = 0.03
+# The share of all prefill time that may be spent on trying what seems slower, so that a tier that recovered is noticed.
+EXPLORED = 0.02
+_SPLITS = 16
+_REMEMBERED = 64
+
+
+@dataclass(frozen=True)
+class Reading:
+    """``nbytes`` came from ``tier`` in ``seconds`` of its own speed: the time in which computing waited for it."""
+
+    tier: str
+    nbytes: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Actual:
+    """What a prefill took, in seconds, without its time in queues.
+
+    ``waited``: the part of ``load`` spent waiting for slabs. ``contended``: the device did others' work in between,
+    so that only ``readings`` say anything.
+    """
+
+    total: float
+    load: float = 0.0
+    select: float = 0.0
+    recompute: float = 0.0
+    waited: float = 0.0
+    readings: Sequence[Reading] = ()
+    contended: bool = False
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How to go about a prompt: load ``loaded`` (indices of the work's pieces), compute the rest.
+
+    ``times`` are predicted for it, ``full`` for a full prefill, ``blend`` for loading everything. ``cost``: seconds it
+    is believed to lose to the best, for the sake of measuring.
+    """
+
+    work: Work
+    loaded: tuple[int, ...]
+    times: Times
+    full: Times
+    blend: Times
+    why: str
+    cost: float = 0.0
+
+    @property
+    def way(self) -> Literal["full", "blend", "split"]:
+        if not self.loaded:
+            return "full"
+        return "blend" if len(self.loaded) == len(self.work.pieces) else "split"
+
+    @property
+    def pieces(self) -> list[Piece]:
+        return [self.work.pieces[i] for i in self.loaded]
+
+    def why_computed(self, piece: int) -> str:
+        """What to say of a piece that is stored and was not loaded."""
+        tier = self.work.pieces[piece].tier
+        return self.why if self.way == "full" else f"computed: faster than loading it from {tier}"
+
+
+class Controller:
+    """Chooses, and learns from what came of it.
+
+    Args:
+        machine: what is known of this machine's speed; None until it was measured. Without it everything is done as
+            asked.
+    """
+
+    def __init__(self, machine: Machine | None = None) -> None:
+        self.machine = machine
+        self._saved = 0.0
+        self._counts: Counter[str] = Counter()
+        self._errors: deque[float] = deque(maxlen=_REMEMBERED)
+
+    def choose(self, work: Work) -> Choice | None:
+        """The fastest way, or None where there is nothing to choose from or nothing is known yet."""
+        if self.machine is None or not work.pieces:
+            return None
+        machine = self.machine
+        full, options = machine.full(work.length), _options(work)
+        times = {loaded: machine.blend(work, [work.pieces[i] for i in loaded]) for loaded in options}
+        blend = times[options[0]]
+        best = min(options, key=lambda loaded: times[loaded].total)
+        if times[best].total >= full.total * (1 - MARGIN):
+            choice = Choice(work, (), full, full, blend, _why_full(full, blend))
+        else:
+            choice = Choice(work, best, times[best], full, blend, _why_blend(times[best], full))
+        return self._exploring(choice, times) or choice
+
+    def learn(self, choice: Choice, actual: Actual) -> Forecast:
+        """Correct the costs by what a prefill took; returns prediction and outcome for its report."""
+        self._counts[choice.way] += 1
+        self._counts["computed"] += len(choice.work.pieces) - len(choice.loaded)
+        if self.machine is not None:
+            self.machine.tick()
+            for reading in actual.readings:
+                self.machine.tier(reading.tier).observe(reading.seconds / reading.nbytes)
+            if not actual.contended:
+                _correct(self.machine, choice, actual)
+        if not actual.contended:
+            self._errors.append(abs(actual.total / choice.times.total - 1))
+            lost = choice.cost and max(choice.cost, choice.cost + actual.total - choice.times.total)
+            self._saved = min(self._saved + EXPLORED * actual.total - lost, actual.total)
+        return _forecast(choice, actual)
+
+    def stats(self) -> dict[str, float]:
+        """Numbers for a metrics page: how often what was chosen, the median error of the last predictions of the
+        total, and the tiers' rates in bytes per second."""
+        errors = list(self._errors)
+        tiers: Mapping[str, float] = {}
+        if self.machine is not None:
+            tiers = {name: 1 / one.value for name, one in list(self.machine.tiers.items())}
+        return {
+            "controller_full": self._counts["full"],
+            "controller_blend": self._counts["blend"],
+            "controller_split": self._counts["split"],
+            "controller_explored": self._counts["explored"],
+            "controller_chunks_computed": self._counts["computed"],
+            "controller_error": statistics.median(errors) if errors else 0.0,
+            **{f"controller_{name}_bytes_per_second": rate for name, rate in tiers.items()},
+        }
+
+    def _exploring(self, choice: Choice, times: Mapping[tuple[int, ...], Times]) -> Choice | None:
+        """What may be faster than ``choice`` if what was not measured lately has recovered, and can be afforded."""
+        machine, work = self.machine, choice.work
+        if machine is None or not machine.stale or self._saved <= 0:
+            return None
+        believed = {(): choice.full, **times}
+        hoped = {
+            loaded: machine.blend(work, [work.pieces[i] for i in loaded], hope=True)
+            if loaded
+            else machine.full(work.length, hope=True)
+            for loaded, seen in believed.items()
+            if loaded != choice.loaded and seen.total - choice.times.total <= self._saved
+        }
+        tried = min(hoped, key=lambda loaded: hoped[loaded].total, default=None)
+        if tried is None or hoped[tried].total >= choice.times.total * (1 - MARGIN):
+            return None
+        self._counts["explored"] += 1
+        cost = max(0.0, believed[tried].total - choice.times.total)
+        return replace(choice, loaded=tried, times=believed[tried], cost=cost, why="tried, to measure it again")
+
+
+def _options(work: Work) -> list[tuple[int, ...]]:
+    """Sets of pieces to load: all of them first, then fewer and fewer.
+
+    What is dropped first: pieces whose document context is in the prompt (computing the others forgets it), of these
+    those on the slowest tier, of these the shortest. Measured rates do not enter here: the order must not flicker.
+    """
+    speed = {"remote": 0, "ssd": 1, "ram": 2}
+    order = sorted(
+        range(len(work.pieces)),
+        key=lambda i: (not work.pieces[i].repairable, speed.get(work.pieces[i].tier, 3), work.pieces[i].tokens),
+    )
+    step = -(-len(order) // _SPLITS)
+    return [tuple(sorted(order[dropped:])) for dropped in range(0, len(order), step)]
+
+
+def _correct(machine: Machine, choice: Choice, actual: Actual) -> None:
+    """Every part of a request corrects the cost it stands for; the parts of an overlapping machine cannot be told
+    apart, and its total corrects what is predicted to be the limit."""
+    work, times, layers = choice.work, choice.times, machine.layers
+    if choice.way == "full":
+        spent = (actual.total - machine.head) / layers
+        machine.dense.observe(work.length, work.length**2 / 2, max(spent, 1e-9))
+        return
+    ratio = actual.total / times.total
+    if machine.overlapped and times.limit is not None:
+        if times.limit == "ram":
+            machine.tier("ram").observe(machine.tier("ram").value * ratio)
+        return
+    pieces = choice.pieces
+    steps = passes(work, pieces, layers)
+    if not machine.overlapped:
+        placed = actual.load - actual.waited
+        if placed > 0:
+            machine.tier("ram").observe(placed / sum(piece.nbytes for piece in pieces))
+        if times.select and actual.select > 0:
+            selector = machine.selector(work.strategy)
+            selector.observe(selector.value * actual.select / times.select)
+        ratio = (actual.recompute - machine.head) / (times.recompute - machine.head)
+    main = steps[-1]
+    if ratio > 0:
+        machine.sparse.observe(main.rows, main.pairs, machine.sparse.seconds(main.rows, main.pairs) * ratio)
+
+
+def _forecast(choice: Choice, actual: Actual) -> Forecast:
+    times = choice.times
+    return Forecast(
+        way=choice.way,
+        why=choice.why,
+        full_ms=1000 * choice.full.total,
+        blend_ms=1000 * choice.blend.total,
+        load_ms=1000 * times.load,
+        select_ms=1000 * times.select,
+        recompute_ms=1000 * times.recompute,
+        total_ms=1000 * times.total,
+        actual_load_ms=1000 * actual.load,
+        actual_select_ms=1000 * actual.select,
+        actual_recompute_ms=1000 * actual.recompute,
+        actual_total_ms=1000 * actual.total,
+    )
+
+
+def _why_full(full: Times, blend: Times) -> str:
+    slow = max(blend.reading, key=lambda tier: blend.reading[tier])
+    parts = [f"{_ms(blend.reading[slow])} of loading from {slow}"]
+    parts += [f"{_ms(blend.select)} of selecting"] if blend.select else []
+    parts.append(f"{_ms(blend.recompute)} of recomputing")
+    return f"full prefill is predicted to be faster: {_ms(full.total)} against {_ms(blend.total)} ({', '.join(parts)})"
+
+
+def _why_blend(times: Times, full: Times) -> str:
+    return f"blending is predicted to be faster: {_ms(times.total)} against {_ms(full.total)} of full prefill"
+
+
+def _ms(seconds: float) -> str:
+    return f"{1000 * seconds:.{0 if seconds >= 0.01 else 1}f} ms"
