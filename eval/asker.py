@@ -1,7 +1,7 @@
-"""Answer quality of blending on invented worlds: every question under every method, ratio, policy and condition.
+"""Answers under every method, ratio, policy and condition, to every question of a case.
 
 Most methods choose what to repair without looking at the question. Their context is blended once for all questions
-of a world, which are then answered together on top of it. Only methods that look at the question blend anew for each.
+of a case, which are then answered together on top of it. Only methods that look at the question blend anew for each.
 ``each_alone`` is the plain twin of this shortcut: every question from scratch.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,18 +22,16 @@ from ragkv.config import DEFAULT_SYSTEM_PROMPT
 from ragkv.encode import encode
 from ragkv.errors import PromptTooLongError
 from ragkv.eval.branches import generate_all, slots_behind
-from ragkv.eval.cases import Case, Condition, Place, groups, in_order
+from ragkv.eval.cases import Case, CaseDocument, CaseQuestion, Condition, Place, groups, in_order
 from ragkv.eval.steps import drained
-from ragkv.eval.worlds import Question, WorldDocument
 from ragkv.pipeline import resolve_method
 from ragkv.plan import PlannedChunk, PromptPlan, make_plan
 from ragkv.prefill import FULL, Prefill, PrefillResult
 from ragkv.retrievers import Chunk
 from ragkv.store import ChunkStore
-from ragkv.tokenizer import question_text
+from ragkv.tokenizer import chunk_text, question_text
 from ragkv.types import ContextPolicy, Method
 
-MAX_ANSWER_TOKENS = 16
 # What these repair does not depend on the question, so that questions may share a blended context.
 BLIND = frozenset({FULL, "none", "epic", "random", "hkvd"})
 _Tokens = dict[str, list[ChunkTokens]]
@@ -59,14 +57,25 @@ class Setting(NamedTuple):
 
 
 class Mark(NamedTuple):
-    """How one question fared under one setting. ``ttft_ms`` only where it was asked from scratch."""
+    """How one question was answered under one setting; :mod:`ragkv.eval.score` judges it.
+
+    Attributes:
+        golds: the answers that count as right.
+        tokens: of the answer, without the one that ended it.
+        share: recomputed token-layers ÷ all of the context's.
+        cut: the context did not fit the model, and chunks at its end were left out.
+        ttft_ms: only where the question was asked from scratch.
+    """
 
     kind: str
-    right: bool
+    golds: tuple[str, ...]
+    answer: str
+    tokens: tuple[int, ...]
     share: float
     context_tokens: int
     chunks: int
-    ttft_ms: float | None
+    cut: bool = False
+    ttft_ms: float | None = None
 
 
 Marks = dict[tuple[Condition, Setting], list[Mark]]
@@ -81,6 +90,9 @@ class Bench:
         threads: of the CPU; 0 leaves it to torch.
         each_alone: ask every question from scratch.
         codec: of the stored KV.
+        answer_tokens: most tokens of an answer.
+        cuts: a context that does not fit the model loses the chunks at its end, as a prompt of the pipeline's does; if
+            not, it is an error.
     """
 
     model: str
@@ -93,6 +105,8 @@ class Bench:
     conditions: tuple[Condition, ...]
     each_alone: bool = False
     codec: str = "raw"
+    answer_tokens: int = 16
+    cuts: bool = False
 
     @contextmanager
     def asker(self, folder: Path) -> Iterator[Asker]:
@@ -105,7 +119,7 @@ class Bench:
 
 
 class Asker:
-    """Asks one world after the other. The store holds one world's chunks at a time."""
+    """Asks one case after the other. The store holds one case's chunks at a time."""
 
     def __init__(self, checkpoint: Checkpoint, store: ChunkStore, bench: Bench) -> None:
         self._runner, self._tokenizer, self._store = checkpoint.runner, checkpoint.tokenizer, store
@@ -120,21 +134,23 @@ class Asker:
         self._works = list(dict.fromkeys(setting.work for setting in bench.settings))
         self._conditions, self._each_alone = bench.conditions, bench.each_alone
         self._ends = checkpoint.tokenizer.eos_ids | checkpoint.runner.eos_ids
-        self._limit = checkpoint.runner.max_positions - MAX_ANSWER_TOKENS
+        self._room, self._cuts = bench.answer_tokens, bench.cuts
+        self._limit = checkpoint.runner.max_positions - self._room
         self._prefix, self._suffix = checkpoint.tokenizer.frame(DEFAULT_SYSTEM_PROMPT, [])
 
     def ask(self, case: Case) -> Marks:
         """Marks of all questions, for each condition and each setting's :attr:`Setting.work`, in one order.
 
         Raises:
-            PromptTooLongError: the world does not fit the model.
+            PromptTooLongError: the context does not fit the model, or not one chunk of it where it may be cut.
         """
+        fitting = self._fitting(case)
+        cut, case = fitting != case, fitting
         marks: Marks = {(condition, work): [] for condition in self._conditions for work in self._works}
         tokens = {
             policy: {d.id: self._chunks.document(d.chunks, policy) for d in case.documents}
             for policy in dict.fromkeys(work.policy for work in self._works)
         }
-        self._check(tokens[self._works[0].policy], max(len(self._prompt(question)) for question in case.questions))
         with torch.inference_mode(), self._stored(tokens):
             for condition in self._conditions:
                 documents = in_order(case, condition)
@@ -142,24 +158,38 @@ class Asker:
                     for work in self._works:
                         context = _context(documents, tokens[work.policy], away)
                         plans = [self._plan(context, question) for question in questions]
-                        marks[condition, work] += self._answers(questions, plans, work, case.seed)
+                        answers = self._answers(questions, plans, work, case.seed)
+                        marks[condition, work] += [mark._replace(cut=cut) for mark in answers]
         return marks
 
-    def _plan(self, context: Sequence[PlannedChunk], question: Question) -> PromptPlan:
+    def _plan(self, context: Sequence[PlannedChunk], question: CaseQuestion) -> PromptPlan:
         return make_plan(self._prefix, context, self._prompt(question), budget=self._limit)
 
-    def _prompt(self, question: Question) -> tuple[int, ...]:
+    def _prompt(self, question: CaseQuestion) -> tuple[int, ...]:
         return (*self._tokenizer.plain(question_text(question.text)), *self._suffix)
 
-    def _check(self, tokens: _Tokens, question: int) -> None:
-        prompt = len(self._prefix) + sum(len(part.ids) for parts in tokens.values() for part in parts) + question
-        if prompt > self._limit:
+    def _fitting(self, case: Case) -> Case:
+        """The case, without the chunks at the end of its context that do not fit beside its longest question."""
+        question = max(len(self._prompt(question)) for question in case.questions)
+        left = self._limit - len(self._prefix) - question
+        documents = []
+        for document in case.documents:
+            kept: list[str] = []
+            for chunk in document.chunks:
+                left -= len(self._tokenizer.plain(chunk_text(chunk)))
+                if left >= 0:
+                    kept.append(chunk)
+            if kept:
+                documents.append(CaseDocument(document.id, tuple(kept)))
+        if left < 0 and not (self._cuts and documents):
+            advice = "shorten the question, or lower chunk_tokens" if self._cuts else "ask for a smaller context"
             raise PromptTooLongError(
-                f"a world's prompt of {prompt} tokens does not fit the {self._limit} that the model's positions leave "
-                "beside the answer; ask for a smaller context",
-                tokens=prompt,
+                f"a prompt of {self._limit - left} tokens does not fit the {self._limit} that the model's positions "
+                f"leave beside the answer; {advice}",
+                tokens=self._limit - left,
                 limit=self._limit,
             )
+        return replace(case, documents=tuple(documents))
 
     @contextmanager
     def _stored(self, tokens: dict[ContextPolicy, _Tokens]) -> Iterator[None]:
@@ -185,27 +215,27 @@ class Asker:
             self._store.delete(list(keys))
 
     def _answers(
-        self, questions: Sequence[Question], plans: Sequence[PromptPlan], work: Setting, seed: int
+        self, questions: Sequence[CaseQuestion], plans: Sequence[PromptPlan], work: Setting, seed: int
     ) -> list[Mark]:
         if self._each_alone or work.method not in BLIND:
             return [self._answer(q, plan, work, seed) for q, plan in zip(questions, plans, strict=True)]
         start = plans[0].question_start
         prompts = [plan.ids[start:] for plan in plans]
-        room = slots_behind(prompts, MAX_ANSWER_TOKENS) - len(prompts[0])
+        room = slots_behind(prompts, self._room) - len(prompts[0])
         result = self._prefill(plans[0], work, seed, room, Stopwatch())
-        answers = generate_all(self._runner, result.kv, start, prompts, ends=self._ends, room=MAX_ANSWER_TOKENS)
+        answers = generate_all(self._runner, result.kv, start, prompts, ends=self._ends, room=self._room)
         return [
             self._mark(question, plan, result, tokens)
             for question, plan, tokens in zip(questions, plans, answers, strict=True)
         ]
 
-    def _answer(self, question: Question, plan: PromptPlan, work: Setting, seed: int) -> Mark:
+    def _answer(self, question: CaseQuestion, plan: PromptPlan, work: Setting, seed: int) -> Mark:
         watch = Stopwatch()
-        result = self._prefill(plan, work, seed, MAX_ANSWER_TOKENS, watch)
+        result = self._prefill(plan, work, seed, self._room, watch)
         token = int(result.logits.argmax())
         watch.lap("first_token")
         tokens: list[int] = []
-        while token not in self._ends and len(tokens) < MAX_ANSWER_TOKENS:
+        while token not in self._ends and len(tokens) < self._room:
             tokens.append(token)
             token = int(self._runner.decode(token, len(plan.ids) + len(tokens) - 1, result.kv).argmax())
         return self._mark(question, plan, result, tokens, watch.total_ms if self._each_alone else None)
@@ -225,19 +255,26 @@ class Asker:
 
     def _mark(
         self,
-        question: Question,
+        question: CaseQuestion,
         plan: PromptPlan,
         result: PrefillResult,
         tokens: Sequence[int],
         ttft_ms: float | None = None,
     ) -> Mark:
-        right = self._tokenizer.decode(tokens).strip() == question.answer
         recomputed = sum(outcome.token_layers for outcome in result.outcomes)
-        share = recomputed / (plan.context_tokens * self._runner.shape.layers)
-        return Mark(question.kind, right, share, plan.context_tokens, len(plan.spans), ttft_ms)
+        return Mark(
+            kind=question.kind,
+            golds=question.answers,
+            answer=self._tokenizer.decode(tokens).strip(),
+            tokens=tuple(tokens),
+            share=recomputed / (plan.context_tokens * self._runner.shape.layers),
+            context_tokens=plan.context_tokens,
+            chunks=len(plan.spans),
+            ttft_ms=ttft_ms,
+        )
 
 
-def _context(documents: Sequence[WorldDocument], tokens: _Tokens, away: Place | None) -> list[PlannedChunk]:
+def _context(documents: Sequence[CaseDocument], tokens: _Tokens, away: Place | None) -> list[PlannedChunk]:
     planned: list[PlannedChunk] = []
     for document in documents:
         for ordinal, part in enumerate(tokens[document.id]):

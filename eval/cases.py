@@ -1,11 +1,14 @@
-"""What a quality run asks: worlds, the questions of each, and the chunks a question finds in its prompt."""
+"""What a quality run asks: contexts, the questions of each, and the chunks a question finds in its prompt.
+
+Here the contexts are invented worlds; :mod:`ragkv.eval.data` makes them of a user's own file.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, get_args
 
 from ragkv.errors import InputError
 from ragkv.eval.worlds import KINDS, Question, World, WorldDocument, make_world
@@ -42,13 +45,29 @@ class Draw:
     neighbours: bool = False
 
 
+class CaseDocument(NamedTuple):
+    """A document as its chunks."""
+
+    id: str
+    chunks: tuple[str, ...]
+
+
+class CaseQuestion(NamedTuple):
+    """A question, the answers that count as right, and the chunks it needs, as far as they are known."""
+
+    text: str
+    kind: str
+    answers: tuple[str, ...]
+    evidence: tuple[Place, ...] = ()
+
+
 @dataclass(frozen=True)
 class Case:
-    """A world and what is asked about it."""
+    """A context and what is asked over it."""
 
     seed: int
-    documents: tuple[WorldDocument, ...]
-    questions: tuple[Question, ...]
+    documents: tuple[CaseDocument, ...]
+    questions: tuple[CaseQuestion, ...]
 
 
 def draw_cases(draw: Draw, count: Count) -> list[Case]:
@@ -68,8 +87,8 @@ def draw_cases(draw: Draw, count: Count) -> list[Case]:
         for question in chosen:
             left[question.kind] -= 1
         if chosen:
-            case = Case(seed, tuple(world.documents), tuple(chosen))
-            cases.append(_trimmed(case, draw.context_tokens, count) if draw.context_tokens else case)
+            documents = _trimmed(seed, world, chosen, draw.context_tokens, count)
+            cases.append(Case(seed, tuple(map(_document, documents)), tuple(map(_question, chosen))))
     if any(left.values()):
         short = ", ".join(kind for kind, missing in left.items() if missing)
         raise InputError(f"worlds of {draw.size} chunks hold too few questions of kind {short}; raise --size")
@@ -109,34 +128,47 @@ def _fitting(world: World, kind: str, neighbours: bool) -> list[Question]:
     return [q for q in world.questions if q.kind == kind and (not neighbours or neighbour(q))]
 
 
-def _trimmed(case: Case, tokens: int, count: Count) -> Case:
-    """``case`` with so many distractors, documents no question needs, that the context has about ``tokens``."""
-    needed = {document for question in case.questions for document, _ in question.evidence}
-    tokens -= sum(count(document) for document in case.documents if document.id in needed)
-    for document in Dice(f"distractors/{case.seed}").shuffled(case.documents):
+def _trimmed(
+    seed: int, world: World, chosen: Sequence[Question], tokens: int | None, count: Count
+) -> Sequence[WorldDocument]:
+    """The world's documents, as many distractors, documents no question needs, left out that they have about
+    ``tokens``."""
+    if tokens is None:
+        return world.documents
+    needed = {document for question in chosen for document, _ in question.evidence}
+    tokens -= sum(count(document) for document in world.documents if document.id in needed)
+    for document in Dice(f"distractors/{seed}").shuffled(world.documents):
         if document.id not in needed and count(document) <= tokens:
             needed.add(document.id)
             tokens -= count(document)
-    return replace(case, documents=tuple(document for document in case.documents if document.id in needed))
+    return [document for document in world.documents if document.id in needed]
 
 
-def neighbour(question: Question) -> Place | None:
+def _document(document: WorldDocument) -> CaseDocument:
+    return CaseDocument(document.id, tuple(document.chunks))
+
+
+def _question(question: Question) -> CaseQuestion:
+    return CaseQuestion(question.text, question.kind, (question.answer,), tuple(question.evidence))
+
+
+def neighbour(question: Question | CaseQuestion) -> Place | None:
     """The chunk before the first one the question needs that has a chunk before it in its document."""
     return next(((document, chunk - 1) for document, chunk in question.evidence if chunk), None)
 
 
-def in_order(case: Case, condition: Condition) -> list[WorldDocument]:
-    """The documents as they stand in the prompt: in the world's own order, or shuffled."""
+def in_order(case: Case, condition: Condition) -> list[CaseDocument]:
+    """The documents as they stand in the prompt: in the world's or file's own order, or shuffled."""
     if condition == "ordered":
         return list(case.documents)
     return Dice(f"order/{case.seed}").shuffled(case.documents)
 
 
-def groups(case: Case, condition: Condition) -> list[tuple[Place | None, Sequence[Question]]]:
+def groups(case: Case, condition: Condition) -> list[tuple[Place | None, Sequence[CaseQuestion]]]:
     """Questions that share a context, with the chunk it lacks."""
     if condition != "neighbour-missing":
         return [(None, case.questions)]
-    by_place: dict[Place | None, list[Question]] = {}
+    by_place: dict[Place | None, list[CaseQuestion]] = {}
     for question in case.questions:
         by_place.setdefault(neighbour(question), []).append(question)
     return list(by_place.items())

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
@@ -16,8 +17,9 @@ from rich.table import Table
 
 from ragkv import terminal
 from ragkv.config import load_settings
-from ragkv.errors import ConfigError
+from ragkv.errors import ConfigError, InputError
 from ragkv.eval.cases import CONDITIONS, Draw
+from ragkv.eval.data import METRICS, Data
 from ragkv.eval.questions import jsonl, read_questions
 from ragkv.eval.worlds_names import SPLITS
 from ragkv.store.policies import POLICIES
@@ -85,20 +87,36 @@ def replay(
 
 @app.command()
 def quality(
+    ctx: typer.Context,
     suite: Annotated[str, typer.Option(help="worlds: invented worlds, which nobody knows by heart.")] = "worlds",
+    data: Annotated[
+        Path | None,
+        typer.Option(help="In place of --suite: your own questions, .json or .jsonl of question, answers and ctxs."),
+    ] = None,
+    metric: Annotated[
+        str, typer.Option(help="For --data: f1, em, rouge-l, agreement (with full prefill), or auto.")
+    ] = "auto",
     methods: Annotated[str, typer.Option(help="Names, comma-separated.")] = ALL_METHODS,
     ratio: Annotated[
         str, typer.Option(help="Ratios, comma-separated, for hkvd, epic, question and random; `default` has its own.")
     ] = "0.15",
     context_policy: Annotated[str, typer.Option(help="`alone`, `document`, or both, comma-separated.")] = "document",
     condition: Annotated[
-        str,
+        str | None,
         typer.Option(
             help="shuffled, ordered, neighbour-missing, comma-separated. All are asked the same questions: with "
-            "neighbour-missing among them only such as have a neighbour to miss."
+            "neighbour-missing among them only such as have a neighbour to miss. Worlds are shuffled if nothing is "
+            "said, --data is asked in its own order."
         ),
-    ] = "shuffled",
-    limit: Annotated[int, typer.Option(min=1, help="Questions to ask, of all kinds in equal numbers.")] = 140,
+    ] = None,
+    limit: Annotated[
+        int | None,
+        typer.Option(min=1, help="Questions to ask: of worlds 140, all kinds in equal numbers; of --data all."),
+    ] = None,
+    max_tokens: Annotated[
+        int | None,
+        typer.Option(min=1, help="For --data: most tokens of an answer; 128 for ROUGE-L, else 32, if nothing is said."),
+    ] = None,
     size: Annotated[int, typer.Option(min=4, help="Chunks of a world.")] = 12,
     context_tokens: Annotated[
         int | None, typer.Option(min=256, help="In place of --size: add documents up to about so many tokens.")
@@ -114,25 +132,35 @@ def quality(
     plot: Annotated[Path | None, typer.Option(help="Draw quality against recomputed share: .png, .svg, .pdf.")] = None,
     plot_kinds: Annotated[bool, typer.Option("--plot-kinds", help="Draw the kinds of question as well.")] = False,
     rows_from: Annotated[
-        Path | None, typer.Option("--rows", help="Ask nothing: show or draw what --json printed into this file.")
+        Path | None, typer.Option("--rows", help="Ask nothing: show or draw the rows of an earlier run in this file.")
     ] = None,
+    save: Annotated[Path | None, typer.Option(help="Write rows and environment into this file.")] = None,
     json_: Json = False,
 ) -> None:
-    """Exact match on invented worlds, by kind of question, for every method, beside full prefill."""
-    _choices(suite, ("worlds",), "--suite")
+    """Answer quality of every method beside full prefill, on invented worlds or on your own questions."""
+    _check_save(save)
+    _choice(suite, ("worlds",), "--suite")
+    _refuse_options(ctx, _WORLDS_ONLY if data else _DATA_ONLY, "--data" if data else "worlds")
+    from ragkv.checkpoint import find_device
+    from ragkv.eval.machine import environment
     from ragkv.eval.quality import grid, measure_quality, read_rows
 
     if rows_from:
         rows = read_rows(rows_from)
     else:
         settings = load_settings(model=model, kv_codec=codec)
-        [names] = _choices(split, SPLITS, "--split")
+        names = _choice(split, SPLITS, "--split")
         policies = _choices(context_policy, get_args(ContextPolicy), "--context-policy")
         asked = grid(_choices(methods, get_args(Method), "--methods"), _ratios(ratio), policies, settings.ratio)
-        conditions = _choices(condition, CONDITIONS, "--condition")
-        draw = Draw(limit, size, context_tokens, seed, names)
+        conditions = _choices(condition or ("ordered" if data else "shuffled"), CONDITIONS, "--condition")
+        draw: Draw | Data = Draw(limit or 140, size, context_tokens, seed, names)
+        if data:
+            measure = _choice(metric, ("auto", *METRICS), "--metric")
+            draw = Data(read_questions(data), data.name, measure, limit, max_tokens)
         with terminal.progress(err, quiet=json_) as say:
             rows = measure_quality(settings, asked, conditions, draw, jobs=jobs, each_alone=each_alone, say=say)
+        if save:
+            _save(save, {"rows": rows} | environment(find_device(settings.device)))
     if plot:
         from ragkv.eval.quality_plot import plot as draw_rows
 
@@ -151,7 +179,9 @@ def ttft(
         str | None, typer.Option(help="`bundled`, a folder, a hub id, or random:<preset>: shapes without weights.")
     ] = None,
     context: Annotated[str, typer.Option(help="Context tokens, comma-separated.")] = "4096",
-    tiers: Annotated[str, typer.Option(help="Where chunks come from: ram, ssd, remote, comma-separated.")] = "ram,ssd",
+    tiers: Annotated[
+        str, typer.Option(help="Where chunks come from: device, ram, ssd, remote, comma-separated.")
+    ] = "ram,ssd",
     methods: Annotated[str, typer.Option(help="Names, comma-separated.")] = "full,none,question,epic,hkvd,default",
     ratio: Annotated[
         str, typer.Option(help="Ratios, comma-separated, for hkvd, epic, question and random; `default` has its own.")
@@ -159,10 +189,16 @@ def ttft(
     codec: Annotated[str, typer.Option(help="Of the stored KV: raw, int8, fp8, comma-separated.")] = "raw",
     chunk_tokens: Annotated[int, typer.Option(help="Tokens of a chunk.")] = 512,
     question_tokens: Annotated[int, typer.Option(help="Tokens of the question.")] = 32,
-    batch: Annotated[int, typer.Option(help="Requests that come at once.")] = 1,
+    batch: Annotated[int, typer.Option(help="Requests that come at once; figures are medians over them.")] = 1,
     passes: Annotated[int, typer.Option(help="Passes; figures are medians over them.")] = 5,
+    budget_s: Annotated[
+        float | None, typer.Option(min=1, help="About how long it may take: fewer passes, three at the least.")
+    ] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw TTFT, with the floors: .png, .svg, .pdf.")] = None,
-    save: Annotated[Path | None, typer.Option(help="Write rows, rates and environment into this file.")] = None,
+    save: Annotated[
+        Path | None,
+        typer.Option("--out", "--save", help="Write rows, rates and environment into this file, after every context."),
+    ] = None,
     json_: Json = False,
 ) -> None:
     """Time to first token: every method on every tier, beside full prefill and what the machine could do at best."""
@@ -183,13 +219,13 @@ def ttft(
         question_tokens=question_tokens,
         batch=batch,
         passes=passes,
+        budget_s=budget_s,
     )
+    _check_save(save)
     if plot:
         check(plot)
     with terminal.progress(err, quiet=not err.is_terminal) as say:
-        result = measure_ttft(settings, plan, say=say)
-    if save:
-        save.write_text(json.dumps({"command": " ".join(["ragkv", *sys.argv[1:]]), **result}, indent=1) + "\n", "utf-8")
+        result = measure_ttft(settings, plan, say=say, save=_saving(save))
     if plot:
         ttft_show.plot(result["rows"], plot)
     if json_:
@@ -266,6 +302,42 @@ def cache_policy(
     out.print(f"\nmost saved over all: {result['winner']}", highlight=False)
 
 
+# Options that would do nothing, and so must not be given.
+_WORLDS_ONLY = ("suite", "size", "context_tokens", "seed", "split")
+_DATA_ONLY = ("metric", "max_tokens")
+
+
+def _refuse_options(ctx: typer.Context, names: Sequence[str], why: str) -> None:
+    for name in names:
+        source = ctx.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE":
+            raise ConfigError(f"--{name.replace('_', '-')} does not go with {why}; leave it out")
+
+
+def _check_save(path: Path | None) -> None:
+    """Before anything takes its time."""
+    if path and (path.is_dir() or not path.absolute().parent.is_dir()):
+        raise InputError(f"{path} cannot be written: name a file in a folder that exists", path=str(path))
+
+
+def _save(path: Path, result: dict[str, Any]) -> None:
+    path.write_text(json.dumps({"command": " ".join(["ragkv", *sys.argv[1:]]), **result}, indent=1) + "\n", "utf-8")
+
+
+def _saving(path: Path | None) -> Callable[[dict[str, Any]], None]:
+    """Writes what there is so far, and says so where no bar does."""
+    started = time.perf_counter()
+
+    def save(result: dict[str, Any]) -> None:
+        if path:
+            _save(path, result)
+        if not err.is_terminal:
+            seconds = time.perf_counter() - started
+            print(f"{len(result['rows'])} rows after {seconds:.0f} s", file=sys.stderr, flush=True)
+
+    return save
+
+
 def _names(given: str) -> tuple[str, ...]:
     return tuple(name.strip() for name in given.split(",") if name.strip())
 
@@ -276,6 +348,13 @@ def _choices(given: str, known: Sequence[str], option: str) -> list[Any]:
         if name not in known:
             raise ConfigError(f"{option}: {name!r} is not one of {', '.join(known)}")
     return chosen
+
+
+def _choice(given: str, known: Sequence[str], option: str) -> Any:
+    """The one choice; several, or none, are as wrong as an unknown one."""
+    if given not in known:
+        raise ConfigError(f"{option}: {given!r} is not one of {', '.join(known)}")
+    return given
 
 
 def _numbers(given: str, option: str, least: float, most: float) -> list[float]:

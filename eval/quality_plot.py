@@ -7,19 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from ragkv.errors import InputError, MissingExtraError
+from ragkv.eval.palette import METRIC_NAMES, in_turn, look
 from ragkv.eval.score import Row, wilson
-from ragkv.eval.worlds import KINDS
 
-# Okabe and Ito's palette: told apart by colour-blind readers, and in print by the markers.
-_LOOKS = {
-    "question": ("#0072B2", "o"),
-    "hkvd": ("#D55E00", "s"),
-    "epic": ("#009E73", "^"),
-    "random": ("#999999", "v"),
-    "none": ("#000000", "D"),
-    "default": ("#CC79A7", "*"),
-}
-_FULL = "#333333"
 _BEHIND = {"alone": "chunks encoded alone", "document": "chunks encoded behind their document"}
 # Methods share their x: error bars stand side by side, a third of a point apart.
 _APART = 0.33
@@ -56,7 +46,7 @@ def plot(rows: Sequence[Row], path: Path, *, kinds: bool = False) -> None:
     for part, panel in zip(parts[1:], panels, strict=False):
         _draw_kinds(part, _of(rows, panel), _title(panel))
     parts[0].supxlabel("recomputed share of context token-layers, %", fontsize=10)
-    parts[0].supylabel("exact match, %", fontsize=10)
+    parts[0].supylabel(", ".join({METRIC_NAMES[row["metric"]]: None for row in rows}) + ", %", fontsize=10)
     lines = {name: line for axes in grid.flat for line, name in zip(*axes.get_legend_handles_labels(), strict=True)}
     figure.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=len(lines), frameon=False)
     figure.savefig(path, dpi=160)
@@ -71,7 +61,7 @@ def _of(rows: Sequence[Row], panel: tuple[str, str]) -> list[Row]:
 
 
 def _draw_kinds(part: Any, rows: Sequence[Row], title: str) -> None:
-    kinds = [kind for kind in KINDS if kind in rows[0]["by_kind"]]
+    kinds = list(rows[0]["by_kind"])
     part.suptitle(title, fontsize=9, x=0.01, ha="left")
     for axes, kind in zip(part.subplots(1, len(kinds), sharey=True, squeeze=False)[0], kinds, strict=True):
         _draw(axes, [_kind_row(row, kind) for row in rows], small=True)
@@ -80,7 +70,8 @@ def _draw_kinds(part: Any, rows: Sequence[Row], title: str) -> None:
 
 def _kind_row(row: Row, kind: str) -> Row:
     share, asked = row["by_kind"][kind], row["questions_by_kind"][kind]
-    return {**row, "exact_match": share, "exact_match_interval": wilson(round(share * asked), asked)}
+    interval = wilson(round(share * asked), asked) if row["metric"] == "exact_match" else None
+    return {**row, "score": share, "score_interval": interval}
 
 
 def _draw(axes: Any, rows: Sequence[Row], *, small: bool = False) -> None:
@@ -90,10 +81,11 @@ def _draw(axes: Any, rows: Sequence[Row], *, small: bool = False) -> None:
     axes.tick_params(labelsize=7 if small else 9)
     for row in rows:
         if row["method"] == "full":
-            axes.axhline(100 * row["exact_match"], color=_FULL, linestyle="--", linewidth=1.2, label="full prefill")
-            axes.axhspan(*(100 * bound for bound in row["exact_match_interval"]), color=_FULL, alpha=0.10, linewidth=0)
+            colour, (low, high) = look("full").light, _bounds(row)
+            axes.axhline(100 * row["score"], color=colour, linestyle="--", linewidth=1.2, label="full prefill")
+            axes.axhspan(100 * low, 100 * high, color=colour, alpha=0.10, linewidth=0)
     nothing = [row for row in rows if row["method"] == "none"]
-    methods = [name for name in _LOOKS if any(row["method"] == name for row in rows)]
+    methods = in_turn({row["method"] for row in rows} - {"full"})
     lines = [name for name in methods if name not in ("none", "default")]
     for name in methods:
         own = [row for row in rows if row["method"] == name]
@@ -105,11 +97,10 @@ def _draw(axes: Any, rows: Sequence[Row], *, small: bool = False) -> None:
 
 def _draw_method(axes: Any, name: str, rows: Sequence[Row], shift: float, small: bool) -> None:
     rows = sorted(rows, key=lambda row: row["recomputed_share"])
-    colour, marker = _LOOKS[name]
+    colour, _, marker = look(name)
     shares = [100 * row["recomputed_share"] + (shift if row["recomputed_share"] else 0.0) for row in rows]
-    matches = [100 * row["exact_match"] for row in rows]
-    reach = [[abs(100 * row["exact_match_interval"][side] - m) for row, m in zip(rows, matches, strict=True)]
-             for side in (0, 1)]  # fmt: skip
+    matches = [100 * row["score"] for row in rows]
+    reach = [[abs(100 * (row["score"] - _bounds(row)[side])) for row in rows] for side in (0, 1)]
     above = name in ("none", "default")
     axes.errorbar(
         shares,
@@ -127,3 +118,9 @@ def _draw_method(axes: Any, name: str, rows: Sequence[Row], shift: float, small:
         zorder=4 if above else 3,
         label="none (plain reuse)" if name == "none" else name,
     )
+
+
+def _bounds(row: Row) -> tuple[float, float]:
+    """The score's interval; the score itself where there are too few contexts to tell."""
+    low, high = row["score_interval"] or (row["score"], row["score"])
+    return low, high

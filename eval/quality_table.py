@@ -8,10 +8,17 @@ from itertools import groupby
 from rich.console import Console
 from rich.table import Table
 
+from ragkv.eval.palette import METRIC_NAMES
 from ragkv.eval.score import Row
-from ragkv.eval.worlds import KINDS
 
 LEAST_WIDTH = 132
+# What stands beside the score of a user's own questions.
+_BESIDE = {
+    "exact_match": ["f1", "answer_match"],
+    "f1": ["exact_match", "answer_match"],
+    "rouge_l": ["token_agreement"],
+    "token_agreement": ["answer_match"],
+}
 _BEHIND = {"alone": "alone", "document": "behind their document"}
 
 
@@ -25,21 +32,26 @@ def show(console: Console, rows: Sequence[Row]) -> None:
 
 
 def _sample(row: Row) -> str:
-    return (
-        f"{row['questions']} questions, {row['worlds']} worlds of {row['chunks']:.0f} chunks, "
-        f"{row['context_tokens']:,.0f} tokens"
-    )
+    text = f"{row['questions']} questions, {row['worlds']} {'contexts' if 'f1' in row else 'worlds'} of "
+    text += f"{row['chunks']:.0f} chunks, {row['context_tokens']:,.0f} tokens"
+    if row.get("questions_scored", row["questions"]) < row["questions"]:
+        text += f"; {row['questions_scored']} have accepted answers"
+    if row.get("questions_cut"):
+        text += f"; {row['questions_cut']} contexts did not fit the model and lost chunks at their end"
+    return text
 
 
 def _table(rows: Sequence[Row]) -> Table:
     table, first = Table(box=None, header_style="dim"), rows[0]
-    timed = "median_ttft_ms" in first
-    kinds = [kind for kind in KINDS if kind in first["by_kind"]]
+    timed, kinds = "median_ttft_ms" in first, list(first["by_kind"])
+    beside = [name for name in _BESIDE[first["metric"]] if "f1" in first and first[name] is not None]
+    score, *others = (METRIC_NAMES[name] for name in (first["metric"], *beside))
     table.add_column("method")
-    for name in ("ratio", "exact match", "minus full", "computed", *(["TTFT ms"] if timed else []), *kinds):
+    for name in ("ratio", score, "minus full", *others, "computed", *(["TTFT ms"] if timed else []), *kinds):
         table.add_column(name, justify="right", no_wrap=True)
     for row in rows:
         cells = [row["method"], _percent(row["ratio"], 0), _share(row), _difference(row)]
+        cells += [_percent(row[name]) for name in beside]
         cells.append(_percent(row["recomputed_share"]))
         cells += [f"{row['median_ttft_ms']:.0f}"] if timed else []
         table.add_row(*cells, *(_percent(row["by_kind"][kind], 0) for kind in kinds))
@@ -51,7 +63,7 @@ def _percent(share: float, digits: int = 1) -> str:
 
 
 def _share(row: Row) -> str:
-    return f"{_percent(row['exact_match'])} {_interval(row['exact_match_interval'])}"
+    return f"{_percent(row['score'])} {_interval(row['score_interval'])}"
 
 
 def _difference(row: Row) -> str:

@@ -22,7 +22,7 @@ from ragkv.eval.asker import Bench, Mark, Marks, Setting
 from ragkv.eval.branches import generate_all, slots_behind
 from ragkv.eval.cases import Draw, draw_cases, groups, in_order, neighbour
 from ragkv.eval.cli import app
-from ragkv.eval.quality import grid, measure_quality, read_rows
+from ragkv.eval.quality import grid, measure_quality, read_rows, with_score
 from ragkv.eval.quality_plot import plot
 from ragkv.eval.quality_table import show
 from ragkv.eval.score import paired_interval, rows_of, wilson
@@ -213,7 +213,10 @@ FULL, NONE = Setting("full", 1.0, "document"), Setting("none", 0.0, "document")
 
 def _marks(setting: Setting, *right: bool) -> list[Mark]:
     kinds = ("direct", "coref")
-    return [Mark(kinds[i % 2], one, setting.ratio, 800 + i, 12, None) for i, one in enumerate(right)]
+    return [
+        Mark(kinds[i % 2], ("July",), "July" if one else "June", (7,) if one else (8, 9), setting.ratio, 800 + i, 12)
+        for i, one in enumerate(right)
+    ]
 
 
 def _rows() -> list[dict[str, Any]]:
@@ -231,12 +234,21 @@ def test_rows_say_what_they_rest_on() -> None:
         "ratio": 0.0,
         "context_policy": "document",
         "condition": "shuffled",
+        "metric": "exact_match",
         "exact_match": 0.5,
         "exact_match_interval": [pytest.approx(0.15, abs=0.01), pytest.approx(0.85, abs=0.01)],
+        "score": 0.5,
+        "score_interval": [pytest.approx(0.15, abs=0.01), pytest.approx(0.85, abs=0.01)],
+        "token_agreement": 0.75,
+        "token_agreement_interval": [0.5, 1.0],
+        "answer_match": 0.75,
+        "answer_match_interval": [pytest.approx(0.30, abs=0.01), pytest.approx(0.95, abs=0.01)],
         "by_kind": {"direct": 1.0, "coref": 0.0},
         "questions_by_kind": {"direct": 2, "coref": 2},
         "recomputed_share": 0.0,
         "questions": 4,
+        "questions_cut": 0,
+        "questions_scored": 4,
         "worlds": 2,
         "context_tokens": 800.5,
         "chunks": 12,
@@ -251,6 +263,7 @@ def test_rows_say_what_they_rest_on() -> None:
 def test_without_full_prefill_nothing_is_relative_to_it() -> None:
     [row] = rows_of([NONE], ["shuffled"], [{("shuffled", NONE): _marks(NONE, True)}])
     assert row["relative_to_full"] is row["difference_to_full"] is row["difference_interval"] is None
+    assert row["token_agreement"] is row["answer_match_interval"] is None
 
 
 # What people see
@@ -283,7 +296,7 @@ def test_rows_of_an_earlier_run_are_shown_and_drawn_again(tmp_path: Path) -> Non
     (tmp_path / "rows.json").write_text(json.dumps(_rows()))
     call = ["quality", "--rows", str(tmp_path / "rows.json"), "--plot", str(tmp_path / "rows.svg"), "--json"]
     result = CliRunner().invoke(app, call, catch_exceptions=False)
-    assert json.loads(result.stdout) == json.loads(json.dumps(_rows()))
+    assert json.loads(result.stdout) == [with_score(row) for row in json.loads(json.dumps(_rows()))]
     assert "<svg" in (tmp_path / "rows.svg").read_text()
 
 

@@ -1,0 +1,31 @@
+"""What a committed result says of where it comes from."""
+
+from __future__ import annotations
+
+import os
+import platform
+from datetime import date
+from importlib.metadata import version
+from typing import Any
+
+import torch
+
+
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return str(torch.cuda.get_device_name(device))
+    return f"CPU, {os.cpu_count()} cores"
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """Date, device and versions, as JSON-able values."""
+    return {
+        "date": date.today().isoformat(),
+        "device": device_name(device),
+        "gpu": device_name(device) if device.type == "cuda" else None,
+        "threads": torch.get_num_threads(),
+        "versions": {
+            "python": platform.python_version(),
+            **{name: version(name) for name in ("ragkv", "torch", "transformers")},
+        },
+    }
