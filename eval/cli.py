@@ -143,7 +143,8 @@ def quality(
     _refuse_options(ctx, _WORLDS_ONLY if data else _DATA_ONLY, "--data" if data else "worlds")
     from ragkv.checkpoint import find_device
     from ragkv.eval.machine import environment
-    from ragkv.eval.quality import grid, measure_quality, read_rows
+    from ragkv.eval.quality import grid, measure_quality
+    from ragkv.eval.quality_rows import read_rows
 
     if rows_from:
         rows = read_rows(rows_from)
@@ -232,6 +233,64 @@ def ttft(
         print(json.dumps(result["rows"]))
         return
     ttft_show.show(out, result["rows"])
+
+
+@app.command()
+def load(
+    model: Annotated[
+        str | None, typer.Option(help="`bundled`, a folder, a hub id, or random:<preset>: shapes without weights.")
+    ] = None,
+    context: Annotated[int, typer.Option(min=1, help="Context tokens of a prompt.")] = 8192,
+    tier: Annotated[str, typer.Option(help="Where chunks come from: device, ram or ssd.")] = "ram",
+    methods: Annotated[str, typer.Option(help="Names, comma-separated; full prefill is always there.")] = (
+        "full,question,default"
+    ),
+    ratio: Annotated[
+        str, typer.Option(help="Ratios, comma-separated, for hkvd, epic, question and random; `default` has its own.")
+    ] = "0.15",
+    codec: Annotated[str, typer.Option(help="Of the stored KV: raw, int8 or fp8.")] = "raw",
+    chunk_tokens: Annotated[int, typer.Option(min=1, help="Tokens of a chunk.")] = 512,
+    question_tokens: Annotated[int, typer.Option(help="Tokens of the question.")] = 32,
+    pool: Annotated[int, typer.Option(help="Chunks that prompts are drawn from.")] = 32,
+    prompts: Annotated[int, typer.Option(help="Different prompts.")] = 12,
+    limit: Annotated[float, typer.Option(help="Most time to first token, in full prefills of an idle machine.")] = 2.0,
+    percentile: Annotated[float, typer.Option(help="Of the requests that have to keep it, in %.")] = 90.0,
+    confirm_s: Annotated[float, typer.Option(min=0.1, help="How long requests really come, per method.")] = 15.0,
+    seed: Annotated[int, typer.Option(help="Of arrivals and prompts.")] = 0,
+    save: Annotated[
+        Path | None,
+        typer.Option("--out", "--save", help="Write rows and environment into this file, after every method."),
+    ] = None,
+    json_: Json = False,
+) -> None:
+    """Requests a second that get their first token in time: every method beside full prefill."""
+    from ragkv.eval import ttft_show
+    from ragkv.eval.load import LoadPlan, measure_load
+    from ragkv.eval.quality import grid
+
+    settings = load_settings(model=model)
+    asked = grid(_choices(methods, get_args(Method), "--methods"), _ratios(ratio), ["alone"], settings.ratio)
+    plan = LoadPlan(
+        context=context,
+        tier=tier,
+        codec=codec,
+        asked=tuple((one.method, one.ratio) for one in asked),
+        chunk_tokens=chunk_tokens,
+        question_tokens=question_tokens,
+        pool=pool,
+        prompts=prompts,
+        limit=limit,
+        percentile=percentile,
+        confirm_s=confirm_s,
+        seed=seed,
+    )
+    _check_save(save)
+    with terminal.progress(err, quiet=not err.is_terminal) as say:
+        result = measure_load(settings, plan, say=say, save=_saving(save))
+    if json_:
+        print(json.dumps(result["rows"]))
+        return
+    ttft_show.show_load(out, result["rows"])
 
 
 @app.command()

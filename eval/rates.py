@@ -16,6 +16,7 @@ from ragkv.prefill import SpanOutcome
 from ragkv.runner import ModelRunner
 
 _REPEATS = 7
+_DISK_REPEATS = 3
 _COPIED_BYTES = 128 << 20
 _LEAST_MATRIX_FLOPS = {"cpu": 2e10, "cuda": 4e12}
 
@@ -28,7 +29,8 @@ class Rates:
         flops: matrix product of the model's own sizes in its dtype.
         memory: reading and writing the device's memory.
         link: from page-locked host memory to the device; None where that is the host.
-        tiers: reading stored chunks from each tier. RAM: copying memory; SSD: :func:`ragkv.eval.disk.raw_read`.
+        tiers: reading stored chunks from each tier. Device: its memory; RAM: copying memory; SSD:
+            :func:`ragkv.eval.disk.raw_read`.
     """
 
     flops: float
@@ -51,7 +53,7 @@ class Work:
     """What a prefill cannot do without.
 
     Attributes:
-        tier_bytes: stored KV that is read from the tier and crosses the link.
+        tier_bytes: stored KV that is read from the tier and, unless it is the device's own, crosses the link.
         memory_bytes: weights and KV that the device reads.
         flops: of all computed rows, attention counted to each row's own causal limit.
     """
@@ -64,7 +66,7 @@ class Work:
         """Seconds each resource needs at the least; all at the same time, so the floor is the largest."""
         return {
             "tier": self.tier_bytes / rates.tiers[tier],
-            "link": self.tier_bytes / rates.link if rates.link else 0.0,
+            "link": self.tier_bytes / rates.link if rates.link and tier != "device" else 0.0,
             "memory": self.memory_bytes / rates.memory,
             "chip": self.flops / rates.flops,
         }
@@ -130,7 +132,7 @@ def ram_rate() -> float:
 
 def disk_rate(files: Sequence[Path]) -> float:
     """Bytes/s of reading ``files`` past the page cache."""
-    passes = [raw_read(files) for _ in range(_REPEATS)]
+    passes = [raw_read(files) for _ in range(_DISK_REPEATS)]
     return max(one.nbytes / one.seconds for one in passes)
 
 

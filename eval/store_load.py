@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -89,8 +89,13 @@ def sync(path: str | os.PathLike[str]) -> None:
 
 def drop_cached(root: Path) -> int:
     """Drop every file under ``root`` from the page cache; says how many bytes of them are in it still."""
+    return drop_files(_files(root))
+
+
+def drop_files(paths: Iterable[str | os.PathLike[str]]) -> int:
+    """Drop files from the page cache; says how many bytes of them are in it still."""
     left = 0
-    for path in _files(root):
+    for path in paths:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         try:
             os.fsync(fd)  # dirty pages cannot be dropped

@@ -2,42 +2,39 @@
 
 from __future__ import annotations
 
-import os
-import platform
-import statistics
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable
 from contextlib import closing
-from dataclasses import dataclass
-from datetime import date
-from importlib.metadata import version
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from ragkv.checkpoint import load_checkpoint
+from ragkv.checkpoint import Checkpoint, load_checkpoint
 from ragkv.config import Settings
 from ragkv.errors import ConfigError, ModelError, PromptTooLongError
-from ragkv.eval.rates import Rates, work_of
-from ragkv.eval.ttft_bench import Bench, Place, Run, opened
+from ragkv.eval.machine import environment
+from ragkv.eval.rates import Rates
+from ragkv.eval.ttft_bench import Bench, Run, free_device, opened
+from ragkv.eval.ttft_rows import FULL_CELL, Asked, Cell, Race, Row, rows_of
+from ragkv.eval.ttft_stores import Place, Say
 from ragkv.prefill import FULL
 from ragkv.runner import ModelRunner
 from ragkv.selfcheck import find_fault
 from ragkv.store import CODECS
 from ragkv.store.remote import RemoteTier
-from ragkv.types import Method
 
-TIERS = ("ram", "ssd", "remote")
+TIERS = ("device", "ram", "ssd", "remote")
+LEAST_PASSES = 3
 # Kernels are chosen and memory is mapped in the first passes on a GPU.
 _WARM_UP = {"cpu": 0, "cuda": 2}
-Row = dict[str, Any]
-Say = Callable[[str, int, int], None]
-Cell = tuple[Place, Method, float]
-_FULL: tuple[Method, float] = ("full", 1.0)
+Save = Callable[[dict[str, Any]], None]
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What to measure. ``asked`` are methods with their ratios; a full prefill is always measured.
+    """What to measure. ``asked`` are methods with their ratios; a full prefill is always measured. ``batch`` requests
+    come at once. With ``budget_s`` there are fewer passes, three at the least, where that many seconds ask for it.
 
     Raises:
         ConfigError: a value that cannot be measured.
@@ -46,37 +43,42 @@ class Plan:
     contexts: tuple[int, ...]
     tiers: tuple[str, ...] = ("ram", "ssd")
     codecs: tuple[str, ...] = ("raw",)
-    asked: tuple[tuple[Method, float], ...] = (_FULL,)
+    asked: tuple[Asked, ...] = (FULL_CELL,)
     chunk_tokens: int = 512
     question_tokens: int = 32
     batch: int = 1
     passes: int = 5
+    budget_s: float | None = None
 
     def __post_init__(self) -> None:
         for tier in self.tiers:
             if tier not in TIERS:
-                built = "is not built yet" if tier == "device" else "is no tier"
-                raise ConfigError(f"--tiers: {tier!r} {built}; there are {', '.join(TIERS)}", tier=tier)
+                raise ConfigError(f"--tiers: {tier!r} is no tier; there are {', '.join(TIERS)}", tier=tier)
         for codec in self.codecs:
             if codec not in CODECS:
                 raise ConfigError(f"--codec: {codec!r} is not one of {', '.join(CODECS)}", codec=codec)
-        if self.batch != 1:
-            raise ConfigError("--batch: prompts are prefilled one at a time, so 1 is all there is", batch=self.batch)
         if not (self.contexts and self.tiers and self.codecs and self.asked):
             raise ConfigError("nothing to measure: name --context, --tiers, --methods and --codec")
-        if min(*self.contexts, self.chunk_tokens, self.question_tokens, self.passes) < 1:
-            raise ConfigError("--context, --chunk-tokens, --question-tokens and --passes must be at least 1")
+        if min(*self.contexts, self.chunk_tokens, self.question_tokens, self.batch, self.passes) < 1:
+            raise ConfigError("--context, --chunk-tokens, --question-tokens, --batch and --passes must be at least 1")
 
     @property
     def places(self) -> list[Place]:
         return [Place(tier, codec) for tier in self.tiers for codec in self.codecs]
 
 
-def measure_ttft(settings: Settings, plan: Plan, *, remote: RemoteTier | None = None, say: Say) -> dict[str, Any]:
+def measure_ttft(
+    settings: Settings,
+    plan: Plan,
+    *,
+    remote: RemoteTier | None = None,
+    say: Say,
+    save: Save = lambda result: None,
+) -> dict[str, Any]:
     """``rows``, one for each context, place and method, with the ``rates``, ``device`` and ``versions`` behind them.
 
-    Every figure is the median of ``plan.passes`` passes in which everything takes its turn; docs/blending.md says
-    what the columns mean. ``remote`` stands in for ``settings.remote_url``.
+    Every figure is the median of the passes in which everything takes its turn; docs/blending.md says what the columns
+    mean. ``remote`` stands in for ``settings.remote_url``; ``save`` is called with what there is after every context.
 
     Raises:
         ConfigError: the remote tier is asked for and none is configured.
@@ -87,14 +89,8 @@ def measure_ttft(settings: Settings, plan: Plan, *, remote: RemoteTier | None = 
     url = settings.remote_url.get_secret_value() if settings.remote_url else None
     if "remote" in plan.tiers and not (remote or url):
         raise ConfigError("--tiers remote: set remote_url (RAGKV_REMOTE_URL=redis://…) first")
-    if settings.threads:
-        torch.set_num_threads(settings.threads)
-    folder = settings.data_dir.expanduser()
-    checkpoint = load_checkpoint(settings.model, device=settings.device, dtype=settings.dtype, cache_dir=folder)
-    runner = checkpoint.runner
-    _check_positions(plan, runner)
-    if fault := find_fault(runner):
-        raise ModelError(f"the KV of {settings.model!r} cannot be reused: {fault}", model=settings.model)
+    started = time.perf_counter()
+    checkpoint = usable_model(settings, max(plan.contexts) + plan.question_tokens)
     with (
         torch.inference_mode(),
         opened(
@@ -103,56 +99,123 @@ def measure_ttft(settings: Settings, plan: Plan, *, remote: RemoteTier | None = 
             plan.contexts,
             chunk_tokens=plan.chunk_tokens,
             question_tokens=plan.question_tokens,
-            folder=folder,
+            folder=settings.data_dir.expanduser(),
             remote=remote or url,
             remote_timeout_ms=settings.remote_timeout_ms,
+            say=say,
         ) as bench,
     ):
-        before = bench.rates(plan.contexts)
-        timed = [(context, *_race(bench, plan, context, say)) for context in plan.contexts]
-        rates = before.best(bench.rates(plan.contexts))
-        rows = [
-            row
-            for context, runs, library in timed
-            for row in _rows(settings.model, plan, runner, context, runs, library, rates)
-        ]
-    return {"rows": rows, "rates": rates.as_dict(), **environment(runner)}
+        result = _Result(settings.model, plan, checkpoint.runner, bench.rates(max(plan.contexts)))
+        clock = _Budget(plan, started)
+        for context in plan.contexts:
+            race = _race(bench, plan, context, clock.share(context), say)
+            free_device(bench.runner)
+            save(result.add(race, bench.rates(max(plan.contexts))))
+    return result.as_dict()
 
 
-def _check_positions(plan: Plan, runner: ModelRunner) -> None:
-    longest = max(plan.contexts) + plan.question_tokens
-    if longest >= runner.max_positions:
+def usable_model(settings: Settings, positions: int) -> Checkpoint:
+    """The model of the settings, loaded, its KV proven movable.
+
+    Raises:
+        ModelError: it cannot be used.
+        PromptTooLongError: prompts of ``positions`` tokens do not fit it.
+    """
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
+    folder = settings.data_dir.expanduser()
+    checkpoint = load_checkpoint(settings.model, device=settings.device, dtype=settings.dtype, cache_dir=folder)
+    runner = checkpoint.runner
+    if positions >= runner.max_positions:
         raise PromptTooLongError(
-            f"a prompt of {longest} tokens does not fit the model's {runner.max_positions} positions; "
+            f"a prompt of {positions} tokens does not fit the model's {runner.max_positions} positions; "
             "ask for a smaller --context",
-            tokens=longest,
+            tokens=positions,
             limit=runner.max_positions,
         )
+    if fault := find_fault(runner):
+        raise ModelError(f"the KV of {settings.model!r} cannot be reused: {fault}", model=settings.model)
+    return checkpoint
 
 
-def _race(bench: Bench, plan: Plan, context: int, say: Say) -> tuple[dict[Cell, list[Run]], list[float]]:
-    """Runs of every cell, and seconds of the library's forward; in each pass everything takes its turn."""
-    chunks = {codec: bench.chunks(context, codec) for codec in plan.codecs}
+@dataclass
+class _Result:
+    """Races so far, and the best rates of all measurements: rows of earlier contexts gain by later ones."""
+
+    model: str
+    plan: Plan
+    runner: ModelRunner
+    rates: Rates
+    races: list[Race] = field(default_factory=list)
+
+    def add(self, race: Race, rates: Rates) -> dict[str, Any]:
+        self.races.append(race)
+        self.rates = self.rates.best(rates)
+        return self.as_dict()
+
+    def as_dict(self) -> dict[str, Any]:
+        plan = self.plan
+        rows: list[Row] = [
+            {"model": self.model, **row, "batch": plan.batch}
+            for race in self.races
+            for row in rows_of(self.runner, race, plan.places, plan.asked, plan.batch, self.rates)
+        ]
+        about = {"dtype": self.runner.shape.geometry.dtype, **environment(self.runner.device)}
+        return {"rows": rows, "rates": self.rates.as_dict(), **about}
+
+
+class _Budget:
+    """Shares what time is left out among the contexts to come, in proportion to their tokens."""
+
+    def __init__(self, plan: Plan, started: float) -> None:
+        self._left = sum(plan.contexts)
+        self._end = None if plan.budget_s is None else started + plan.budget_s
+
+    def share(self, context: int) -> float | None:
+        """When a context should be done with, by the clock; None if it may take what it takes."""
+        now, part = time.perf_counter(), context / self._left
+        self._left -= context
+        return None if self._end is None else now + max(0.0, self._end - now) * part
+
+
+def _race(bench: Bench, plan: Plan, context: int, until: float | None, say: Say) -> Race:
+    """Runs of every cell, and of the library's forward; in each pass everything takes its turn."""
+    requests = {codec: bench.requests(context, codec, plan.batch) for codec in plan.codecs}
     for place in plan.places:
-        bench.settle(place, chunks[place.codec])
-    full: Cell = (plan.places[0], *_FULL)
-    cells = [(place, *asked) for place in plan.places for asked in plan.asked if asked[0] != FULL]
-    runs: dict[Cell, list[Run]] = {cell: [] for cell in [full, *cells]}
-    library: list[float] = []
+        bench.settle(place, requests[place.codec])
+    first = plan.places[0]
+    cells: list[Cell] = [(first, FULL_CELL)]
+    cells += [(place, asked) for place in plan.places for asked in plan.asked if asked[0] != FULL]
+    race = Race(context, {cell: [] for cell in cells}, [])
+    # A cell's kernels are those of its method and codec, whatever the tier; a controller learns about each.
+    warm = [cell for cell in cells if cell[0].tier == first.tier or cell[1][0] == "default"]
     warm_up = _WARM_UP[bench.runner.device.type]
-    with closing(_Progress(say, context, (plan.passes + warm_up) * (len(runs) + 1))) as progress:
-        for number in range(-warm_up, plan.passes):
-            spent = bench.run_library(chunks[plan.codecs[0]])
-            progress.step()
-            if number >= 0:
-                library.append(spent)
-            for cell in runs:
-                place, method, ratio = cell
-                run = bench.run(place, chunks[place.codec], method, ratio)
-                progress.step()
-                if number >= 0:
-                    runs[cell].append(run)
-    return runs, library
+    steps = warm_up * (len(warm) + 1) + plan.passes * (len(cells) + 1)
+    with closing(_Progress(say, context, steps)) as progress:
+        for _ in range(warm_up):
+            _pass(bench, requests, warm, progress)
+        for number in range(plan.passes):
+            began = time.perf_counter()
+            library, runs = _pass(bench, requests, cells, progress)
+            race.library.append(library)
+            for cell, run in zip(cells, runs, strict=True):
+                race.runs[cell].append(run)
+            now = time.perf_counter()
+            if until is not None and number + 1 >= LEAST_PASSES and 2 * now - began > until:
+                break
+    return race
+
+
+def _pass(
+    bench: Bench, requests: dict[str, Any], cells: list[Cell], progress: _Progress
+) -> tuple[tuple[float, float], list[Run]]:
+    library = bench.run_library(next(iter(requests.values())))
+    progress.step()
+    runs = []
+    for place, (method, ratio) in cells:
+        runs.append(bench.run(place, requests[place.codec], method, ratio))
+        progress.step()
+    return library, runs
 
 
 class _Progress:
@@ -165,83 +228,3 @@ class _Progress:
 
     def close(self) -> None:
         self._say(self._name, self._total, self._total)
-
-
-def _rows(
-    model: str,
-    plan: Plan,
-    runner: ModelRunner,
-    context: int,
-    runs: dict[Cell, list[Run]],
-    library: Sequence[float],
-    rates: Rates,
-) -> list[Row]:
-    own = next(iter(runs.values()))
-    full = {"library": statistics.median(library), "ragkv": statistics.median(run.seconds for run in own)}
-    by = min(full, key=lambda name: full[name])
-    rows = []
-    for place in plan.places:
-        for method, ratio in plan.asked:
-            timed = own if method == FULL else runs[place, method, ratio]
-            rows.append(
-                {
-                    "model": model,
-                    "tier": place.tier,
-                    "codec": place.codec,
-                    "context_tokens": context,
-                    "method": method,
-                    "ratio": ratio,
-                    **_figures(runner, place, timed, full[by], rates),
-                    "batch": plan.batch,
-                    "full_prefill_by": by,
-                    "library_prefill_ms": 1000 * full["library"],
-                    "ragkv_prefill_ms": 1000 * full["ragkv"],
-                }
-            )
-    return rows
-
-
-def _figures(runner: ModelRunner, place: Place, runs: Sequence[Run], full_s: float, rates: Rates) -> Row:
-    ttft = statistics.median(run.seconds for run in runs)
-    typical = min(runs, key=lambda run: abs(run.seconds - ttft))
-    pairs = list(zip(typical.plan.spans, typical.outcomes, strict=True))
-    loaded = sum(runner.shape.entry_bytes(s.length, place.codec) for s, outcome in pairs if outcome.kv == place.tier)
-    token_layers = typical.plan.context_tokens * runner.shape.layers
-    floors = work_of(runner, typical.plan, typical.outcomes, loaded).floor_s(place.tier, rates)
-    by = max(floors, key=lambda name: floors[name])
-    return {
-        "recomputed_share": sum(outcome.token_layers for outcome in typical.outcomes) / token_layers,
-        "ttft_ms": 1000 * ttft,
-        "full_prefill_ms": 1000 * full_s,
-        "speedup": full_s / ttft,
-        "floor_ms": 1000 * floors[by],
-        "over_floor": ttft / floors[by],
-        "bytes_loaded": loaded,
-        "device": device_name(runner),
-        "floor_by": by,
-        "floors_ms": {name: 1000 * seconds for name, seconds in floors.items()},
-        "parts_ms": {part: 1000 * seconds for part, seconds in typical.parts.items()},
-        "fastest_ms": 1000 * min(run.seconds for run in runs),
-        "slowest_ms": 1000 * max(run.seconds for run in runs),
-    }
-
-
-def device_name(runner: ModelRunner) -> str:
-    if runner.device.type == "cuda":
-        return str(torch.cuda.get_device_name(runner.device))
-    return f"CPU, {os.cpu_count()} cores"
-
-
-def environment(runner: ModelRunner) -> dict[str, Any]:
-    """What a committed result says of where it comes from."""
-    return {
-        "date": date.today().isoformat(),
-        "device": device_name(runner),
-        "gpu": device_name(runner) if runner.device.type == "cuda" else None,
-        "dtype": runner.shape.geometry.dtype,
-        "threads": torch.get_num_threads(),
-        "versions": {
-            "python": platform.python_version(),
-            **{name: version(name) for name in ("ragkv", "torch", "transformers")},
-        },
-    }

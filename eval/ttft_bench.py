@@ -1,148 +1,203 @@
-"""What ``ragkv eval ttft`` times: one prompt over stored random chunks, on every tier, beside a full prefill."""
+"""What ``ragkv eval ttft`` times: prompts over stored random chunks, on every tier, beside a full prefill."""
 
 from __future__ import annotations
 
-import tempfile
+import statistics
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from ragkv.attention import NAME
 from ragkv.checkpoint import Checkpoint
-from ragkv.chunks import ChunkTokens, EncodeGroup
 from ragkv.clock import Stopwatch
-from ragkv.encode import encode
+from ragkv.controller import Controller
+from ragkv.costs import Machine
+from ragkv.device_tier import DeviceTier
 from ragkv.errors import StoreError
 from ragkv.eval.rates import Rates, disk_rate, link_rate, matrix_rate, memory_rate, ram_rate
 from ragkv.eval.steps import drained
-from ragkv.eval.store_load import drop_cached
+from ragkv.eval.store_load import drop_files
+from ragkv.eval.ttft_stores import Place, RandomChunks, Say, opened_stores
+from ragkv.machine import measure_machine
 from ragkv.pipeline import resolve_method
 from ragkv.plan import PlannedChunk, PromptPlan, make_plan
-from ragkv.prefill import FULL, Prefill, SpanOutcome
-from ragkv.retrievers import Chunk
-from ragkv.store import ChunkStore, chunk_key
+from ragkv.prefill import FULL, Prefill, PrefillResult, SpanOutcome
+from ragkv.runner import ModelRunner
+from ragkv.store import ChunkStore
 from ragkv.store.remote import RemoteTier
-from ragkv.types import Method
+from ragkv.types import Forecast, Method
 
-_WRITE_BACK_S = 600.0
 _SETTLE_TRIES = 200
-_ENTRY_SLACK = 1 << 20
+_RATE_BYTES = 512 << 20
 
 
-class Place(NamedTuple):
-    """Where chunks come from, and in what form."""
+class Request(NamedTuple):
+    """What somebody asks: chunks in the order of their ranks, and a question's token ids."""
 
-    tier: str
-    codec: str
+    chunks: Sequence[PlannedChunk]
+    question: tuple[int, ...]
 
 
 class Run(NamedTuple):
-    """One timed prefill; ``parts`` are seconds by name, as the request's own report has them."""
+    """Requests that came at once, prefilled one after the other.
+
+    ``seconds`` is the median time from their coming to a first token on the host, ``service`` what one takes by
+    itself. ``parts`` (seconds by name, as a request's own report has them), plan, outcomes and what the controller
+    chose are those of the request in the middle.
+    """
 
     seconds: float
+    service: float
     parts: dict[str, float]
     plan: PromptPlan
     outcomes: list[SpanOutcome]
+    forecast: Forecast | None
 
 
 class Bench:
-    """A store for each place, all holding the same chunks, and prompts over them. Made by :func:`opened`."""
+    """Stores of every place, all holding the same chunks, and prompts over them. Made by :func:`opened`."""
 
-    def __init__(
-        self, checkpoint: Checkpoint, stores: dict[Place, ChunkStore], chunk_tokens: int, question_tokens: int
-    ) -> None:
-        self.runner, self._model = checkpoint.runner, checkpoint.model_fingerprint
-        self._stores, self._chunk_tokens = stores, chunk_tokens
-        self._question = self._random(question_tokens, seed=-1)
+    def __init__(self, random: RandomChunks, stores: dict[Place, ChunkStore], question_tokens: int) -> None:
+        self.runner: ModelRunner = random.checkpoint.runner
+        self._random, self._stores, self._question_tokens = random, stores, question_tokens
+        self._tiers = {
+            place: DeviceTier(store.capacity_bytes, self.runner.device)
+            for place, store in stores.items()
+            if place.tier == "device"
+        }
+        self._machines: dict[str, Machine] = {}
+        self._controllers: dict[Place, Controller] = {}
 
-    def chunks(self, context_tokens: int, codec: str) -> list[PlannedChunk]:
-        """Chunks of random ids, each its own document and encoded alone; the last one takes what is left."""
-        starts = range(0, context_tokens, self._chunk_tokens)
-        lengths = [min(self._chunk_tokens, context_tokens - start) for start in starts]
-        return [self._chunk(number, length, codec) for number, length in enumerate(lengths)]
+    def requests(self, context_tokens: int, codec: str, count: int = 1) -> list[Request]:
+        """``count`` different prompts over the same chunks: each begins with another one, and asks something else."""
+        chunks = self._random.of(context_tokens, codec)
+        return [self.request([*chunks[i % len(chunks) :], *chunks[: i % len(chunks)]], i) for i in range(count)]
 
-    def run(self, place: Place, chunks: Sequence[PlannedChunk], method: Method, ratio: float) -> Run:
-        """From the request's token ids to the first new token on the host.
+    def request(self, chunks: Sequence[PlannedChunk], number: int) -> Request:
+        """The ``number``-th question, about ``chunks`` in this order."""
+        ranked = [replace(chunk, rank=rank) for rank, chunk in enumerate(chunks, 1)]
+        return Request(ranked, self._random.ids(self._question_tokens, seed=-1 - number))
+
+    def pool(self, chunks: int, codec: str) -> list[PlannedChunk]:
+        """The first ``chunks`` whole chunks."""
+        return self._random.of(chunks * self._random.tokens, codec)
+
+    def run(self, place: Place, requests: Sequence[Request], method: Method, ratio: float) -> Run:
+        """From the requests' token ids to the first new token of each on the host.
 
         Raises:
             StoreError: a chunk did not come from the tier.
         """
-        store = self._stores[place]
+        if method == "default":
+            self._controller(place)
         if place.tier == "ssd":
-            drop_cached(store.folder.root)
+            drop_files(path for path in self._files(place, requests[0].chunks) if path.exists())
         self.runner.synchronize()
-        watch = Stopwatch()
-        plan = make_plan((), chunks, self._question, budget=self.runner.max_positions)
+        watches = [Stopwatch() for _ in requests]
+        done = [
+            self.first_token(place, request, method, ratio, watch)
+            for request, watch in zip(requests, watches, strict=True)
+        ]
+        times = [watch.total_ms / 1000 for watch in watches]
+        middle = (len(done) - 1) // 2
+        return Run(statistics.median(times), times[-1] / len(times), dict(watches[middle].parts), *done[middle])
+
+    def first_token(
+        self, place: Place, request: Request, method: Method, ratio: float, watch: Stopwatch
+    ) -> tuple[PromptPlan, list[SpanOutcome], Forecast | None]:
+        """Prefill one request until its first token is on the host.
+
+        Raises:
+            StoreError: a chunk did not come from the tier.
+        """
+        watch.lap("queue")
+        plan = make_plan((), request.chunks, request.question, budget=self.runner.max_positions)
         watch.lap("plan")
+        options: dict[str, Any] = {"device_tier": self._tiers[place]} if place in self._tiers else {}
         prefill = Prefill(
-            self.runner, store, plan, strategy=resolve_method(method), ratio=ratio, room=1, watch=watch
-        )  # fmt: skip
+            self.runner,
+            self._stores[place],
+            plan,
+            strategy=resolve_method(method),
+            ratio=ratio,
+            room=1,
+            watch=watch,
+            controller=self._controller(place) if method == "default" else None,
+            **options,
+        )
         result = drained(prefill.run())
         int(result.logits.argmax())
         watch.lap("first_token")
         if method != FULL:
-            _check(place, result.outcomes)
-        return Run(watch.total_ms / 1000, dict(watch.parts), plan, result.outcomes)
+            _check(place, plan, result)
+        return plan, result.outcomes, result.forecast
 
-    def run_library(self, chunks: Sequence[PlannedChunk]) -> float:
-        """Seconds of the library's own forward over the same ids, with its own attention and cache, to the first
-        token; logits of the last position only."""
-        ids = [token for chunk in chunks for token in chunk.tokens.ids] + [*self._question]
+    def run_library(self, requests: Sequence[Request]) -> tuple[float, float]:
+        """The library's own forward over the same ids, with its own attention and cache, to the first token; logits of
+        the last position only. Returns seconds as in a run: ``seconds`` and ``service``."""
+        self.runner.synchronize()
+        started = time.perf_counter()
+        times = []
+        for request in requests:
+            self.library_token(request)
+            times.append(time.perf_counter() - started)
+        return statistics.median(times), times[-1] / len(times)
+
+    def library_token(self, request: Request) -> int:
+        ids = [token for chunk in request.chunks for token in chunk.tokens.ids] + [*request.question]
         model = self.runner.model
         model.set_attn_implementation("sdpa")
         try:
-            self.runner.synchronize()
-            started = time.perf_counter()
-            int(model(self.runner.tensor(ids)[None], logits_to_keep=1).logits[0, -1].argmax())
-            return time.perf_counter() - started
+            return int(model(self.runner.tensor(ids)[None], logits_to_keep=1).logits[0, -1].argmax())
         finally:
             model.set_attn_implementation(NAME)
 
-    def settle(self, place: Place, chunks: Sequence[PlannedChunk]) -> None:
+    def settle(self, place: Place, requests: Sequence[Request]) -> None:
         """Use the chunks until all come from the tier, as those of a busy server do."""
         for _ in range(_SETTLE_TRIES):
             try:
-                self.run(place, chunks, "none", 0.0)
+                self.run(place, requests, "none", 0.0)
                 return
             except StoreError:
                 time.sleep(0.01)  # entries move into RAM in the background
-        self.run(place, chunks, "none", 0.0)
+        self.run(place, requests, "none", 0.0)
 
-    def rates(self, contexts: Sequence[int]) -> Rates:
-        tiers = {place.tier: self._tier_rate(place, max(contexts)) for place in self._stores}
+    def rates(self, context_tokens: int) -> Rates:
         runner = self.runner
+        tiers: dict[str, float] = {}
+        for place in self._stores:
+            if place.tier not in tiers:
+                tiers[place.tier] = self._tier_rate(place, context_tokens)
         return Rates(matrix_rate(runner), memory_rate(runner), link_rate(runner), tiers)
 
     def _tier_rate(self, place: Place, context_tokens: int) -> float:
-        store = self._stores[place]
-        keys = [chunk.tokens.key for chunk in self.chunks(context_tokens, place.codec)]
+        chunks = self._random.of(context_tokens, place.codec)
+        some = max(1, len(chunks) * _RATE_BYTES // max(_RATE_BYTES, self._random.nbytes(chunks)))
+        if place.tier == "device":
+            return memory_rate(self.runner)
         if place.tier == "ram":
             return ram_rate()
         if place.tier == "ssd":
-            return disk_rate([Path(store.folder.entry_path(key)) for key in keys])
-        return max(_read_rate(store, keys) for _ in range(3))
+            return disk_rate(self._files(place, chunks[:some]))
+        return max(_read_rate(self._stores[place], [c.tokens.key for c in chunks[:some]]) for _ in range(3))
 
-    def _chunk(self, number: int, length: int, codec: str) -> PlannedChunk:
-        ids = self._random(self._chunk_tokens, seed=number)[:length]
-        key = chunk_key(
-            model=self._model,
-            tokenizer="random ids",
-            dtype=self.runner.shape.geometry.dtype,
-            codec=codec,
-            context_policy="alone",
-            context=(),
-            tokens=ids,
-        )
-        chunk = Chunk(f"{number}#0", str(number), 0, "")
-        return PlannedChunk(chunk, number + 1, 0.0, ChunkTokens(ids, (), 0, "alone", key, codec))
+    def _controller(self, place: Place) -> Controller:
+        """As a server has it whose chunks all come from this place."""
+        if place not in self._controllers:
+            if place.codec not in self._machines:
+                self._machines[place.codec] = drained(measure_machine(self.runner, place.codec))
+            self._controllers[place] = Controller(deepcopy(self._machines[place.codec]))
+        return self._controllers[place]
 
-    def _random(self, count: int, seed: int) -> tuple[int, ...]:
-        generator = torch.Generator().manual_seed(seed)
-        return tuple(torch.randint(self.runner.vocab_size, (count,), generator=generator).tolist())
+    def _files(self, place: Place, chunks: Sequence[PlannedChunk]) -> list[Path]:
+        folder = self._stores[place].folder
+        return [Path(folder.entry_path(chunk.tokens.key)) for chunk in chunks]
 
 
 @contextmanager
@@ -156,66 +211,20 @@ def opened(
     folder: Path,
     remote: str | RemoteTier | None,
     remote_timeout_ms: int,
+    say: Say = lambda stage, done, total: None,
 ) -> Iterator[Bench]:
     """A bench whose chunks are encoded by the model itself and stored everywhere; all of it is removed at the end."""
-    folder.mkdir(parents=True, exist_ok=True)
-    blank = Bench(checkpoint, {}, chunk_tokens, question_tokens)
-    chunks = _distinct(
-        chunk for place in places for context in contexts for chunk in blank.chunks(context, place.codec)
-    )
-    room = sum(checkpoint.runner.shape.entry_bytes(len(c.tokens.ids), "raw") + _ENTRY_SLACK for c in chunks)
-    with ExitStack() as stack:
-        root = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="ragkv-eval-ttft-", dir=folder)))
-        stores = {
-            place: stack.enter_context(
-                ChunkStore(
-                    root / "-".join(place),
-                    capacity_bytes=2 * room,
-                    ram_bytes=room if place.tier == "ram" else 0,
-                    remote=remote if place.tier == "remote" else None,
-                    remote_timeout_ms=remote_timeout_ms,
-                )
-            )
-            for place in places
-        }
-        for chunk in chunks:
-            _store(checkpoint, chunk, [store for place, store in stores.items() if place.codec == chunk.tokens.codec])
-        for place, store in [(place, store) for place, store in stores.items() if place.tier == "remote"]:
-            stack.callback(store.delete, [chunk.tokens.key for chunk in chunks])
-            away = _away(store, root / f"away-{place.codec}", remote, remote_timeout_ms)
-            stores[place] = stack.enter_context(away)
-        yield Bench(checkpoint, stores, chunk_tokens, question_tokens)
+    random = RandomChunks(checkpoint, chunk_tokens)
+    with opened_stores(
+        random, contexts, places, folder=folder, remote=remote, remote_timeout_ms=remote_timeout_ms, say=say
+    ) as stores:
+        yield Bench(random, stores, question_tokens)
 
 
-def _distinct(chunks: Iterable[PlannedChunk]) -> list[PlannedChunk]:
-    return list({chunk.tokens.key: chunk for chunk in chunks}.values())
-
-
-def _store(checkpoint: Checkpoint, chunk: PlannedChunk, stores: Sequence[ChunkStore]) -> None:
-    tokens = chunk.tokens
-    [encoded] = drained(encode(checkpoint.runner, EncodeGroup((), (tokens.ids,), (tokens.key,), "alone")))
-    for store in stores:
-        store.put(
-            tokens.key,
-            checkpoint.runner.shape.geometry,
-            encoded.slabs,
-            tokens=encoded.tokens,
-            model=checkpoint.name,
-            codec=tokens.codec,
-        )
-
-
-@contextmanager
-def _away(
-    writer: ChunkStore, folder: Path, remote: str | RemoteTier | None, remote_timeout_ms: int
-) -> Iterator[ChunkStore]:
-    """Another machine's store: empty, and kept so, since it may not write what it reads from the remote tier."""
-    if not writer.drain(_WRITE_BACK_S):
-        raise StoreError("the remote tier did not take the chunks in time; look at its memory and its log")
-    ChunkStore(folder, capacity_bytes=1 << 20, ram_bytes=0).close()
-    options = {"remote": remote, "remote_timeout_ms": remote_timeout_ms}
-    with ChunkStore(folder, capacity_bytes=1 << 20, ram_bytes=0, read_only=True, **options) as store:  # type: ignore[arg-type]
-        yield store
+def free_device(runner: ModelRunner) -> None:
+    """Give back memory in sizes that the next context will not ask for."""
+    if runner.device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def _read_rate(store: ChunkStore, keys: Sequence[bytes]) -> float:
@@ -235,9 +244,11 @@ def _read_rate(store: ChunkStore, keys: Sequence[bytes]) -> float:
     return nbytes / (time.perf_counter() - started)
 
 
-def _check(place: Place, outcomes: Sequence[SpanOutcome]) -> None:
-    for outcome in outcomes:
-        if outcome.kv != place.tier:
+def _check(place: Place, plan: PromptPlan, result: PrefillResult) -> None:
+    """Chunks came from the tier, but for those that the controller chose to compute."""
+    for span, outcome in zip(plan.spans, result.outcomes, strict=True):
+        chosen = outcome.kv == "computed" and result.forecast is not None and span not in result.to_encode
+        if outcome.kv != place.tier and not chosen:
             why = outcome.why or "it was found there"
             raise StoreError(
                 f"a chunk's KV came from {outcome.kv!r}, not {place.tier!r}: {why}; the tier cannot be measured",

@@ -27,14 +27,32 @@ _FULL, _FLOOR = "#333333", "#E69F00"
 
 def show(console: Console, rows: Sequence[Row]) -> None:
     """One line for each row, and what the speedups are against."""
-    wide = Console(file=console.file, width=max(console.width, LEAST_WIDTH))
+    _table(console, [brief(row) for row in rows])
+    _wide(console).print(footnote(rows), highlight=False)
+
+
+def show_load(console: Console, rows: Sequence[Row]) -> None:
+    """The same for rows of ``ragkv eval load``."""
+    _table(console, [brief_load(row) for row in rows])
+    row = rows[0]
+    _wide(console).print(
+        f"{row['context_tokens']} tokens from {row['tier']}, {row['codec']}: p{row['percentile']:g} within "
+        f"{row['ttft_limit_ms']:.0f} ms; full prefill by {row['full_prefill_by']} ({row['device']})",
+        highlight=False,
+    )
+
+
+def _wide(console: Console) -> Console:
+    return Console(file=console.file, width=max(console.width, LEAST_WIDTH))
+
+
+def _table(console: Console, rows: Sequence[dict[str, str]]) -> None:
     table = Table(box=None, header_style="dim")
-    for name in brief(rows[0]):
+    for name in rows[0]:
         table.add_column(name, justify="left" if name in ("tier", "codec", "method", "bound by") else "right")
     for row in rows:
-        table.add_row(*brief(row).values())
-    wide.print(table)
-    wide.print(footnote(rows), highlight=False)
+        table.add_row(*row.values())
+    _wide(console).print(table)
 
 
 def brief(row: Row) -> dict[str, str]:
@@ -43,7 +61,7 @@ def brief(row: Row) -> dict[str, str]:
         "context": str(row["context_tokens"]),
         "tier": row["tier"],
         "codec": row["codec"],
-        "method": row["method"],
+        "method": _named(row),
         "ratio": f"{row['ratio']:.2f}",
         "computed": f"{row['recomputed_share']:.1%}",
         "TTFT ms": f"{row['ttft_ms']:.1f}",
@@ -55,12 +73,31 @@ def brief(row: Row) -> dict[str, str]:
     }
 
 
+def brief_load(row: Row) -> dict[str, str]:
+    return {
+        "method": _named(row),
+        "ratio": f"{row['ratio']:.2f}",
+        "requests/s": f"{row['requests_per_s']:.2f}",
+        "to full": f"{row['relative_to_full']:.2f}x",
+        **{f"{p} ms": f"{row.get(f'{p}_ttft_ms', float('nan')):.0f}" for p in ("p50", "p90", "p99")},
+        "in time": f"{row['in_time']:.0%}",
+        "requests": str(row["requests"]),
+        "alone ms": f"{row['service_ms']:.1f}",
+    }
+
+
+def _named(row: Row) -> str:
+    return str(row["method"] + (f": {row['chose']}" if row["chose"] else ""))
+
+
 def footnote(rows: Sequence[Row]) -> str:
     """What the speedups are against, one line for each context."""
     lines = {row["context_tokens"]: row for row in rows}
     return "\n".join(
         f"{context} tokens: full prefill takes the library {row['library_prefill_ms']:.1f} ms and ragkv "
-        f"{row['ragkv_prefill_ms']:.1f} ms; speedups are against {row['full_prefill_by']} ({row['device']})"
+        f"{row['ragkv_prefill_ms']:.1f} ms; speedups are against {row['full_prefill_by']}, "
+        f"{row['full_prefill_tflops']:.1f} TFLOP/s, {row['full_prefill_of_matrix_rate']:.0%} of what the machine's own "
+        f"matrix product gives ({row['device']})"
         for context, row in lines.items()
     )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,9 @@ from ragkv.eval import rates, ttft_bench
 from ragkv.eval.cli import app
 from ragkv.eval.rates import Rates, Work, matrix_rate, memory_rate, ram_rate, work_of
 from ragkv.eval.ttft import Plan, measure_ttft
-from ragkv.eval.ttft_bench import Bench, Place, opened
+from ragkv.eval.ttft_bench import Bench, opened
 from ragkv.eval.ttft_show import plot, show
+from ragkv.eval.ttft_stores import Place
 from ragkv.prefill import SpanOutcome
 from tests.remote_kit import FakeTier
 
@@ -54,8 +56,8 @@ def _silent(stage: str, done: int, total: int) -> None:
 def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     options = presets._options(4, 64, 96, (4, 2), 9000, 512, rope_parameters=presets._rope(1e4))
     monkeypatch.setitem(presets.PRESETS, "tiny", presets.Preset("qwen2", options))
-    made_up = Rates(1e9, 1e9, None, {"ram": 1e9, "ssd": 1e8, "remote": 1e7})
-    monkeypatch.setattr(Bench, "rates", lambda self, contexts: made_up)
+    made_up = Rates(1e9, 1e9, None, {"device": 1e10, "ram": 1e9, "ssd": 1e8, "remote": 1e7})
+    monkeypatch.setattr(Bench, "rates", lambda self, context: made_up)
 
 
 @pytest.fixture
@@ -94,7 +96,11 @@ def test_rows_are_as_promised(settings: Settings) -> None:
     assert [list(row)[: len(COLUMNS)] for row in rows] == [COLUMNS] * 40
     json.dumps(result)
     for row in rows:
-        full, none = row["method"] == "full", row["method"] == "none"
+        full, none = "full" in (row["method"], row["chose"]), row["method"] == "none"
+        assert (row["chose"] in ("full", "blend", "split")) == (row["method"] == "default")
+        assert row["passes"] == 1
+        flops = row["full_prefill_tflops"] * 1e12
+        assert row["full_prefill_of_matrix_rate"] == pytest.approx(flops / result["rates"]["flops"])
         assert row["speedup"] == pytest.approx(row["full_prefill_ms"] / row["ttft_ms"])
         assert row["full_prefill_ms"] == min(row["library_prefill_ms"], row["ragkv_prefill_ms"])
         assert row["over_floor"] == pytest.approx(row["ttft_ms"] / max(row["floors_ms"].values()))
@@ -109,27 +115,68 @@ def test_rows_are_as_promised(settings: Settings) -> None:
 
 
 def test_chunks_come_from_the_tier_asked_for(bench: Bench) -> None:
-    chunks = bench.chunks(40, "raw")
+    requests = bench.requests(40, "raw")
     for place in (RAM, SSD):
-        bench.settle(place, chunks)
-        run = bench.run(place, chunks, "epic", 0.5)
+        bench.settle(place, requests)
+        run = bench.run(place, requests, "epic", 0.5)
         assert [outcome.kv for outcome in run.outcomes] == [place.tier] * 3
         assert [span.length for span in run.plan.spans] == [16, 16, 8]
         assert sum(run.parts.values()) == pytest.approx(run.seconds)
 
 
+def test_of_requests_at_once_the_median_is_told(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    requests = bench.requests(40, "raw", 3)
+    assert len({tuple(chunk.tokens.key for chunk in one.chunks) for one in requests}) == 3
+    assert len({one.question for one in requests}) == 3
+    bench.settle(RAM, requests)
+    run = bench.run(RAM, requests, "none", 0.0)
+    assert run.plan.spans[0].chunk.chunk == requests[1].chunks[0].chunk
+    assert run.service < run.seconds < 3 * run.service
+    assert run.parts["queue"] > 0.3 * run.service  # it waited for the first
+    seconds, service = bench.run_library(requests)
+    assert service < seconds < 3 * service
+
+
+def test_the_floor_of_a_batch_is_that_of_its_middle(settings: Settings) -> None:
+    plan = Plan((32,), tiers=("ram",), asked=(("none", 0.0),), **TINY)
+    [alone] = measure_ttft(settings, plan, say=_silent)["rows"]
+    [three] = measure_ttft(settings, replace(plan, batch=3), say=_silent)["rows"]
+    assert three["batch"] == 3
+    assert three["floor_ms"] == pytest.approx(2 * alone["floor_ms"])
+
+
+def test_every_context_is_saved_and_a_budget_leaves_three_passes(settings: Settings) -> None:
+    saved: list[list[Any]] = []
+    plan = Plan((16, 32), tiers=("ram",), asked=(("none", 0.0),), **{**TINY, "passes": 9}, budget_s=0.001)
+    result = measure_ttft(settings, plan, say=_silent, save=lambda so_far: saved.append(so_far["rows"]))
+    assert [[row["context_tokens"] for row in rows] for rows in saved] == [[16], [16, 32]]
+    assert saved[-1] == result["rows"]
+    assert {row["passes"] for row in result["rows"]} == {3}
+    plenty = measure_ttft(settings, replace(plan, budget_s=1000.0), say=_silent)
+    assert {row["passes"] for row in plenty["rows"]} == {9}
+
+
+def test_what_the_controller_computes_is_told_and_what_is_lost_is_refused(bench: Bench) -> None:
+    requests = bench.requests(40, "raw")
+    run = bench.run(SSD, requests, "default", 0.15)
+    assert run.forecast is not None
+    assert {outcome.kv for outcome in run.outcomes} <= {"ssd", "computed"}
+    with pytest.raises(StoreError, match="not stored yet"):
+        bench.run(SSD, bench.requests(48, "raw"), "default", 0.15)
+
+
 def test_a_chunk_from_elsewhere_is_no_measurement(bench: Bench) -> None:
     with pytest.raises(StoreError, match="came from 'computed', not 'ssd': not stored yet"):
-        bench.run(SSD, bench.chunks(48, "raw"), "none", 0.0)
+        bench.run(SSD, bench.requests(48, "raw"), "none", 0.0)
 
 
 def test_the_remote_tier_stays_remote_and_is_left_empty(tmp_path: Path) -> None:
     tier = FakeTier()
     with _opened(tmp_path, REMOTE, remote=tier) as bench:
-        chunks = bench.chunks(40, "raw")
+        requests = bench.requests(40, "raw")
         assert len(tier.objects) == 3
         for _ in range(2):
-            run = bench.run(REMOTE, chunks, "question", 0.5)
+            run = bench.run(REMOTE, requests, "question", 0.5)
             assert {outcome.kv for outcome in run.outcomes} == {"remote"}
         assert bench._tier_rate(REMOTE, 40) > 0
     assert not tier.objects
@@ -145,9 +192,9 @@ def test_the_library_prefills_the_same_ids(bench: Bench, monkeypatch: pytest.Mon
         return forward(ids, **options)
 
     monkeypatch.setattr(bench.runner.model, "forward", watched)
-    chunks = bench.chunks(40, "raw")
-    assert bench.run_library(chunks) > 0
-    assert tuple(seen["ids"][0].tolist()) == bench.run(RAM, chunks, "full", 1.0).plan.ids
+    requests = bench.requests(40, "raw")
+    assert bench.run_library(requests)[0] > 0
+    assert tuple(seen["ids"][0].tolist()) == bench.run(RAM, requests, "full", 1.0).plan.ids
     assert seen["attention"] == "sdpa"
     assert bench.runner.config._attn_implementation == "ragkv"
 
@@ -156,7 +203,7 @@ def test_the_library_prefills_the_same_ids(bench: Bench, monkeypatch: pytest.Mon
 
 
 def test_the_floor_counts_matrices_and_attention_to_the_causal_limit(bench: Bench) -> None:
-    run = bench.run(RAM, bench.chunks(40, "raw"), "full", 1.0)
+    run = bench.run(RAM, bench.requests(40, "raw"), "full", 1.0)
     work = work_of(bench.runner, run.plan, run.outcomes, 0)
     model = bench.runner.model
     linear = sum(p.numel() for layer in model.model.layers for p in layer.parameters() if p.dim() > 1)
@@ -187,10 +234,9 @@ def test_rates_are_measured(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> No
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"tiers": ("device",)}, "'device' is not built yet; there are ram, ssd, remote"),
-        ({"tiers": ("tape",)}, "'tape' is no tier"),
+        ({"tiers": ("tape",)}, "'tape' is no tier; there are device, ram, ssd, remote"),
         ({"codecs": ("zip",)}, "'zip' is not one of raw"),
-        ({"batch": 2}, "one at a time"),
+        ({"batch": 0}, "--batch"),
         ({"asked": ()}, "nothing to measure"),
         ({"passes": 0}, "at least 1"),
     ],
@@ -217,7 +263,7 @@ def test_the_command_prints_saves_and_draws(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setenv("RAGKV_DATA_DIR", str(tmp_path / "data"))
     monkeypatch.setenv("RAGKV_DEVICE", "cpu")
     command = f"ttft --model {MODEL} --context 32 --tiers ram --methods full,none,epic --ratio 0.5 --passes 1".split()
-    command += ["--chunk-tokens", "16", "--question-tokens", "4", "--save", "r.json", "--plot", "r.svg", "--json"]
+    command += ["--chunk-tokens", "16", "--question-tokens", "4", "--out", "r.json", "--plot", "r.svg", "--json"]
     done = CliRunner().invoke(app, command)
     assert done.exit_code == 0, done.output
     rows = json.loads(done.stdout)
@@ -242,4 +288,4 @@ def test_a_plot_needs_a_known_ending(tmp_path: Path) -> None:
 def test_settling_gives_up_with_the_reason(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ttft_bench, "_SETTLE_TRIES", 2)
     with pytest.raises(StoreError, match="not stored yet"):
-        bench.settle(RAM, bench.chunks(48, "raw"))
+        bench.settle(RAM, bench.requests(48, "raw"))
