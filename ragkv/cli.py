@@ -235,7 +235,7 @@ def stats(
         with Client(url, api_key=_settings(sets).api_key) as client:
             info = client.cache_stats().model_dump()
     else:
-        from ragkv.engine import store_info
+        from ragkv.upkeep import store_info
 
         with _store(sets, data_dir, read_only=True) as store:
             info = store_info(store).model_dump(include=set(_ON_DISK))
@@ -250,7 +250,7 @@ def check(
     json_: Json = False,
 ) -> None:
     """Compare index and files, verify every checksum. Exit status 1 when something is wrong."""
-    from ragkv.engine import store_check
+    from ragkv.upkeep import store_check
 
     with _store(sets, data_dir, read_only=not fix) as store:
         report = store_check(store, fix=fix)

@@ -78,6 +78,9 @@ class Settings(BaseSettings):
     calibration: Calibration | None = Field(
         None, description="what `ragkv calibrate` measured, for which model and setting: a table that it writes"
     )
+    controller: Literal["on", "off"] = Field(
+        "on", description="compute what would take longer to load; a request that names a method gets just that"
+    )
     system_prompt: str = Field(DEFAULT_SYSTEM_PROMPT, description="system text in front of every prompt")
     max_tokens: int = Field(64, ge=1, description="most tokens to generate when a request names no limit")
 

@@ -10,7 +10,6 @@ import uuid
 from collections.abc import AsyncIterator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import asdict
 from typing import Any, Literal
 
 import torch
@@ -20,18 +19,20 @@ from ragkv.checkpoint import find_device, load_checkpoint
 from ragkv.chunks import ChunkTokenizer
 from ragkv.clock import Stopwatch
 from ragkv.config import Settings, load_settings
+from ragkv.controller import Controller
 from ragkv.delivery import Delivery, Emit, OutputThread
 from ragkv.detokenize import Detokenizer
 from ragkv.errors import CancelledError, ConfigError, NotFoundError
 from ragkv.generation import Generation
 from ragkv.ingest import Encode, Ingestor, Progress
 from ragkv.loop import EngineLoop
+from ragkv.machine import measure_machine
 from ragkv.pinned import PageLocking
 from ragkv.pipeline import Pipeline
 from ragkv.retrievers import Catalog, Document, Splitter
 from ragkv.sampling import Sampler
 from ragkv.selfcheck import find_fault
-from ragkv.store import ChunkStore, StoreStats
+from ragkv.store import ChunkStore
 from ragkv.types import (
     Answer,
     CollectionInfo,
@@ -44,11 +45,11 @@ from ragkv.types import (
     IngestEstimate,
     IngestReport,
     QueryRequest,
-    RemoteInfo,
     StoreCheck,
     StoreInfo,
     make_request,
 )
+from ragkv.upkeep import store_check, store_info, store_metrics
 from ragkv.version import __version__
 from ragkv.writer import Writer
 
@@ -114,6 +115,7 @@ class Engine:
             codec=settings.kv_codec,
             salt=settings.store_salt.get_secret_value().encode() if settings.store_salt else b"",
         )
+        self._controller = Controller() if settings.controller == "on" and not fault else None
         self._loop = EngineLoop(
             checkpoint.runner,
             self._store,
@@ -121,6 +123,8 @@ class Engine:
             max_queued=settings.max_queued,
             on_missing=lambda spans: self._ingestor.encode_later(spans),
             blending_off=fault,
+            controller=self._controller,
+            measuring=measure_machine(checkpoint.runner, settings.kv_codec) if self._controller else None,
         )
         self._output = OutputThread()
         # Retrieval and tokenising for asyncio callers; the loop's own few threads are left to whoever else needs them.
@@ -292,21 +296,13 @@ class Engine:
 
     def metrics(self) -> dict[str, float]:
         """Gauges by name, for a metrics page."""
-        stats, health = self._store.stats(), self.health()
+        health = self.health()
         return {
             "running": health.running,
             "queued": health.queued,
             "encoding": health.encoding,
-            "store_entries": stats.entries,
-            "store_bytes": stats.bytes,
-            "store_capacity_bytes": stats.capacity_bytes,
-            "store_ram_bytes": stats.ram_bytes,
-            "store_hits_ram": stats.hits_ram,
-            "store_hits_ssd": stats.hits_ssd,
-            "store_misses": stats.misses,
-            "store_corrupt": stats.corrupt,
-            "store_evictions": stats.evictions,
-            **_remote_metrics(stats),
+            **store_metrics(self._store.stats()),
+            **(self._controller.stats() if self._controller else {}),
         }
 
     def cache_stats(self) -> StoreInfo:
@@ -350,6 +346,7 @@ class Engine:
             plan=prepared.plan,
             strategy=prepared.strategy,
             ratio=prepared.ratio,
+            as_asked=prepared.as_asked,
             sampler=Sampler(
                 temperature=request.temperature,
                 top_p=request.top_p,
@@ -367,54 +364,6 @@ class Engine:
         )
         # Announced before it is queued, so that no token can come first.
         self._loop.submit(delivery.generation, accepted=delivery.announce)
-
-
-def _remote_metrics(stats: StoreStats) -> dict[str, float]:
-    if stats.remote is None:
-        return {}
-    numbers = {name: value for name, value in asdict(stats.remote).items() if isinstance(value, int)}
-    return {
-        "store_hits_remote": stats.hits_remote,
-        "store_remote_open": stats.remote.breaker != "closed",
-        **{f"store_remote_{name}": value for name, value in numbers.items()},
-    }
-
-
-def store_info(store: ChunkStore) -> StoreInfo:
-    stats = store.stats()
-    return StoreInfo(
-        path=str(store.folder.root),
-        policy=store.policy,
-        entries=stats.entries,
-        bytes=stats.bytes,
-        capacity_bytes=stats.capacity_bytes,
-        ram_entries=stats.ram_entries,
-        ram_bytes=stats.ram_bytes,
-        ram_capacity_bytes=stats.ram_capacity_bytes,
-        hits_ram=stats.hits_ram,
-        hits_ssd=stats.hits_ssd,
-        hits_remote=stats.hits_remote,
-        misses=stats.misses,
-        corrupt=stats.corrupt,
-        evictions=stats.evictions,
-        entries_by_model=stats.models,
-        remote=None if stats.remote is None else RemoteInfo(**asdict(stats.remote)),
-    )
-
-
-def store_check(store: ChunkStore, *, fix: bool) -> StoreCheck:
-    report = store.check(fix=fix)
-    return StoreCheck(
-        entries=report.entries,
-        orphan_files=len(report.orphans),
-        missing_files=len(report.missing),
-        corrupt_entries=len(report.corrupt),
-        miscounted_entries=len(report.miscounted),
-        foreign_entries=len(report.foreign),
-        tables_sound=report.tables_sound,
-        fixed=report.fixed,
-        ok=report.clean or report.fixed,
-    )
 
 
 def _calibration_doubt(settings: Settings, fingerprint: str) -> str | None:

@@ -18,7 +18,8 @@ class Generation:
     """A planned request on its way through the engine.
 
     The engine thread calls ``on_token`` for every token and then exactly one of ``on_finish`` and
-    ``on_error``; these must not block. ``stop`` may be set from any thread at any moment.
+    ``on_error``; these must not block. ``stop`` may be set from any thread at any moment. ``as_asked``: no controller
+    may choose something else than ``strategy`` and ``ratio``.
     """
 
     id: str
@@ -33,6 +34,7 @@ class Generation:
     on_finish: Callable[[FinishReason], None]
     on_error: Callable[[Exception], None]
     seed: int = 0
+    as_asked: bool = False
     outcomes: list[SpanOutcome] = field(default_factory=list)
     forecast: Forecast | None = None
     ttft_ms: float = 0.0

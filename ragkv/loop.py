@@ -22,6 +22,8 @@ from dataclasses import dataclass
 import torch
 
 from ragkv.chunks import EncodeGroup
+from ragkv.controller import Controller
+from ragkv.costs import Machine
 from ragkv.encode import EncodedChunk, encode
 from ragkv.errors import EngineClosedError, QueueFullError, RagkvError
 from ragkv.generation import Generation
@@ -59,6 +61,8 @@ class EngineLoop:
 
     Args:
         on_missing: called with the spans of a prefill whose chunks the store lacks.
+        controller: chooses for requests that name no method, from when ``measuring`` is through: it is advanced
+            while there is nothing else to do.
     """
 
     def __init__(
@@ -70,8 +74,11 @@ class EngineLoop:
         max_queued: int,
         on_missing: Callable[[list[Span]], None],
         blending_off: str | None = None,
+        controller: Controller | None = None,
+        measuring: Generator[None, None, Machine] | None = None,
     ) -> None:
         self._runner, self._store = runner, store
+        self._controller, self._measuring = controller, measuring
         self._max_running, self._max_queued = max_running, max_queued
         self._on_missing = on_missing
         self.blending_off = blending_off
@@ -154,7 +161,8 @@ class EngineLoop:
             return not self._closed
 
     def _has_work(self) -> bool:
-        return bool(self._waiting or self._running or self._prefill or self._encodes or self._encoding)
+        busy = self._waiting or self._running or self._prefill or self._encodes or self._encoding
+        return bool(busy or self._measuring)
 
     def _turn(self) -> None:
         encoding = bool(self._encodes or self._encoding)
@@ -167,6 +175,8 @@ class EngineLoop:
         elif encoding:
             self._advance_encoding()
             self._owes_encoding = False
+        elif not self._running:
+            self._advance_measuring()
         for request in list(self._running):
             self._decode(request)
 
@@ -185,6 +195,7 @@ class EngineLoop:
                 room=generation.max_tokens,
                 watch=generation.watch,
                 blending_off=self.blending_off,
+                controller=None if generation.as_asked else self._controller,
             )
             self._prefill = generation, prefill.run()
 
@@ -290,6 +301,19 @@ class EngineLoop:
         except Exception as error:  # as above
             self._encoding = None
             _tell(job.on_encoded, error)
+
+    def _advance_measuring(self) -> None:
+        if self._measuring is None or self._controller is None:
+            return
+        try:
+            next(self._measuring)
+        except StopIteration as done:
+            self._controller.machine, self._measuring = done.value, None
+        except Exception as error:  # as above; everything is done as asked then
+            self._measuring = None
+            log.warning(
+                "the machine's speed could not be measured, so nothing is computed instead of loaded: %r", error
+            )
 
     def _abort_all(self) -> None:
         with self._wake:

@@ -28,7 +28,7 @@ def resolve_method(method: Method) -> Method:
 
 @dataclass(frozen=True)
 class Prepared:
-    """A request with everything decided but the answer."""
+    """A request with everything decided but the answer. ``as_asked``: the request itself names a method."""
 
     request: QueryRequest
     plan: PromptPlan
@@ -37,6 +37,7 @@ class Prepared:
     policy: ContextPolicy
     max_tokens: int
     warnings: tuple[str, ...]
+    as_asked: bool
 
 
 class Pipeline:
@@ -79,6 +80,7 @@ class Pipeline:
             policy=policy,
             max_tokens=max_tokens,
             warnings=_warnings(request, hits, plan),
+            as_asked=request.method not in (None, "default"),
         )
 
     def _frame(self, request: QueryRequest) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -30,6 +30,7 @@ def _clean_environment(monkeypatch, tmp_path):
             monkeypatch.delenv(name)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("RAGKV_CONTROLLER", "off")  # it chooses by the speed of the machine
 
 
 @pytest.fixture(scope="session")

@@ -20,7 +20,14 @@ LAYERS = 4
 @pytest.fixture(scope="module")
 def shared(tiny_checkpoint, tmp_path_factory):
     """One engine for the tests that only ask."""
-    settings = {"chunk_tokens": 32, "context_tokens": 64, "dtype": "float32", "device": "cpu", "max_tokens": 8}
+    settings = {
+        "chunk_tokens": 32,
+        "context_tokens": 64,
+        "dtype": "float32",
+        "device": "cpu",
+        "max_tokens": 8,
+        "controller": "off",
+    }
     with Engine(model=str(tiny_checkpoint), data_dir=tmp_path_factory.mktemp("shared"), **settings) as engine:
         engine.ingest("c", DOCUMENTS)
         yield engine
