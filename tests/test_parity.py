@@ -1,0 +1,40 @@
+"""Blended prompts of every kind, for every family, beside the library's own forward."""
+
+from __future__ import annotations
+
+import os
+import random
+
+import pytest
+
+from tests.parity_kit import FACTORS, VARIANTS, Bench, Case, everything, pairs
+
+CRUCIAL = {name: FACTORS[name] for name in ("layout", "strategy", "kv", "codec", "prefix", "ratio")}
+CHANCE = {name: levels for name, levels in FACTORS.items() if name not in CRUCIAL}
+
+
+@pytest.fixture
+def bench(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "fsync", lambda fd: None)  # a power cut is not among the circumstances here
+    bench = Bench(tmp_path)
+    yield bench
+    bench.close()
+
+
+@pytest.mark.parametrize("family", VARIANTS)
+def test_any_two_circumstances_together(bench, family):
+    """Every pair of levels meets in each family, and other triples in each: the seed is the family's own."""
+    assert bench.faults(pairs(family, seed=list(VARIANTS).index(family))) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", VARIANTS)
+def test_all_circumstances_together(bench, family):
+    """The full product of what decides which KV is where; dtype, company, tier and library's attention by chance."""
+    chance = random.Random(family)
+    cases = [
+        Case(**{**vars(case), **{name: chance.choice(levels) for name, levels in CHANCE.items()}})
+        for case in everything(family, CRUCIAL)
+    ]
+    for start in range(0, len(cases), 48):
+        assert bench.faults(cases[start : start + 48], seed=start) == []
