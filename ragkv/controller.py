@@ -13,6 +13,7 @@ import statistics
 from collections import Counter, deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from queue import SimpleQueue
 from typing import Literal
 
 from ragkv.costs import Machine, Piece, Times, Work, passes
@@ -24,6 +25,7 @@ MARGIN = 0.03
 EXPLORED = 0.02
 _SPLITS = 16
 _REMEMBERED = 64
+_LEAST = 1e-6
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,8 @@ class Choice:
     """How to go about a prompt: load ``loaded`` (indices of the work's pieces), compute the rest.
 
     ``times`` are predicted for it, ``full`` for a full prefill, ``blend`` for loading everything. ``cost``: seconds it
-    is believed to lose to the best, for the sake of measuring.
+    is believed to lose to the best, for the sake of measuring. ``beside``: a piece that is not loaded and should be
+    read while others compute.
     """
 
     work: Work
@@ -67,6 +70,7 @@ class Choice:
     blend: Times
     why: str
     cost: float = 0.0
+    beside: int | None = None
 
     @property
     def way(self) -> Literal["full", "blend", "split"]:
@@ -90,11 +94,15 @@ class Controller:
     Args:
         machine: what is known of this machine's speed; None until it was measured. Without it everything is done as
             asked.
+        warms: with every prompt have a piece read that was not loaded, so that it is in RAM next time; otherwise only
+            now and then, to see how fast its tier has become.
     """
 
-    def __init__(self, machine: Machine | None = None) -> None:
-        self.machine = machine
+    def __init__(self, machine: Machine | None = None, *, warms: bool = False) -> None:
+        self.machine, self._warms = machine, warms
         self._saved = 0.0
+        self._reading_beside = False
+        self._heard: SimpleQueue[list[Reading]] = SimpleQueue()
         self._counts: Counter[str] = Counter()
         self._errors: deque[float] = deque(maxlen=_REMEMBERED)
 
@@ -102,6 +110,7 @@ class Controller:
         """The fastest way, or None where there is nothing to choose from or nothing is known yet."""
         if self.machine is None or not work.pieces:
             return None
+        self._listen(self.machine)
         machine = self.machine
         full, options = machine.full(work.length), _options(work)
         times = {loaded: machine.blend(work, [work.pieces[i] for i in loaded]) for loaded in options}
@@ -111,7 +120,7 @@ class Controller:
             choice = Choice(work, (), full, full, blend, _why_full(full, blend))
         else:
             choice = Choice(work, best, times[best], full, blend, _why_blend(times[best], full))
-        return self._exploring(choice, times) or choice
+        return self._beside(self._exploring(choice, times) or choice)
 
     def learn(self, choice: Choice, actual: Actual) -> Forecast:
         """Correct the costs by what a prefill took; returns prediction and outcome for its report."""
@@ -128,6 +137,10 @@ class Controller:
             lost = choice.cost and max(choice.cost, choice.cost + actual.total - choice.times.total)
             self._saved = min(self._saved + EXPLORED * actual.total - lost, actual.total)
         return _forecast(choice, actual)
+
+    def hear(self, readings: Sequence[Reading]) -> None:
+        """What reading a choice's ``beside`` gave, nothing if it failed. From any thread, once for each."""
+        self._heard.put(list(readings))
 
     def stats(self) -> dict[str, float]:
         """Numbers for a metrics page: how often what was chosen, the median error of the last predictions of the
@@ -146,10 +159,37 @@ class Controller:
             **{f"controller_{name}_bytes_per_second": rate for name, rate in tiers.items()},
         }
 
+    def _listen(self, machine: Machine) -> None:
+        while not self._heard.empty():
+            self._reading_beside = False
+            for reading in self._heard.get():
+                tier, measured = machine.tier(reading.tier), reading.seconds / reading.nbytes
+                # One piece alone, beside computing, may be read slower than several: only good news count.
+                tier.observe(min(measured, tier.value))
+
+    def _beside(self, choice: Choice) -> Choice:
+        """``choice`` with a piece to read beside it, one at a time, if one is to be warmed or its tier was not measured
+        for long."""
+        machine, pieces = self.machine, choice.work.pieces
+        if machine is None or self._reading_beside:
+            return choice
+        left = [
+            i
+            for i in range(len(pieces))
+            if i not in choice.loaded
+            and pieces[i].tier in ("ssd", "remote")
+            and (self._warms or machine.tier(pieces[i].tier).stale)
+        ]
+        if not left:
+            return choice
+        self._reading_beside = True
+        self._counts["beside"] += 1
+        return replace(choice, beside=left[self._counts["beside"] % len(left)])
+
     def _exploring(self, choice: Choice, times: Mapping[tuple[int, ...], Times]) -> Choice | None:
         """What may be faster than ``choice`` if what was not measured lately has recovered, and can be afforded."""
         machine, work = self.machine, choice.work
-        if machine is None or not machine.stale or self._saved <= 0:
+        if machine is None or self._saved <= 0 or not (machine.dense.scale.stale or machine.sparse.scale.stale):
             return None
         believed = {(): choice.full, **times}
         hoped = {
@@ -183,31 +223,36 @@ def _options(work: Work) -> list[tuple[int, ...]]:
 
 
 def _correct(machine: Machine, choice: Choice, actual: Actual) -> None:
-    """Every part of a request corrects the cost it stands for; the parts of an overlapping machine cannot be told
-    apart, and its total corrects what is predicted to be the limit."""
-    work, times, layers = choice.work, choice.times, machine.layers
-    if choice.way == "full":
-        spent = (actual.total - machine.head) / layers
-        machine.dense.observe(work.length, work.length**2 / 2, max(spent, 1e-9))
-        return
-    ratio = actual.total / times.total
-    if machine.overlapped and times.limit is not None:
-        if times.limit == "ram":
-            machine.tier("ram").observe(machine.tier("ram").value * ratio)
-        return
-    pieces = choice.pieces
-    steps = passes(work, pieces, layers)
-    if not machine.overlapped:
+    """Every part of a request corrects the cost it stands for; of a machine that overlaps them, only the total can."""
+    work, pieces, layers = choice.work, choice.pieces, machine.layers
+    if not pieces:
+        spent = max(actual.total - machine.head, _LEAST) / layers
+        machine.dense.observe(work.length, work.length**2 / 2, spent)
+    elif machine.overlapped:
+        _correct_by_total(machine, work, pieces, actual.total)
+    else:
+        times = machine.blend(work, pieces)
         placed = actual.load - actual.waited
-        if placed > 0:
-            machine.tier("ram").observe(placed / sum(piece.nbytes for piece in pieces))
-        if times.select and actual.select > 0:
+        machine.tier("ram").observe(max(placed, _LEAST) / sum(piece.nbytes for piece in pieces))
+        if times.select and actual.select:
             selector = machine.selector(work.strategy)
             selector.observe(selector.value * actual.select / times.select)
-        ratio = (actual.recompute - machine.head) / (times.recompute - machine.head)
-    main = steps[-1]
-    if ratio > 0:
-        machine.sparse.observe(main.rows, main.pairs, machine.sparse.seconds(main.rows, main.pairs) * ratio)
+        _correct_rows(machine, work, pieces, (actual.recompute - machine.head) / (times.recompute - machine.head))
+
+
+def _correct_by_total(machine: Machine, work: Work, pieces: Sequence[Piece], total: float) -> None:
+    """What the slow tiers' readings, taken in before, do not explain is the chip's doing, or good news of the link."""
+    times = machine.blend(work, pieces)
+    news = total / times.total
+    if news < 1 and times.limit == "ram":
+        machine.tier("ram").observe(machine.tier("ram").value * news)
+    elif news > 1 or times.limit is None:
+        _correct_rows(machine, work, pieces, news)
+
+
+def _correct_rows(machine: Machine, work: Work, pieces: Sequence[Piece], news: float) -> None:
+    main = passes(work, pieces, machine.layers)[-1]
+    machine.sparse.observe(main.rows, main.pairs, machine.sparse.seconds(main.rows, main.pairs) * max(news, _LEAST))
 
 
 def _forecast(choice: Choice, actual: Actual) -> Forecast:

@@ -11,10 +11,9 @@ from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-GAIN = 0.5
 _NOISE = math.log(1.15)
-_MOST = math.log(8.0)
-# What was not measured for so many requests may have become better meanwhile, by as much as HOPE at the least.
+_NOISE_GAIN, _NEWS_GAIN = 0.3, 0.8
+# What was not measured for so many requests may have become better meanwhile, by so much at the most.
 STALE_AFTER = 16
 HOPE = 0.7
 GUESSED_SECONDS_PER_BYTE = {"ram": 1 / 20e9, "ssd": 1 / 3e9, "remote": 1 / 1e9}
@@ -28,27 +27,23 @@ class Estimate:
     """
 
     def __init__(self, value: float, *, guessed: bool = False) -> None:
-        self.value = self.best = value
+        self.value = value
         self.age = 0
         self._guessed, self._previous = guessed, 0.0
 
     def observe(self, measured: float) -> float:
         """Take a measurement in; returns the factor by which ``value`` changed."""
         self.age = 0
-        before, news = self.value, math.log(measured / self.value)
+        news = math.log(measured / self.value)
         if self._guessed:
-            self.value = self.best = measured
-            self._guessed = False
-            return measured / before
-        believed = news if news < _NOISE else min(news, max(self._previous, 0.0))
+            believed, self._guessed = news, False
+        elif abs(news) < _NOISE:
+            believed = _NOISE_GAIN * news
+        else:
+            believed = _NEWS_GAIN * (news if news < 0 else min(news, max(self._previous, 0.0)))
         self._previous = news
-        self.value *= math.exp(GAIN * max(min(believed, _MOST), -_MOST))
-        self.best = min(self.best, self.value)
-        return self.value / before
-
-    def seen(self, *, hope: bool) -> float:
-        """The value; with ``hope`` what it may have become since it was last measured."""
-        return min(self.best, HOPE * self.value) if hope and self.stale else self.value
+        self.value *= math.exp(believed)
+        return math.exp(believed)
 
     @property
     def stale(self) -> bool:
@@ -71,7 +66,9 @@ class Curve:
         self.scale = Estimate(1.0)
 
     def seconds(self, rows: float, pairs: float, *, hope: bool = False) -> float:
-        return (self._linear(rows) + self.per_pair * pairs) * self.scale.seen(hope=hope) / self.scale.value
+        """``hope``: what it may take by now if it was not measured lately."""
+        seconds = self._linear(rows) + self.per_pair * pairs
+        return HOPE * seconds if hope and self.scale.stale else seconds
 
     def observe(self, rows: float, pairs: float, seconds: float) -> None:
         """One layer took ``seconds``: knots near ``rows`` follow most, all of them somewhat."""
@@ -183,10 +180,6 @@ class Machine:
         for estimate in (*self.tiers.values(), self.dense.scale, self.sparse.scale):
             estimate.age += 1
 
-    @property
-    def stale(self) -> bool:
-        return any(estimate.stale for estimate in (*self.tiers.values(), self.dense.scale, self.sparse.scale))
-
     def full(self, length: int, *, hope: bool = False) -> Times:
         """A full prefill of ``length`` tokens."""
         spent = self.layers * self.dense.seconds(length, length**2 / 2, hope=hope) + self.head
@@ -194,8 +187,8 @@ class Machine:
 
     def blend(self, work: Work, loaded: Sequence[Piece], *, hope: bool = False) -> Times:
         """A prefill that loads ``loaded`` and computes the rest; layer i is read while layers before it compute."""
-        reading = {name: self._read(loaded, name, hope=hope) for name in {piece.tier for piece in loaded} - {"ram"}}
-        placing = self._read(loaded, None, hope=hope)
+        reading = {name: self._read(loaded, name) for name in {piece.tier for piece in loaded} - {"ram"}}
+        placing = self._read(loaded, None)
         waits = dict(reading, ram=placing) if self.overlapped else reading
         slowest = max(waits, key=lambda name: waits[name], default=None)
         line = _Timeline(
@@ -216,9 +209,9 @@ class Machine:
             line.now + self.head, load, parts["select"], parts["recompute"], {"ram": placing, **reading}, limit
         )
 
-    def _read(self, pieces: Sequence[Piece], tier: str | None, *, hope: bool) -> float:
+    def _read(self, pieces: Sequence[Piece], tier: str | None) -> float:
         nbytes = sum(piece.nbytes for piece in pieces if tier in (None, piece.tier))
-        return nbytes * self.tier(tier or "ram").seen(hope=hope)
+        return nbytes * self.tier(tier or "ram").value
 
 
 def passes(work: Work, loaded: Sequence[Piece], layers: int) -> list[Pass]:

@@ -115,7 +115,8 @@ class Engine:
             codec=settings.kv_codec,
             salt=settings.store_salt.get_secret_value().encode() if settings.store_salt else b"",
         )
-        self._controller = Controller() if settings.controller == "on" and not fault else None
+        on = settings.controller == "on" and not fault
+        self._controller = Controller(warms=settings.ram_bytes > 0) if on else None
         self._loop = EngineLoop(
             checkpoint.runner,
             self._store,

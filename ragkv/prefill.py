@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import threading
 from collections.abc import Generator
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
@@ -13,7 +15,7 @@ from ragkv.blend import Blend
 from ragkv.clock import Stopwatch
 from ragkv.controller import Actual, Choice, Controller, Reading
 from ragkv.costs import Piece, Work
-from ragkv.errors import MissingEntryError, RagkvError
+from ragkv.errors import MissingEntryError, RagkvError, StoreError
 from ragkv.kv import RequestKV
 from ragkv.loading import ChunkLostError, LayerLoader
 from ragkv.plan import PromptPlan, Span
@@ -24,6 +26,9 @@ from ragkv.types import Forecast, KvSource
 
 FULL = "full"
 _CONTENDED = 0.05
+# One entry is to be read as fast as several are.
+_BESIDE_DEPTH = 8
+log = logging.getLogger("ragkv")
 
 
 @dataclass
@@ -60,14 +65,13 @@ class _Trial:
         spent = {part: seconds - self.before.get(part, 0.0) for part, seconds in watch.parts.items()}
         queue = spent.pop("queue", 0.0)
         total, load, select = sum(spent.values()), spent.get("load", 0.0), spent.get("select", 0.0)
-        traffic = self.reader.traffic if self.reader else {}
         return Actual(
             total,
             load,
             select,
             total - load - select,
             waited=self.reader.waited if self.reader else 0.0,
-            readings=[Reading(tier, one.nbytes, one.seconds) for tier, one in traffic.items() if one.seconds],
+            readings=_readings(self.reader) if self.reader else (),
             # A device works on after the host has turned to others: then its time cannot be told from theirs.
             contended=overlapped and queue > _CONTENDED * total,
         )
@@ -134,6 +138,8 @@ class Prefill:
         choice = self._controller.choose(Work(len(self._plan.ids), tuple(pieces), self._strategy, self._ratio))
         if choice is None:
             return None
+        if choice.beside is not None:
+            _read_beside(self._store, entries[spans[choice.beside]], self._controller)
         for index in set(range(len(spans))) - set(choice.loaded):
             self._chosen[spans[index]] = choice.why_computed(index)
             entries.pop(spans[index]).close()
@@ -234,6 +240,28 @@ class Prefill:
     def _computed(self, span: Span) -> SpanOutcome:
         why = self._why.get(span) or self._chosen[span]
         return SpanOutcome("computed", why, span.length, span.length * self._runner.shape.layers)
+
+
+def _readings(reader: LayerReader) -> list[Reading]:
+    return [Reading(tier, one.nbytes, one.seconds) for tier, one in reader.traffic.items() if one.seconds]
+
+
+def _read_beside(store: ChunkStore, entry: OpenEntry, controller: Controller) -> None:
+    """Read an entry whose chunk is being computed, on a thread of its own: it is then in RAM, and its tier measured."""
+    reader = store.open_layers([entry], depth=_BESIDE_DEPTH)
+
+    def read() -> None:
+        readings: list[Reading] = []
+        try:
+            with closing(reader):
+                if not any(isinstance(slab, StoreError) for slabs in reader for slab in slabs):
+                    readings = _readings(reader)
+        except StoreError as error:  # the store was closed meanwhile
+            log.debug("reading a chunk beside its prompt ended: %s", error)
+        finally:
+            controller.hear(readings)
+
+    threading.Thread(target=read, name="ragkv-beside", daemon=True).start()
 
 
 def _unreadable(cause: RagkvError) -> str:

@@ -1,0 +1,225 @@
+"""Choices of the controller on machines that only exist on paper, against the best choice in hindsight."""
+
+from __future__ import annotations
+
+from itertools import combinations
+
+import pytest
+
+from ragkv.controller import MARGIN, Actual, Controller
+from tests.controller_kit import World, serve, work
+
+FAST_GPU_SLOW_DISK = {"tiers": {"ssd": 1 / 0.4e9, "remote": 1 / 0.2e9}}
+SLOW_CPU_FAST_RAM = {"row": 4e-4, "pair": 1e-8, "place": 1 / 3e9, "overlapped": False}
+BALANCED = {"tiers": {"ssd": 1 / 2e9, "remote": 1 / 1e9}}
+WORLDS = {"fast GPU, slow disk": FAST_GPU_SLOW_DISK, "slow CPU, fast RAM": SLOW_CPU_FAST_RAM, "balanced": BALANCED}
+
+
+def subsets(count):
+    return [chosen for size in range(count + 1) for chosen in combinations(range(count), size)]
+
+
+def test_nothing_is_chosen_before_the_machine_was_measured_or_where_nothing_is_stored():
+    assert Controller().choose(work()) is None
+    assert Controller(World().machine()).choose(work(chunks=0)) is None
+
+
+def test_a_slow_disk_on_a_fast_gpu_is_not_waited_for():
+    world = World(**FAST_GPU_SLOW_DISK)
+    controller = Controller(world.machine())
+    for _ in range(3):
+        serve(controller, world, work())
+    choice, _ = serve(controller, world, work())
+    assert choice.way == "full"
+    assert choice.why.startswith("full prefill is predicted to be faster: ")
+    assert "of loading from ssd" in choice.why
+    assert choice.why_computed(0) == choice.why
+
+
+def test_a_slow_cpu_loads_everything():
+    world = World(**SLOW_CPU_FAST_RAM)
+    controller = Controller(world.machine())
+    for tier in ("ram", "ssd", "remote"):
+        choice, actual = serve(controller, world, work(tier=tier))
+        assert choice.way == "blend"
+        assert actual.total < world.full(work(tier=tier)) / 3
+
+
+def test_computing_starts_while_loading_goes_on():
+    """A disk about as fast as the chip: some chunks are computed, and both ways alone are slower."""
+    world = World(tiers={"ssd": 1 / 2e9})
+    controller, job = Controller(world.machine()), work(chunks=16, strategy="epic")
+    for _ in range(4):
+        choice, actual = serve(controller, world, job)
+    assert choice.way == "split"
+    assert choice.why_computed(0) == "computed: faster than loading it from ssd"
+    assert actual.total < 0.95 * world.full(job)
+    assert actual.total < 0.95 * world.run(job, range(16)).total
+
+
+def test_chunks_on_the_slowest_tier_are_computed_first():
+    world = World(tiers={"ssd": 1 / 8e9, "remote": 1 / 1e9})
+    controller, job = Controller(world.machine()), work(tiers=["ram", "remote", "ssd", "remote", "ram", "ssd"])
+    for _ in range(4):
+        choice, _ = serve(controller, world, job)
+    computed = set(range(6)) - set(choice.loaded)
+    assert computed
+    assert computed <= {1, 3} or computed >= {1, 3}
+
+
+def test_what_a_context_knew_is_computed_last():
+    world = World(tiers={"ssd": 1 / 2e9})
+    controller, job = Controller(world.machine()), work(chunks=16, strategy="epic", kept=(0, 1, 2, 3))
+    for _ in range(4):
+        choice, _ = serve(controller, world, job)
+    assert choice.way == "split"
+    assert {0, 1, 2, 3} <= set(choice.loaded)
+
+
+@pytest.mark.parametrize("name", WORLDS)
+@pytest.mark.parametrize("tier", ["ram", "ssd", "remote"])
+@pytest.mark.parametrize("chunks", [1, 3, 8])
+@pytest.mark.parametrize("strategy", ["none", "question", "epic", "hkvd"])
+def test_the_choice_is_nearly_the_best_of_all_subsets(name, tier, chunks, strategy):
+    world = World(**WORLDS[name])
+    controller, job = Controller(world.machine()), work(chunks, tier=tier, strategy=strategy)
+    for _ in range(5):
+        _, actual = serve(controller, world, job)
+    assert actual.total <= world.best(job, subsets(chunks)) * (1 + MARGIN + 0.02)
+    assert actual.total <= world.full(job) * 1.001
+
+
+@pytest.mark.parametrize("name", WORLDS)
+@pytest.mark.parametrize("noise", [0.0, 0.1])
+def test_regret_over_a_long_run_of_all_kinds_of_prompts_is_small(name, noise):
+    world = World(**WORLDS[name], noise=noise)
+    controller = Controller(world.machine())
+    jobs = [work(chunks, tier=tier) for chunks in (1, 2, 4, 8, 12) for tier in ("ram", "ssd", "remote")]
+    mixed = work(tiers=["ram", "ssd", "ssd", "remote", "ram", "ssd"])
+    spent = best = full = 0.0
+    for turn in range(600):
+        job = mixed if turn % 7 == 0 else world.random.choice(jobs)
+        choice, actual = serve(controller, world, job)
+        if turn < 10:
+            continue
+        options = [(), tuple(range(len(job.pieces))), choice.loaded]
+        spent, best, full = spent + actual.total, best + world.best(job, options), full + world.full(job)
+    assert spent <= best * (1.05 + noise / 2)
+    assert spent <= full * 1.02
+
+
+def test_a_disk_that_was_slow_once_is_tried_again_and_the_trying_is_bounded():
+    world = World(tiers={"ssd": 1 / 8e9})
+    controller, job = Controller(world.machine()), work()
+    for _ in range(5):
+        assert serve(controller, world, job)[0].way != "full"
+    world.tiers["ssd"] = 1 / 0.3e9
+    for _ in range(20):
+        last, _ = serve(controller, world, job)
+    assert last.way == "full"
+    lost = sum(actual.total - world.full(job) for _, actual in (serve(controller, world, job) for _ in range(1000)))
+    assert lost <= 0.03 * 1000 * world.full(job)
+    world.tiers["ssd"] = 1 / 8e9
+    ways = [serve(controller, world, job)[0].way for _ in range(400)]
+    assert ways[-1] != "full"
+    assert ways.count("full") < 300
+
+
+def test_one_hiccup_changes_nothing():
+    world = World(tiers={"ssd": 1 / 8e9})
+    controller, job = Controller(world.machine()), work()
+    for _ in range(5):
+        before, _ = serve(controller, world, job)
+    world.tiers["ssd"] *= 50
+    serve(controller, world, job)
+    world.tiers["ssd"] /= 50
+    assert serve(controller, world, job)[0].way == before.way != "full"
+
+
+def test_a_machine_that_was_measured_wrong_is_known_after_a_few_requests():
+    """Measured while others had the chip: everything seemed four times as slow, or as fast."""
+    for factor in (0.25, 4.0):
+        world, seemed = World(), World(row=2e-6 * factor, pair=1e-10 * factor)
+        controller, job = Controller(seemed.machine()), work(tier="ram")
+        errors = []
+        for _ in range(8):
+            choice, actual = serve(controller, world, job)
+            errors.append(abs(choice.times.total / actual.total - 1))
+        assert errors[0] > 0.3
+        assert errors[-1] < 0.1
+
+
+def test_a_selector_that_takes_longer_than_its_rows_is_learned():
+    world = World(**SLOW_CPU_FAST_RAM)
+    controller, job = Controller(world.machine()), work(tier="ram")
+    for _ in range(4):
+        choice = controller.choose(job)
+        actual = world.run(job, choice.loaded)
+        slow = Actual(actual.total + 2 * actual.select, actual.load, 3 * actual.select, actual.recompute)
+        controller.learn(choice, slow)
+    assert controller.choose(job).times.select == pytest.approx(3 * actual.select, rel=0.1)
+
+
+def test_times_that_others_share_say_nothing_of_the_chip():
+    world = World()
+    controller, job = Controller(world.machine()), work(tier="ram")
+    choice = controller.choose(job)
+    before = choice.times.total
+    for _ in range(5):
+        controller.learn(choice, Actual(10 * before, contended=True))
+    assert controller.choose(job).times.total == pytest.approx(before)
+    assert controller.stats()["controller_error"] == 0.0
+
+
+def test_the_report_holds_prediction_and_outcome():
+    world = World(**SLOW_CPU_FAST_RAM)
+    controller, job = Controller(world.machine()), work()
+    choice = controller.choose(job)
+    actual = world.run(job, choice.loaded)
+    forecast = controller.learn(choice, actual)
+    assert forecast.way == "blend"
+    assert forecast.why.startswith("blending is predicted to be faster: ")
+    assert forecast.total_ms == pytest.approx(forecast.load_ms + forecast.select_ms + forecast.recompute_ms)
+    assert forecast.actual_total_ms == pytest.approx(1000 * actual.total)
+    assert forecast.full_ms > forecast.blend_ms == forecast.total_ms
+
+
+def test_stats_count_ways_and_tell_rates_and_errors():
+    world = World(**FAST_GPU_SLOW_DISK)
+    controller = Controller(world.machine())
+    assert controller.stats()["controller_error"] == 0.0
+    for _ in range(10):
+        serve(controller, world, work())
+    stats = controller.stats()
+    assert stats["controller_full"] + stats["controller_blend"] + stats["controller_split"] == 10
+    assert stats["controller_chunks_computed"] >= 8 * stats["controller_full"]
+    assert stats["controller_error"] < 0.1
+    assert stats["controller_ssd_bytes_per_second"] == pytest.approx(0.4e9, rel=0.05)
+
+
+def test_one_piece_at_a_time_is_read_beside_what_is_computed():
+    world = World(**FAST_GPU_SLOW_DISK)
+    controller, job = Controller(world.machine(), warms=True), work()
+    for _ in range(4):
+        serve(controller, world, job)
+    first, second = controller.choose(job), controller.choose(job)
+    assert first.way == second.way == "full"
+    assert first.beside is not None
+    assert second.beside is None
+    controller.hear([])
+    third = controller.choose(job)
+    assert third.beside not in (None, first.beside)
+
+
+def test_without_a_ram_tier_to_warm_reading_beside_only_measures_now_and_then():
+    world = World(**FAST_GPU_SLOW_DISK)
+    controller = Controller(world.machine())
+    beside = [serve(controller, world, work())[0].beside for _ in range(100)]
+    assert 3 <= sum(one is not None for one in beside) <= 7
+
+
+def test_what_is_in_ram_is_not_read_beside():
+    world = World(row=1e-8, pair=0.0, place=1 / 1e9)
+    controller = Controller(world.machine(), warms=True)
+    choice, _ = serve(controller, world, work(tier="ram"))
+    assert (choice.way, choice.beside) == ("full", None)
