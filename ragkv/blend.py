@@ -19,7 +19,8 @@ from ragkv.clock import Stopwatch
 from ragkv.kv import RequestKV
 from ragkv.loading import LayerLoader
 from ragkv.plan import PromptPlan, Span
-from ragkv.runner import ModelRunner, Rows
+from ragkv.rows import Rows
+from ragkv.runner import ModelRunner
 
 
 @dataclass(frozen=True)

@@ -6,14 +6,17 @@ yields; the runner only knows how to run one layer for some rows. Not thread-saf
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ragkv.attention import AttentionStep
 from ragkv.kv import KvShape, RequestKV
 from ragkv.rope import read_rope
+from ragkv.rows import Rows
+
+if TYPE_CHECKING:
+    from ragkv.fused import FusedLayers
 
 
 class _Probed(Exception):  # noqa: N818  (not an error: it carries the values out of the library's layer)
@@ -28,22 +31,18 @@ class _Probe:
         raise _Probed(values)
 
 
-@dataclass
-class Rows:
-    """Hidden states of some rows on their way through the layers.
+class ModelRunner:
+    """Runs a loaded causal LM whose attention implementation is :data:`ragkv.attention.NAME`.
 
-    ``hidden`` is (1, rows, hidden_size); ``rotary`` the library's cos and sin for the rows' positions.
+    Args:
+        fused: run layers with :mod:`ragkv.fused`. By default on CUDA, where it knows the model's layers; True asks for
+            it anywhere (a CPU needs Triton's interpreter), False for the plain loop over the library's modules.
+
+    Attributes:
+        plain_because: why layers run in the plain loop, or None where they run fused.
     """
 
-    hidden: torch.Tensor
-    rotary: tuple[torch.Tensor, torch.Tensor]
-    step: AttentionStep
-
-
-class ModelRunner:
-    """Runs a loaded causal LM whose attention implementation is :data:`ragkv.attention.NAME`."""
-
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, *, fused: bool | None = None) -> None:
         self.model = model.eval()
         self.decoder = model.model
         self.config = model.config
@@ -61,6 +60,26 @@ class ModelRunner:
         self.max_positions = int(self.config.max_position_embeddings)
         ends = getattr(model.generation_config, "eos_token_id", None)
         self.eos_ids = frozenset(ends if isinstance(ends, list) else [] if ends is None else [ends])
+        self.fused: FusedLayers | None = None
+        self.plain_because: str | None = "the fused layer loop needs CUDA"
+        if fused is False:
+            self.plain_because = "it was asked for"
+        elif fused or self.device.type == "cuda":
+            self._fuse()
+
+    def _fuse(self) -> None:
+        try:
+            from ragkv.fused import FusedLayers, refusal  # needs Triton
+        except ImportError as error:
+            self.plain_because = f"the fused layer loop cannot be imported: {error}"
+            return
+        self.plain_because = refusal(self.model)
+        if self.plain_because is None:
+            self.fused = FusedLayers(self.model)
+
+    def use_plain_loop(self, because: str) -> None:
+        """Run layers with the library's own modules from now on."""
+        self.fused, self.plain_because = None, because
 
     def new_kv(self, capacity: int, base: int = 0) -> RequestKV:
         return RequestKV(self.shape, capacity, self.device, base)
@@ -72,6 +91,9 @@ class ModelRunner:
 
     def run_layer(self, layer: int, rows: Rows) -> None:
         """Advance ``rows`` through one layer, writing their keys and values into the step's KV."""
+        if self.fused is not None:
+            self.fused.run(layer, rows)
+            return
         rows.hidden = self.decoder.layers[layer](
             rows.hidden,
             attention_mask=rows.step,
@@ -83,6 +105,8 @@ class ModelRunner:
 
     def probe_values(self, layer: int, rows: Rows) -> torch.Tensor:
         """Values (rows, kv_heads, head_dim) that ``layer`` would write for ``rows``; writes and advances nothing."""
+        if self.fused is not None:
+            return self.fused.values(layer, rows)
         try:
             self.decoder.layers[layer](
                 rows.hidden,

@@ -1,0 +1,255 @@
+"""The fast layer loop on CUDA: a decoder layer in nine launches, and none that waits for the device.
+
+    norm → q, k, v in one product → rotate and write into the KV → attend → output, added to the rows
+         → norm → gate and up in one product → activation → down, added to the rows
+
+Residual sums are the products' own accumulation, in float32. The modules of the model stay whole: their matrices become
+views of the joined ones, so that the plain loop over ``transformers``' layers runs on the same memory and is the twin
+this one is compared with (:mod:`ragkv.selfcheck`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, cast
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import linear
+from torch.nn.functional import scaled_dot_product_attention as sdpa
+
+from ragkv.kernels import twins
+from ragkv.kernels.attend import AttendRoom, attend
+from ragkv.kernels.pointwise import rms_norm, silu_mul
+from ragkv.kernels.rotate import rope_write
+from ragkv.kernels.scores import score_keys
+from ragkv.rows import Rows
+
+# For a full prefill, the first that takes the shapes. The last one takes all.
+FULL_ATTENTION = [
+    SDPBackend.CUDNN_ATTENTION,
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.MATH,
+]
+_DTYPES = (torch.bfloat16, torch.float16)
+_MATRICES = ("q_proj", "k_proj", "v_proj", "o_proj")
+_REQUIRED = {
+    "input_layernorm.weight",
+    "post_attention_layernorm.weight",
+    *(f"self_attn.{name}.weight" for name in _MATRICES),
+    *(f"mlp.{name}.weight" for name in ("gate_proj", "up_proj", "down_proj")),
+}
+# Of each set, all or none.
+_OPTIONAL = [
+    {f"self_attn.{name}.bias" for name in _MATRICES[:3]},
+    {"self_attn.q_norm.weight", "self_attn.k_norm.weight"},
+]
+_TOLERANCE = 2e-2
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """One layer's weights; matrices transposed, (in, out)."""
+
+    input_norm: torch.Tensor
+    post_norm: torch.Tensor
+    eps: float
+    qkv: torch.Tensor
+    qkv_bias: torch.Tensor | None
+    value: Any
+    norms: tuple[torch.Tensor, torch.Tensor] | None
+    norm_eps: float
+    output: torch.Tensor
+    gate_up: torch.Tensor
+    down: torch.Tensor
+    rotates: bool
+    scale: float
+    window: int | None
+
+
+class _Room:
+    """Memory for some rows, the same for every layer. ``q`` is (rows, heads, head_dim)."""
+
+    def __init__(self, rows: Rows, layer: _Layer, heads: int, head_dim: int) -> None:
+        hidden, step = rows.hidden[0], rows.step
+        self._step, self._kv_heads = step, step.kv.shape.kv_heads
+        count = hidden.shape[0]
+        self.rotary = cast(tuple[torch.Tensor, torch.Tensor], tuple(part[0].contiguous() for part in rows.rotary))
+        self.normed = torch.empty_like(hidden)
+        self.qkv = hidden.new_empty((count, layer.qkv.shape[1]))
+        self.q = hidden.new_empty((count, heads, head_dim))
+        self.gate_up = hidden.new_empty((count, layer.gate_up.shape[1]))
+
+    @cached_property
+    def attend(self) -> AttendRoom:
+        return AttendRoom(self.q, self._kv_heads, self._step.length)
+
+
+class FusedLayers:
+    """Runs the layers of a model that :func:`refusal` says nothing against, whose matrices it joins."""
+
+    def __init__(self, model: Any) -> None:
+        decoder, config = model.model, model.config
+        self._head_dim = int(decoder.layers[0].self_attn.head_dim)
+        self._heads = int(config.num_attention_heads)
+        self._layers = [_read(layer, config) for layer in decoder.layers]
+        if model.device.type == "cuda":
+            torch.cuda.empty_cache()  # what the separate matrices held is in pieces that nothing else fits into
+
+    def run(self, index: int, rows: Rows) -> None:
+        """Advance ``rows`` through layer ``index``, writing their keys and values into the step's KV."""
+        layer, step, room = self._layers[index], rows.step, self._room(rows)
+        hidden = rows.hidden[0]
+        rms_norm(hidden, layer.input_norm, layer.eps, room.normed)
+        if layer.qkv_bias is None:
+            torch.mm(room.normed, layer.qkv, out=room.qkv)
+        else:
+            torch.addmm(layer.qkv_bias, room.normed, layer.qkv, out=room.qkv)
+        k, v = step.kv.read(index, step.length)
+        rotary = room.rotary if layer.rotates else None
+        rope_write(room.qkv, rotary, layer.norms, step.slots, room.q, k, v, eps=layer.norm_eps)
+        hidden.addmm_(self._attend(layer, rows, room, k, v), layer.output)
+        rms_norm(hidden, layer.post_norm, layer.eps, room.normed)
+        torch.mm(room.normed, layer.gate_up, out=room.gate_up)
+        hidden.addmm_(silu_mul(room.gate_up), layer.down)
+
+    def values(self, index: int, rows: Rows) -> torch.Tensor:
+        """Values (rows, kv_heads, head_dim) that layer ``index`` would write for ``rows``."""
+        layer, room = self._layers[index], self._room(rows)
+        rms_norm(rows.hidden[0], layer.input_norm, layer.eps, room.normed)
+        values: torch.Tensor = linear(room.normed, layer.value.weight, layer.value.bias)
+        return values.view(values.shape[0], -1, self._head_dim)
+
+    def find_fault(self) -> str | None:
+        """What attention computes wrongly, tried with few rows, more and many; compiles what these need."""
+        weight = self._layers[0].qkv
+        kv_heads = (weight.shape[1] // self._head_dim - self._heads) // 2
+        group, length = self._heads // kv_heads, 700
+        for window in {layer.window for layer in self._layers}:
+            for rows in (1, 16 // group + 1, 256 // group + 1):
+                error = self._attention_error(rows, length, kv_heads, window, like=weight)
+                if not error <= _TOLERANCE:
+                    return f"attention of {rows} rows, window {window}, is off by {error:.2%}"
+        return None
+
+    def _attention_error(
+        self, rows: int, length: int, kv_heads: int, window: int | None, *, like: torch.Tensor
+    ) -> float:  # fmt: skip
+        generator = torch.Generator(like.device).manual_seed(0)
+
+        def random(*size: int) -> torch.Tensor:
+            return torch.randn((*size, self._head_dim), generator=generator, device=like.device).to(like.dtype)
+
+        q, k, v = random(rows, self._heads), random(length, kv_heads), random(length, kv_heads)
+        slots = torch.linspace(length // 2, length - 1, rows, device=like.device).long()
+        actual, _ = attend(q, k, v, slots, scale=self._layers[0].scale, window=window)
+        expected, _ = twins.attend(q, k, v, slots, scale=self._layers[0].scale, window=window)
+        return float((actual.float() - expected.float()).norm() / expected.float().norm())
+
+    def _room(self, rows: Rows) -> _Room:
+        if not isinstance(rows.room, _Room):
+            rows.room = _Room(rows, self._layers[0], self._heads, self._head_dim)
+        return rows.room
+
+    def _attend(self, layer: _Layer, rows: Rows, room: _Room, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """(rows, heads · head_dim)."""
+        step = rows.step
+        window = layer.window if layer.window is not None and layer.window < step.length else None
+        if step.contiguous and window is None and not step.score_rows:
+            return _attend_fully(room.q, k, v, layer.scale).view(step.rows, -1)
+        out, lse = attend(room.q, k, v, step.slots, scale=layer.scale, window=window, room=room.attend)
+        if step.score_rows:
+            if step.scores is None:
+                step.scores = torch.zeros(step.length, dtype=torch.float32, device=k.device)
+            score_keys(
+                room.q, lse, k, step.slots, step.scores, last=step.score_rows, scale=layer.scale, window=window
+            )  # fmt: skip
+        return out.view(step.rows, -1)
+
+
+def refusal(model: Any) -> str | None:
+    """What about ``model`` the fused loop does not know, or None when it can run it."""
+    weight = model.get_input_embeddings().weight
+    if weight.is_cuda and weight.dtype not in _DTYPES:
+        return f"it is for {' and '.join(str(d).removeprefix('torch.') for d in _DTYPES)}, the model is {weight.dtype}"
+    for index, layer in enumerate(model.model.layers):
+        if reason := _refuses(layer):
+            return f"layer {index} {reason}"
+    return None
+
+
+def _refuses(layer: torch.nn.Module) -> str | None:
+    names = {name for name, _ in layer.named_parameters()}
+    if missing := _REQUIRED - names:
+        return f"lacks {min(missing)}"
+    if unknown := names - _REQUIRED - {name for known in _OPTIONAL if known <= names for name in known}:
+        return f"has {min(unknown)}"
+    attention, mlp = cast(Any, layer.self_attn), cast(Any, layer.mlp)
+    if type(mlp.act_fn).__name__ not in ("SiLU", "SiLUActivation"):
+        return f"has the activation {type(mlp.act_fn).__name__}"
+    norms = [layer.input_layernorm, layer.post_attention_layernorm]
+    if hasattr(attention, "q_norm"):
+        norms += [attention.q_norm, attention.k_norm]
+        if attention.q_norm.weight.shape != (attention.head_dim,):
+            return "norms queries over all heads"
+    if not all(hasattr(norm, "variance_epsilon") for norm in norms):
+        return f"has the norm {type(norms[0]).__name__}"
+    if attention.head_dim % 2 or attention.head_dim > 256:
+        return f"has heads of {attention.head_dim} dimensions"
+    return None
+
+
+@torch.no_grad()
+def _read(layer: Any, config: Any) -> _Layer:
+    attention, mlp = layer.self_attn, layer.mlp
+    qkv, bias = _join(attention.q_proj, attention.k_proj, attention.v_proj)
+    gate_up, _ = _join(mlp.gate_proj, mlp.up_proj)
+    normed = hasattr(attention, "q_norm")
+    return _Layer(
+        input_norm=layer.input_layernorm.weight.detach(),
+        post_norm=layer.post_attention_layernorm.weight.detach(),
+        eps=float(layer.input_layernorm.variance_epsilon),
+        qkv=qkv.t(),
+        qkv_bias=bias,
+        value=attention.v_proj,
+        norms=(attention.q_norm.weight.detach(), attention.k_norm.weight.detach()) if normed else None,
+        norm_eps=float(attention.q_norm.variance_epsilon) if normed else 0.0,
+        output=attention.o_proj.weight.detach().t(),
+        gate_up=gate_up.t(),
+        down=mlp.down_proj.weight.detach().t(),
+        rotates=bool(getattr(attention, "use_rope", True)),
+        scale=float(attention.scaling),
+        window=_window(attention, config),
+    )
+
+
+def _window(attention: Any, config: Any) -> int | None:
+    """Mistral's attention asks the configuration; those with windows in some layers know their own."""
+    if hasattr(attention, "sliding_window"):
+        return cast("int | None", attention.sliding_window)
+    return cast("int | None", config.sliding_window) if config.model_type == "mistral" else None
+
+
+def _join(*linears: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Weight and bias of several linear modules in one matrix and vector, of which theirs become views."""
+    joined: list[torch.Tensor | None] = []
+    for name in ("weight", "bias"):
+        parts = [getattr(linear, name) for linear in linears]
+        if parts[0] is None:
+            joined.append(None)
+            continue
+        whole = torch.cat(parts)
+        for module, view in zip(linears, torch.split(whole, [len(part) for part in parts]), strict=True):
+            setattr(module, name, torch.nn.Parameter(view, requires_grad=False))
+        joined.append(whole)
+    return cast(torch.Tensor, joined[0]), joined[1]
+
+
+def _attend_fully(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
+    """(rows, heads, head_dim) of queries over as many keys, causally."""
+    queries, keys, values = (part.transpose(0, 1)[None] for part in (q, k, v))
+    with sdpa_kernel(FULL_ATTENTION, set_priority=True):
+        out = sdpa(queries, keys, values, is_causal=True, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+    return out[0].transpose(0, 1).contiguous()

@@ -1,0 +1,320 @@
+"""Attention of ascending query rows over a strided KV, each row up to its own slot (FlashAttention-2, Dao 2023).
+
+The query heads that share a KV head are packed, with their rows, into the rows of one tile: a key is read once for all
+of them, and a tile spans few rows, so that the keys of its last row are hardly more than those of its first. A tile
+reads its first and last slot itself; only blocks of keys that some row may not see are masked. Where tiles are too few
+for the chip, each shares its keys among several programs, whose results a second kernel joins.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from ragkv.kernels.shapes import check_kv, next_power_of_2
+
+LOG2E = 1.4426950408889634
+LN2 = tl.constexpr(0.6931471805599453)
+MAX_SPLITS = 32
+_CPU_PROGRAMS = 8  # Triton's interpreter: few, but more than one
+
+
+class Tile(NamedTuple):
+    """How much one program takes on: ``rows`` of packed queries, ``keys`` at a time."""
+
+    rows: int
+    keys: int
+    warps: int
+    stages: int
+
+
+@triton.jit
+def _step(
+    acc,
+    total,
+    top,
+    queries,
+    k,
+    v,
+    block,
+    limit,
+    last,
+    window,
+    scale,
+    HD: tl.constexpr,
+    HD_PAD: tl.constexpr,
+    STRIDE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    MASKED: tl.constexpr,
+    WINDOWED: tl.constexpr,
+):
+    """One block of keys. ``k`` and ``v`` point at the head's first key; scores are in units of log2."""
+    n = tl.arange(0, BLOCK_N)
+    d = tl.arange(0, HD_PAD)
+    at = n[:, None] * STRIDE + d[None, :] + block * (BLOCK_N * STRIDE)
+    key = block * BLOCK_N + n
+    if MASKED:
+        # What lies behind the tile's last slot may be anything, NaN too, which a weight of 0 would not remove.
+        held = (key <= last)[:, None] & (d < HD)[None, :]
+        keys = tl.load(k + at, mask=held, other=0.0)
+    elif HD == HD_PAD:
+        keys = tl.load(k + at)
+    else:
+        keys = tl.load(k + at, mask=(d < HD)[None, :], other=0.0)
+    scores = tl.dot(queries, tl.trans(keys), input_precision="ieee") * scale
+    if MASKED:
+        seen = key[None, :] <= limit[:, None]
+        if WINDOWED:
+            seen = seen & (key[None, :] > limit[:, None] - window)
+        scores = tl.where(seen, scores, float("-inf"))
+    new_top = tl.maximum(top, tl.max(scores, 1))
+    base = new_top
+    if MASKED:
+        base = tl.where(new_top == float("-inf"), 0.0, new_top)  # a row that saw nothing yet
+    weights = tl.exp2(scores - base[:, None])
+    fade = tl.exp2(top - base)
+    total = total * fade + tl.sum(weights, 1)
+    acc = acc * fade[:, None]
+    if MASKED:
+        values = tl.load(v + at, mask=held, other=0.0)
+    elif HD == HD_PAD:
+        values = tl.load(v + at)
+    else:
+        values = tl.load(v + at, mask=(d < HD)[None, :], other=0.0)
+    acc = tl.dot(weights.to(values.dtype), values, acc, input_precision="ieee")
+    return acc, total, new_top
+
+
+@triton.jit(do_not_specialize=["rows", "splits", "window", "scale"])
+def _attend(
+    q,
+    k,
+    v,
+    slots,
+    out,
+    lse,
+    part,
+    part_lse,
+    rows,
+    splits,
+    window,
+    scale,
+    KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    HD: tl.constexpr,
+    HD_PAD: tl.constexpr,
+    STRIDE: tl.constexpr,
+    HEAD_STRIDE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    WINDOWED: tl.constexpr,
+):
+    head = tl.program_id(0)
+    split = tl.program_id(1)
+    tile = tl.num_programs(2) - 1 - tl.program_id(2)  # the tiles that see most begin first
+    m = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    d = tl.arange(0, HD_PAD)
+    row = m // GROUP
+    alive = row < rows
+    pair = row * (KV_HEADS * GROUP) + head * GROUP + m % GROUP
+    at = pair[:, None] * HD + d[None, :]
+    held = alive[:, None] & (d < HD)[None, :]
+    queries = tl.load(q + at, mask=held, other=0.0)
+    limit = tl.load(slots + row, mask=alive, other=-1).to(tl.int32)
+    first = tl.load(slots + (tile * BLOCK_M) // GROUP).to(tl.int32)
+    last = tl.load(slots + tl.minimum((tile * BLOCK_M + BLOCK_M - 1) // GROUP, rows - 1)).to(tl.int32)
+
+    # Blocks of keys: begin … end are looked at, whole_begin … whole_end seen by every row of the tile.
+    end = (last + BLOCK_N) // BLOCK_N
+    begin = 0
+    whole_begin = 0
+    if WINDOWED:
+        begin = tl.maximum(first - window + 1, 0) // BLOCK_N
+        whole_begin = (tl.maximum(last - window + 1, 0) + BLOCK_N - 1) // BLOCK_N
+    whole_end = (first + 1) // BLOCK_N
+    # This program's share of them.
+    share = (end - begin + splits - 1) // splits
+    begin = tl.minimum(begin + split * share, end)
+    end = tl.minimum(begin + share, end)
+    whole_begin = tl.minimum(tl.maximum(whole_begin, begin), end)
+    whole_end = tl.minimum(tl.maximum(whole_end, whole_begin), end)
+    left = whole_begin - begin
+    edges = left + end - whole_end
+
+    k += head * HEAD_STRIDE
+    v += head * HEAD_STRIDE
+    top = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    acc = tl.zeros([BLOCK_M, HD_PAD], tl.float32)
+    for block in range(whole_begin, whole_end):
+        acc, total, top = _step(
+            acc, total, top, queries, k, v, block, limit, last, window, scale,
+            HD, HD_PAD, STRIDE, BLOCK_N, False, WINDOWED,
+        )  # fmt: skip
+    for edge in range(edges):
+        block = begin + edge + tl.where(edge < left, 0, whole_end - whole_begin)
+        acc, total, top = _step(
+            acc, total, top, queries, k, v, block, limit, last, window, scale,
+            HD, HD_PAD, STRIDE, BLOCK_N, True, WINDOWED,
+        )  # fmt: skip
+
+    weight = tl.where(total > 0.0, total, 1.0)
+    acc = acc / weight[:, None]
+    log_sum = top + tl.log2(weight)
+    if splits == 1:
+        tl.store(out + at, acc.to(out.dtype.element_ty), mask=held)
+        tl.store(lse + pair, log_sum * LN2, mask=alive)
+    else:
+        pairs = rows * (KV_HEADS * GROUP)
+        tl.store(part + split * (pairs * HD) + at, acc, mask=held)
+        tl.store(part_lse + split * pairs + pair, log_sum, mask=alive)
+
+
+@triton.jit(do_not_specialize=["pairs", "splits"])
+def _join(
+    part, part_lse, out, lse, pairs, splits, HD: tl.constexpr, HD_PAD: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    pair = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    d = tl.arange(0, HD_PAD)
+    alive = pair < pairs
+    at = pair[:, None] * HD + d[None, :]
+    held = alive[:, None] & (d < HD)[None, :]
+    top = tl.full([BLOCK], float("-inf"), tl.float32)
+    for split in range(splits):
+        top = tl.maximum(top, tl.load(part_lse + split * pairs + pair, mask=alive, other=0.0))
+    total = tl.zeros([BLOCK], tl.float32)
+    acc = tl.zeros([BLOCK, HD_PAD], tl.float32)
+    for split in range(splits):
+        weight = tl.exp2(tl.load(part_lse + split * pairs + pair, mask=alive, other=0.0) - top)
+        total += weight
+        acc += weight[:, None] * tl.load(part + split * (pairs * HD) + at, mask=held, other=0.0)
+    tl.store(out + at, (acc / total[:, None]).to(out.dtype.element_ty), mask=held)
+    tl.store(lse + pair, (top + tl.log2(total)) * LN2, mask=alive)
+
+
+class AttendRoom:
+    """What :func:`attend` writes: made once, used again by every layer.
+
+    Args:
+        q: queries of the shape, dtype and device that it will be given.
+        length: about how many keys there are.
+        tile: by default :func:`choose_tile`'s, as are ``splits`` :func:`choose_splits`'s.
+
+    Attributes:
+        out: (rows, heads, head_dim).
+        lse: float32 (rows, heads), natural log-sum-exp of every row's scaled scores.
+    """
+
+    def __init__(
+        self,
+        q: torch.Tensor,
+        kv_heads: int,
+        length: int,
+        *,
+        tile: Tile | None = None,
+        splits: int | None = None,
+    ) -> None:
+        rows, heads, head_dim = q.shape
+        packed = rows * (heads // kv_heads)
+        self.tile = tile or choose_tile(packed, head_dim, q.dtype)
+        self.tiles = -(-packed // self.tile.rows)
+        self.splits = splits or choose_splits(self.tiles * kv_heads, length, self.tile, q.device)
+        self.out = torch.empty_like(q)
+        self.lse = torch.empty((rows, heads), dtype=torch.float32, device=q.device)
+        self.part = self.part_lse = self.lse  # not touched unless keys are split
+        if self.splits > 1:
+            size = (self.splits, rows, heads, head_dim)
+            self.part = torch.empty(size, dtype=torch.float32, device=q.device)
+            self.part_lse = torch.empty(size[:-1], dtype=torch.float32, device=q.device)
+
+
+def attend(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    slots: torch.Tensor,
+    *,
+    scale: float,
+    window: int | None = None,
+    room: AttendRoom | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Every row's attention over keys ``0 … its slot``, or the last ``window`` of them.
+
+    Args:
+        q: (rows, heads, head_dim), contiguous.
+        k: (length, kv_heads, head_dim), head_dim contiguous; v has its strides.
+        slots: int64 (rows,), ascending, below ``length``, on the same device.
+        room: made for these shapes; its ``out`` and ``lse`` are what is returned.
+
+    Returns:
+        ``out`` (rows, heads, head_dim) and ``lse`` float32 (rows, heads).
+    """
+    rows, heads, head_dim = q.shape
+    length, kv_heads, _ = k.shape
+    check_kv(k, v, slots, q)
+    if q.dtype != k.dtype:
+        raise ValueError(f"queries are {q.dtype}, keys {k.dtype}")
+    room = room or AttendRoom(q, kv_heads, length)
+    tile, pad = room.tile, max(16, next_power_of_2(head_dim))
+    windowed = window is not None and window < length
+    _attend[(kv_heads, room.splits, room.tiles)](
+        q,
+        k,
+        v,
+        slots,
+        room.out,
+        room.lse,
+        room.part,
+        room.part_lse,
+        rows,
+        room.splits,
+        window if windowed else 0,
+        scale * LOG2E,
+        kv_heads,
+        heads // kv_heads,
+        head_dim,
+        pad,
+        k.stride(0),
+        k.stride(1),
+        tile.rows,
+        tile.keys,
+        windowed,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+    )
+    if room.splits > 1:
+        pairs = rows * heads
+        _join[(-(-pairs // 16),)](
+            room.part, room.part_lse, room.out, room.lse, pairs, room.splits, head_dim, pad, 16, num_warps=4
+        )
+    return room.out, room.lse
+
+
+def choose_tile(packed: int, head_dim: int, dtype: torch.dtype) -> Tile:
+    """For ``packed`` rows (rows times query heads per KV head): what torch's own flex attention takes on Hopper,
+    and smaller tiles where they would be empty."""
+    if dtype == torch.float32 or head_dim > 128:
+        return Tile(16 if packed <= 16 else 32, 32, 4, 2)
+    if packed <= 16:
+        return Tile(16, 64, 4, 3)
+    if packed <= 256:
+        return Tile(64, 64, 4, 3)
+    return Tile(128, 128, 4, 3) if head_dim <= 64 else Tile(128, 64, 8, 3)
+
+
+def choose_splits(programs: int, length: int, tile: Tile, device: torch.device) -> int:
+    """Twice as many programs as multiprocessors balance tiles that see few keys with those that see all of them;
+    a program should still have a few blocks to read."""
+    wanted = -(-2 * _multiprocessors(device) // programs)
+    return max(1, min(wanted, length // (4 * tile.keys), MAX_SPLITS))
+
+
+@cache
+def _multiprocessors(device: torch.device) -> int:
+    if device.type != "cuda":
+        return _CPU_PROGRAMS
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)

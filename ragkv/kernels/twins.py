@@ -1,0 +1,120 @@
+"""The kernels in plain torch: what each must equal, up to rounding. For tests and the self-check, and readable."""
+
+from __future__ import annotations
+
+import torch
+
+
+def attend(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    slots: torch.Tensor,
+    *,
+    scale: float,
+    window: int | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As :func:`ragkv.kernels.attend.attend`, in float32."""
+    logits = _logits(q, k, slots, scale, window)  # (heads, rows, length)
+    out = logits.softmax(-1) @ _per_head(v.float().nan_to_num(), q.shape[1])
+    return out.transpose(0, 1).to(q.dtype), logits.logsumexp(-1).T.contiguous()
+
+
+def score_keys(
+    q: torch.Tensor,
+    lse: torch.Tensor,
+    k: torch.Tensor,
+    slots: torch.Tensor,
+    scores: torch.Tensor,
+    *,
+    last: int,
+    scale: float,
+    window: int | None = None,
+) -> None:
+    """As :func:`ragkv.kernels.scores.score_keys`."""
+    logits = _logits(q[-last:], k, slots[-last:], scale, window)
+    scores += (logits - lse[-last:].T[..., None]).exp().sum(dim=(0, 1))
+
+
+def rope_write(
+    qkv: torch.Tensor,
+    rotary: tuple[torch.Tensor, torch.Tensor] | None,
+    norms: tuple[torch.Tensor, torch.Tensor] | None,
+    slots: torch.Tensor,
+    out: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    eps: float = 0.0,
+) -> None:
+    """As :func:`ragkv.kernels.rotate.rope_write`, operation by operation as the library does it."""
+    rows, heads, head_dim = out.shape
+    queries, keys, values = qkv.view(rows, -1, head_dim).split([heads, k.shape[1], k.shape[1]], dim=1)
+    if norms is not None:
+        queries, keys = _normed(queries, norms[0], eps), _normed(keys, norms[1], eps)
+    out.copy_(_turned(queries, rotary))
+    k[slots] = _turned(keys, rotary)
+    v[slots] = values
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, out: torch.Tensor) -> None:
+    """As :func:`ragkv.kernels.pointwise.rms_norm`."""
+    out.copy_(_normed(x, weight, eps))
+
+
+def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
+    """As :func:`ragkv.kernels.pointwise.silu_mul`."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return gate.copy_(torch.nn.functional.silu(gate) * up)
+
+
+def place(
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    slots: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    angles: tuple[torch.Tensor, torch.Tensor] | None = None,
+    key_scales: torch.Tensor | None = None,
+    value_scales: torch.Tensor | None = None,
+    owner: torch.Tensor | None = None,
+) -> None:
+    """As :func:`ragkv.kernels.place.place`: what Unpacker.unpack, Rope.place and RequestKV.write do one by one."""
+    if key_scales is not None and value_scales is not None:
+        keys = (keys.float() * key_scales[owner]).to(k.dtype)
+        values = (values.float() * value_scales).to(v.dtype)
+    if angles is not None:
+        cos, sin = angles
+        half = cos.shape[-1]
+        first, second, rest = keys.float().split([half, half, keys.shape[-1] - 2 * half], dim=-1)
+        keys = torch.cat((first * cos - second * sin, second * cos + first * sin, rest), dim=-1).to(k.dtype)
+    k[slots], v[slots] = keys, values
+
+
+def _per_head(kv: torch.Tensor, heads: int) -> torch.Tensor:
+    """(length, kv_heads, head_dim) → float32 (heads, length, head_dim)."""
+    return kv.float().repeat_interleave(heads // kv.shape[1], dim=1).transpose(0, 1)
+
+
+def _logits(q: torch.Tensor, k: torch.Tensor, slots: torch.Tensor, scale: float, window: int | None) -> torch.Tensor:
+    logits = q.float().transpose(0, 1) @ _per_head(k, q.shape[1]).transpose(1, 2) * scale
+    keys = torch.arange(k.shape[0], device=k.device)
+    seen = keys <= slots[:, None]
+    if window is not None:
+        seen &= keys > slots[:, None] - window
+    return logits.masked_fill(~seen, float("-inf"))
+
+
+def _normed(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    scale = torch.rsqrt(x.float().square().mean(-1, keepdim=True) + eps)
+    return weight * (x.float() * scale).to(x.dtype)
+
+
+def _turned(x: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor] | None) -> torch.Tensor:
+    if rotary is None:
+        return x
+    cos, sin = (part[:, None] for part in rotary)
+    turning, rest = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]
+    first, second = turning.chunk(2, dim=-1)
+    return torch.cat((turning * cos + torch.cat((-second, first), dim=-1) * sin, rest), dim=-1)

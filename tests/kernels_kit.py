@@ -1,0 +1,211 @@
+"""What every kernel must do, as checks that run on any device: in Triton's interpreter on a CPU, compiled on CUDA."""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+
+from ragkv.kernels import twins
+from ragkv.rope import Rope
+
+CPU_DTYPES = [torch.float32, torch.float16]  # the interpreter cuts bfloat16 off instead of rounding it
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
+
+
+class Shape(NamedTuple):
+    heads: int
+    kv_heads: int
+    head_dim: int
+
+
+SHAPES = [Shape(4, 2, 64), Shape(6, 2, 96), Shape(7, 1, 128), Shape(3, 3, 24)]
+
+
+class Case(NamedTuple):
+    """Which rows look at how many keys."""
+
+    rows: list[int]
+    length: int
+    window: int | None = None
+
+
+CASES = {
+    "one": Case([299], 300),
+    "one-in-front": Case([0], 300),
+    "tail": Case(list(range(180, 201)), 201),
+    "scattered": Case([*list(range(0, 300, 7)), 299], 300),
+    "scattered-windowed": Case([*list(range(0, 300, 7)), 299], 300, 40),
+    "wide-window": Case([3, 90, 299], 300, 1000),
+    "narrow-window": Case([0, 1, 150, 299], 300, 1),
+    "all": Case(list(range(150)), 150),
+    "not-to-the-end": Case([1, 70, 71], 300),
+}
+
+
+class Inputs(NamedTuple):
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    slots: torch.Tensor
+
+
+def attend_inputs(case: Case, shape: Shape, dtype: torch.dtype, device: str, seed: int = 0) -> Inputs:
+    """Keys and values are strided views; what lies behind the last row's slot is NaN."""
+    generator = torch.Generator().manual_seed(seed)
+    q = torch.randn((len(case.rows), shape.heads, shape.head_dim), generator=generator)
+    kv = torch.randn((case.length + 5, 2, shape.kv_heads, shape.head_dim), generator=generator)
+    kv[max(case.rows) + 1 :] = float("nan")
+    kv = kv.to(dtype).to(device)
+    return Inputs(
+        (2 * q).to(dtype).to(device),
+        kv[: case.length, 0],
+        kv[: case.length, 1],
+        torch.tensor(case.rows, device=device),
+    )
+
+
+def close(actual: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) -> None:
+    assert torch.isfinite(actual).all()
+    tolerance = TOLERANCE[dtype]
+    torch.testing.assert_close(actual.float(), expected.float(), rtol=tolerance, atol=tolerance)
+
+
+def check_attend(
+    kernels: ModuleType, case: Case, shape: Shape, dtype: torch.dtype, device: str, splits: int | None = None
+) -> None:
+    given = attend_inputs(case, shape, dtype, device)
+    scale = shape.head_dim**-0.5
+    room = kernels.AttendRoom(given.q, shape.kv_heads, case.length, splits=splits)
+    for filled in (room.out, room.lse, room.part, room.part_lse):
+        filled.fill_(float("nan"))
+    out, lse = kernels.attend(*given, scale=scale, window=case.window, room=room)
+    expected, expected_lse = twins.attend(*given, scale=scale, window=case.window)
+    close(out, expected, dtype)
+    close(lse, expected_lse, torch.float16 if dtype == torch.float32 else dtype)
+
+
+def check_scores(
+    kernels: ModuleType, case: Case, shape: Shape, dtype: torch.dtype, device: str, last: int
+) -> None:  # fmt: skip
+    given = attend_inputs(case, shape, dtype, device)
+    given.k.nan_to_num_()
+    scale = shape.head_dim**-0.5
+    _, lse = twins.attend(*given, scale=scale, window=case.window)
+    start = torch.rand(case.length, generator=torch.Generator().manual_seed(1)).to(device)
+    actual, expected = start.clone(), start.clone()
+    options = {"last": last, "scale": scale, "window": case.window}
+    kernels.score_keys(given.q, lse, given.k, given.slots, actual, **options)
+    twins.score_keys(given.q, lse, given.k, given.slots, expected, **options)
+    torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-4)
+    weights = min(last, len(case.rows)) * shape.heads
+    torch.testing.assert_close((actual - start).sum().item(), float(weights), rtol=1e-3, atol=1e-3)
+
+
+class Rotation(NamedTuple):
+    """``turning``: rotary dimensions, 0 for a layer without RoPE."""
+
+    shape: Shape
+    turning: int
+    normed: bool
+
+
+ROTATIONS = {
+    "llama": Rotation(Shape(4, 2, 64), 64, False),
+    "qwen3": Rotation(Shape(6, 2, 128), 128, True),
+    "padded": Rotation(Shape(20, 4, 24), 24, True),
+    "partial": Rotation(Shape(4, 2, 96), 48, True),
+    "partial-plain": Rotation(Shape(3, 1, 80), 32, False),
+    "no-rope": Rotation(Shape(4, 2, 64), 0, False),
+    "no-rope-normed": Rotation(Shape(4, 2, 96), 0, True),
+}
+
+
+def check_rope_write(kernels: ModuleType, rotation: Rotation, dtype: torch.dtype, device: str) -> None:
+    """Bit for bit: rounded after every operation, as the library does."""
+    shape, rows, length = rotation.shape, 5, 40
+    generator = torch.Generator().manual_seed(0)
+    width = (shape.heads + 2 * shape.kv_heads) * shape.head_dim
+    qkv = torch.randn((rows, width), generator=generator).to(dtype).to(device)
+    angle = 40 * torch.rand((rows, rotation.turning // 2), generator=generator)
+    both = torch.cat((angle, angle), dim=-1)
+    rotary = (both.cos().to(dtype).to(device), both.sin().to(dtype).to(device)) if rotation.turning else None
+    norms = None
+    if rotation.normed:
+        q_weight, k_weight = (torch.rand(shape.head_dim, generator=generator).to(dtype).to(device) for _ in range(2))
+        norms = (q_weight, k_weight)
+    slots = torch.tensor([0, 3, 17, 18, 39], device=device)
+    results = []
+    for module in (kernels, twins):
+        out = torch.full((rows, shape.heads, shape.head_dim), float("nan"), dtype=dtype, device=device)
+        kv = torch.full((2, length, shape.kv_heads, shape.head_dim), 7.0, dtype=dtype, device=device)
+        module.rope_write(qkv, rotary, norms, slots, out, kv[0], kv[1], eps=1e-5)
+        results.append((out, kv))
+    untouched = torch.ones(length, dtype=torch.bool, device=device)
+    untouched[slots] = False
+    assert (results[0][1][:, untouched] == 7.0).all()
+    for actual, expected in zip(*results, strict=True):
+        if dtype == torch.float32 or rotation.normed:  # another order of summation, or products fused with sums
+            close(actual, expected, dtype)
+        else:
+            assert torch.equal(actual, expected)
+
+
+def check_rms_norm(kernels: ModuleType, width: int, dtype: torch.dtype, device: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = (3 * torch.randn((5, width), generator=generator)).to(dtype).to(device)
+    weight = torch.rand(width, generator=generator).to(dtype).to(device)
+    actual, expected = torch.full_like(x, float("nan")), torch.empty_like(x)
+    kernels.rms_norm(x, weight, 1e-5, actual)
+    twins.rms_norm(x, weight, 1e-5, expected)
+    close(actual, expected, dtype)
+
+
+def check_silu_mul(kernels: ModuleType, width: int, dtype: torch.dtype, device: str) -> None:
+    gate_up = (4 * torch.randn((3, 2 * width), generator=torch.Generator().manual_seed(0))).to(dtype).to(device)
+    gate_up[0, 0], gate_up[1, 1] = -200.0, 200.0
+    up = gate_up[:, width:].clone()
+    expected = twins.silu_mul(gate_up.clone())
+    actual = kernels.silu_mul(gate_up)
+    close(actual, expected, dtype)
+    assert actual.data_ptr() == gate_up.data_ptr()
+    assert torch.equal(gate_up[:, width:], up)
+
+
+def check_place(
+    kernels: ModuleType, codec: str, shape: Shape, turning: int, dtype: torch.dtype, device: str
+) -> None:  # fmt: skip
+    """Three chunks of 5, 1 and 30 tokens into slots with gaps."""
+    lengths, length = [5, 1, 30], 60
+    tokens, generator = sum(lengths), torch.Generator().manual_seed(0)
+    size = (tokens, shape.kv_heads, shape.head_dim)
+    options: dict[str, torch.Tensor | tuple[torch.Tensor, torch.Tensor]] = {}
+    if codec == "raw":
+        keys, values = (torch.randn(size, generator=generator).to(dtype) for _ in range(2))
+    else:
+        largest = 127 if codec == "int8" else 448
+        keys, values = (largest * (2 * torch.rand(size, generator=generator) - 1) for _ in range(2))
+        keys[0, 0, :4] = torch.tensor([0.0, 2.0**-9, -(2.0**-9), 3 * 2.0**-9])  # e4m3's smallest
+        keys, values = (x.to(torch.int8 if codec == "int8" else torch.float8_e4m3fn) for x in (keys, values))
+        options["key_scales"] = torch.rand((3, *size[1:]), generator=generator).div(100).to(device)
+        options["value_scales"] = torch.rand((*size[:2], 1), generator=generator).div(100).to(device)
+        options["owner"] = torch.arange(3).repeat_interleave(torch.tensor(lengths)).to(device)
+    slots = torch.cat([torch.arange(2, 7), torch.tensor([9]), torch.arange(20, 50)]).to(device)
+    if turning:
+        rope = Rope(10_000.0 ** (-torch.arange(turning // 2) / (turning / 2)), (True,), None)
+        cos, sin = rope.angles(slots.cpu() + 1000)
+        options["angles"] = (cos.to(device), sin.to(device))
+    results = []
+    for module in (kernels, twins):
+        kv = torch.full((2, length, *size[1:]), 7.0, dtype=dtype, device=device)
+        module.place(keys.to(device), values.to(device), slots, kv[0], kv[1], **options)
+        results.append(kv)
+    untouched = torch.ones(length, dtype=torch.bool, device=device)
+    untouched[slots] = False
+    assert (results[0][:, untouched] == 7.0).all()
+    assert torch.equal(results[0][1], results[1][1])
+    if turning:  # a product fused with a sum may round the other way
+        close(results[0][0], results[1][0], dtype)
+    else:
+        assert torch.equal(results[0][0], results[1][0])
