@@ -97,6 +97,7 @@ class Bench:
         if method == "default":
             self._controller(place)
         if place.tier == "ssd":
+            self._stores[place].clear_ram()
             drop_files(path for path in self._files(place, requests[0].chunks) if path.exists())
         self.runner.synchronize()
         watches = [Stopwatch() for _ in requests]

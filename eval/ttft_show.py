@@ -96,7 +96,7 @@ def footnote(rows: Sequence[Row]) -> str:
     return "\n".join(
         f"{context} tokens: full prefill takes the library {row['library_prefill_ms']:.1f} ms and ragkv "
         f"{row['ragkv_prefill_ms']:.1f} ms; speedups are against {row['full_prefill_by']}, "
-        f"{row['full_prefill_tflops']:.1f} TFLOP/s, {row['full_prefill_of_matrix_rate']:.0%} of what the machine's own "
+        f"{row['full_prefill_tflops']:.3g} TFLOP/s, {row['full_prefill_of_matrix_rate']:.0%} of what the machine's own "
         f"matrix product gives ({row['device']})"
         for context, row in lines.items()
     )

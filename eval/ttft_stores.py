@@ -85,8 +85,8 @@ def opened_stores(
 ) -> Iterator[dict[Place, ChunkStore]]:
     """A store for every place, all holding the chunks of ``contexts``; all of it is removed at the end.
 
-    A chunk is encoded once and written once for each codec: the stores of a codec are openings of one folder, that
-    differ in their RAM tier. What comes from ``remote`` is written there besides.
+    A chunk is encoded once and written once for each codec: the stores of a codec are openings of one folder. What
+    comes from ``remote`` is written there besides.
     """
     folder.mkdir(parents=True, exist_ok=True)
     chunks = {c: _distinct(random, contexts, c) for c in dict.fromkeys(place.codec for place in places)}
@@ -115,7 +115,7 @@ def opened_stores(
             elif tier == "device" and Place("ram", codec) in stores:
                 stores[place] = stores[Place("ram", codec)]
             else:
-                stores[place] = opening(codec, codec, ram_bytes=random.nbytes(chunks[codec]) if tier == "ram" else 0)
+                stores[place] = opening(codec, codec, ram_bytes=random.nbytes(chunks[codec]))
         _fill(random.checkpoint, chunks, {**stores, **away}, say)
         for place, store in away.items():
             stack.callback(store.delete, [chunk.tokens.key for chunk in chunks[place.codec]])

@@ -256,6 +256,10 @@ class ChunkStore:
 
     # Housekeeping
 
+    def clear_ram(self) -> None:
+        """Empty the RAM tier. Its memory stays, for what is read next."""
+        self._ram.clear()
+
     def stats(self) -> StoreStats:
         models = self._index_open().read(lambda txn: txn.models())
         with self._lock:
