@@ -294,6 +294,24 @@ def load(
 
 
 @app.command()
+def report(
+    results: Annotated[
+        list[Path], typer.Argument(help="Result files of `eval ttft` and `eval quality`, or folders of such.")
+    ],
+    page: Annotated[Path, typer.Option("--out", "-o", help="The page.")] = Path("report.html"),
+    title: Annotated[str, typer.Option(help="Its title.")] = "ragkv: what was measured",
+) -> None:
+    """One HTML page of result files, which stands alone: quality against speed, where the time goes, all figures."""
+    from ragkv.eval.report import write_report
+
+    read = write_report(results, page, title)
+    if read.skipped:
+        err.print(f"left out, neither times nor quality: {', '.join(read.skipped)}", style="dim", markup=False)
+    counts = f"{len(read.speed)} times and {len(read.quality)} scores of {len(read.sources)} files"
+    out.print(f"{page}: {counts}", markup=False, highlight=False)
+
+
+@app.command()
 def store(
     size: Annotated[str, typer.Option(help="Whose KV: 8b, 1b or tiny.")] = "8b",
     entries: Annotated[int, typer.Option(min=1, help="Chunks to write and read in a pass.")] = 16,

@@ -3,15 +3,13 @@ user's own questions."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from ragkv.checkpoint import load_tokenizer
 from ragkv.config import Settings
-from ragkv.errors import ConfigError, InputError
+from ragkv.errors import ConfigError
 from ragkv.eval.asker import Bench, Setting
 from ragkv.eval.cases import Case, Condition, Draw, draw_cases
 from ragkv.eval.data import Data, data_cases
@@ -101,21 +99,3 @@ def _own(settings: Settings, data: Data, asked: Sequence[Setting], conditions: S
     )
     answering = {"answer_tokens": data.room(), "cuts": True}
     return _Test(data.name, data_cases(data, splitter), answering, metric, JUDGES)
-
-
-def read_rows(path: Path) -> list[Row]:
-    """Rows that an earlier run printed as JSON or saved. Raises InputError."""
-    try:
-        rows = json.loads(path.read_text(encoding="utf-8"))
-        rows = rows["rows"] if isinstance(rows, dict) else rows
-        if rows and all({"method", "exact_match_interval", "by_kind"} <= row.keys() for row in rows):
-            return [with_score(row) for row in rows]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{path} holds no rows of a quality run: {error}", path=str(path)) from error
-    raise InputError(f"{path} holds no rows of a quality run; make them with --json", path=str(path))
-
-
-def with_score(row: Row) -> Row:
-    """``row``, which may be of a version that knew exact match alone, with its metric and score."""
-    score = {"score": row["exact_match"], "score_interval": row["exact_match_interval"]}
-    return {"suite": "worlds", "metric": "exact_match", "codec": "raw"} | score | row

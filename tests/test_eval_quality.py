@@ -22,8 +22,9 @@ from ragkv.eval.asker import Bench, Mark, Marks, Setting
 from ragkv.eval.branches import generate_all, slots_behind
 from ragkv.eval.cases import Draw, draw_cases, groups, in_order, neighbour
 from ragkv.eval.cli import app
-from ragkv.eval.quality import grid, measure_quality, read_rows, with_score
+from ragkv.eval.quality import grid, measure_quality
 from ragkv.eval.quality_plot import plot
+from ragkv.eval.quality_rows import read_rows, with_score
 from ragkv.eval.quality_table import show
 from ragkv.eval.score import paired_interval, rows_of, wilson
 from ragkv.eval.worlds import KINDS, WorldDocument, make_world
