@@ -12,10 +12,10 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 from transformers import AttentionInterface
 
+from ragkv import attention_cpu
 from ragkv.kv import RequestKV
 
 NAME = "ragkv"
-CPU_BLOCK_ROWS = 64
 
 
 class AttentionStep:
@@ -39,7 +39,7 @@ class AttentionStep:
         self.slots = positions - kv.base
         self.contiguous, self.score_rows = contiguous, score_rows
         self.scores: torch.Tensor | None = None
-        self._blocks: list[tuple[slice, int]] = []
+        self._blocks: dict[int | None, list[attention_cpu.Block]] = {}
         self._masks: dict[int | None, torch.Tensor] = {}
 
     @property
@@ -72,25 +72,15 @@ class AttentionStep:
             self._masks[window] = allowed
         return self._masks[window]
 
-    @property
-    def blocks(self) -> list[tuple[slice, int]]:
-        """Rows to attend together, and how many keys the last of them may see: the rest is not even looked at.
+    def blocks(self, window: int | None, heads: int) -> list[attention_cpu.Block]:
+        """The mask as :mod:`ragkv.attention_cpu` takes it."""
+        if window not in self._blocks:
+            self._blocks[window] = attention_cpu.blocks_of(self.mask(window), heads)
+        return self._blocks[window]
 
-        Rows ascend, so on a CPU small blocks save about half of a repair's attention. On a GPU each block would be
-        one more launch.
-        """
-        if not self._blocks and self.slots.device.type != "cpu":
-            self._blocks = [(slice(0, self.rows), self.length)]  # reading a slot would wait for the device
-        elif not self._blocks:
-            for start in range(0, self.rows, CPU_BLOCK_ROWS):
-                end = min(start + CPU_BLOCK_ROWS, self.rows)
-                self._blocks.append((slice(start, end), int(self.slots[end - 1]) + 1))
-        return self._blocks
-
-    def collect(self, weights: torch.Tensor) -> None:
-        """Add one layer's attention (heads, score_rows, length) of the scored rows."""
-        total = weights.sum(dim=(0, 1))
-        self.scores = total if self.scores is None else self.scores + total
+    def collect(self, scores: torch.Tensor) -> None:
+        """Add one layer's attention (length,) of the scored rows."""
+        self.scores = scores if self.scores is None else self.scores + scores
 
 
 def attention(
@@ -106,31 +96,33 @@ def attention(
     """query (1, heads, rows, head_dim), key and value (1, kv_heads, length, head_dim) → (1, rows, heads, head_dim)."""
     step = attention_mask
     window = sliding_window if sliding_window is not None and sliding_window < step.length else None
+    scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     kv_heads, group = key.shape[1], query.shape[1] // key.shape[1]
-    # Query heads that share a KV head become a batch over it: broadcasting replaces copying the keys.
     q = query.reshape(kv_heads, group, *query.shape[2:])
+    fused = window is None and (step.contiguous or step.sees_all)
+    if query.device.type == "cpu" and (step.score_rows or not fused):
+        blocks = step.blocks(window, query.shape[1])
+        rows, scores = attention_cpu.attend(q, key[0], value[0], blocks, scale, step.score_rows)
+        if scores is not None:
+            step.collect(scores)
+        return rows.flatten(1, 2)[None], None
+    # Query heads that share a KV head become a batch over it: broadcasting replaces copying the keys.
     k = key.transpose(0, 1).expand(-1, group, -1, -1)
     v = value.transpose(0, 1).expand(-1, group, -1, -1)
     if step.score_rows:
-        scored = q[:, :, -step.score_rows :]
-        step.collect(_weights(scored, k, step.mask(window)[-step.score_rows :], scaling))
-    if step.contiguous and window is None:
-        out = sdpa(q, k, v, is_causal=True, scale=scaling)
-    elif step.sees_all and window is None:
-        out = sdpa(q, k, v, scale=scaling)
+        mask = step.mask(window)[-step.score_rows :]
+        step.collect(_weights(q[:, :, -step.score_rows :], k, mask, scale).sum(dim=(0, 1, 2)))
+    if fused:
+        out = sdpa(q, k, v, is_causal=step.contiguous, scale=scale)
     else:
-        out = torch.empty_like(q)
-        for rows, seen in step.blocks:
-            mask = step.mask(window)[rows, :seen]
-            out[:, :, rows] = sdpa(q[:, :, rows], k[:, :, :seen], v[:, :, :seen], attn_mask=mask, scale=scaling)
+        out = sdpa(q, k, v, attn_mask=step.mask(window), scale=scale)
     return out.reshape(1, -1, *out.shape[2:]).transpose(1, 2), None
 
 
-def _weights(q: torch.Tensor, k: torch.Tensor, mask: torch.Tensor, scaling: float | None) -> torch.Tensor:
-    """float32 (heads, rows, length): what the fused kernels do not give away."""
-    scale = scaling if scaling is not None else q.shape[-1] ** -0.5
+def _weights(q: torch.Tensor, k: torch.Tensor, mask: torch.Tensor, scale: float) -> torch.Tensor:
+    """float32 (kv_heads, group, rows, length): what the fused kernels do not give away."""
     logits = (q @ k.transpose(-1, -2)).float() * scale
-    return logits.masked_fill_(~mask, float("-inf")).softmax(dim=-1).flatten(0, 1)
+    return logits.masked_fill_(~mask, float("-inf")).softmax(dim=-1)
 
 
 AttentionInterface.register(NAME, attention)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ragkv.attention import AttentionStep, attention
+from ragkv.attention import AttentionStep
 from tests.blend_kit import close, token_ids
 from tests.families import MOVABLE, make_runner
 
@@ -125,26 +125,3 @@ def test_a_single_row_equals_the_same_row_among_others(family):
     for layer in range(runner.shape.layers):
         runner.run_layer(layer, rows)
     close(runner.logits(rows), full)
-
-
-@pytest.mark.parametrize("window", [None, 9])
-@pytest.mark.parametrize("size", [1, 3, 64])
-def test_blocks_of_rows_equal_all_rows_at_once(monkeypatch, window, size):
-    """The skipped keys are exactly those no row of a block may see."""
-    generator = torch.Generator().manual_seed(0)
-    runner = make_runner("llama")
-    kv = runner.new_kv(40)
-    positions = torch.tensor([0, 2, 3, 11, 12, 13, 20, 33, 39])
-    query = torch.randn((1, 4, len(positions), 16), generator=generator)
-    key, value = torch.randn((2, 1, 2, 40, 16), generator=generator)
-
-    def attend(rows):
-        monkeypatch.setattr("ragkv.attention.CPU_BLOCK_ROWS", rows)
-        step = AttentionStep(kv, positions, 40, contiguous=False)
-        return attention(torch.nn.Identity(), query, key, value, step, sliding_window=window)[0], len(step.blocks)
-
-    whole, one = attend(1000)
-    parts, several = attend(size)
-    assert one == 1
-    assert several == -(-len(positions) // size)
-    torch.testing.assert_close(parts, whole)
