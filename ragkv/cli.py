@@ -14,7 +14,7 @@ import typer
 from rich.console import Console
 
 from ragkv import terminal
-from ragkv.config import Settings, load_settings
+from ragkv.config import Settings, config_file, load_settings
 from ragkv.errors import ConfigError, InputError, RagkvError
 from ragkv.types import Answer, DoneEvent, Message, TokenEvent
 from ragkv.version import __version__
@@ -199,6 +199,56 @@ def chat(
                 continue
             history += [Message(role="user", content=line), Message(role="assistant", content=answer.text)]
             _print_json(answer.model_dump()) if json_ else terminal.show_footer(out, answer)
+
+
+@app.command()
+def calibrate(
+    documents: Annotated[
+        list[Path], typer.Option("--documents", "-d", help="Files or folders, as for ingest; may be repeated.")
+    ],
+    questions: Annotated[
+        Path | None,
+        typer.Option(help="One a line, or .jsonl with question and, if known, answers. Else the model writes some."),
+    ] = None,
+    loss: Annotated[
+        float, typer.Option(min=0, max=0.99, help="Share of answers that may differ from full prefill's.")
+    ] = 0.01,
+    limit: Annotated[int, typer.Option(min=1, help="Most questions to ask.")] = 100,
+    tokens: Annotated[int, typer.Option(min=1, max=1024, help="Most tokens of an answer to compare.")] = 16,
+    out_file: Annotated[
+        Path | None, typer.Option("--out", help="Configuration to write the setting to. Default: ragkv.toml.")
+    ] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw loss against recomputed share: .png, .svg, .pdf.")] = None,
+    model: Model = None,
+    device: Device = None,
+    data_dir: DataDir = None,
+    sets: Sets = None,
+    json_: Json = False,
+) -> None:
+    """Find the cheapest setting that answers as full prefill does, on your model and documents, and configure it."""
+    from ragkv.eval import calibrate as calibration
+    from ragkv.eval.cache_policy_plot import check
+    from ragkv.eval.calibrate_show import plot as draw
+    from ragkv.eval.calibrate_show import show
+    from ragkv.eval.config_edit import check_editable, edit
+    from ragkv.eval.probes import read_probes
+
+    settings, target = _settings(sets, model=model, device=device, data_dir=data_dir), out_file or config_file()
+    check_editable(target)
+    if plot:
+        check(plot)
+    wish = calibration.Wish(loss, limit, tokens, read_probes(questions) if questions else None)
+    loaded, rejected = _load(documents, settings)
+    with terminal.progress(err, quiet=json_) as say:
+        result = calibration.calibrate(settings, loaded, wish, say=say)
+    if plot:
+        draw(result, plot)
+    edit(target, {**result.values, "calibration": result.calibration.model_dump()})
+    if json_:
+        _print_json({**result.to_json(), "rejected": rejected, "written": str(target)})
+    else:
+        show(out, result)
+        out.print(f"written to {target}", highlight=False)
 
 
 @app.command()

@@ -21,6 +21,9 @@ STAGES = {
     "index": "indexing chunks",
     "encode": "computing chunk KV",
     "ask": "asking questions",
+    "write": "writing questions",
+    "pilot": "trying all settings",
+    "narrow": "finding the cheapest",
 }
 Say = Callable[[str, int, int], None]
 

@@ -1,0 +1,171 @@
+"""Answers from blended KV beside full prefill's to the same prompt, token by token."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+
+from ragkv.attention import AttentionStep
+from ragkv.checkpoint import Checkpoint
+from ragkv.clock import Stopwatch
+from ragkv.errors import StoreFullError
+from ragkv.eval.agreement import first_token_kl, is_accepted, same_answer
+from ragkv.eval.choice import RAW, Candidate, Mark
+from ragkv.eval.corpus import Corpus
+from ragkv.eval.probes import Probe
+from ragkv.eval.steps import drained
+from ragkv.plan import PromptPlan, make_plan
+from ragkv.prefill import FULL, Prefill, PrefillResult
+from ragkv.runner import ModelRunner
+from ragkv.store import ChunkStore
+
+
+class Reference(NamedTuple):
+    """What full prefill says. ``picks[i]`` is the likeliest token after ``ids[:i]``; ``logits`` (vocab,) are the first
+    token's, ``text`` the answer."""
+
+    logits: torch.Tensor
+    ids: tuple[int, ...]
+    picks: tuple[int, ...]
+    text: str
+
+
+class Compared:
+    """Marks settings on probes. A reference is computed once and kept.
+
+    Agreement, of which a loss is what is missing to 1:
+
+    * on a question: 1 where both greedy answers are the same after normalisation, or the blended one is accepted, else
+      0;
+    * on a sentence to be continued: the share of tokens of its rest before which the likeliest next token is the same.
+    """
+
+    def __init__(self, corpus: Corpus, checkpoint: Checkpoint, probes: Sequence[Probe], *, room: int) -> None:
+        self._corpus, self._probes, self._room = corpus, probes, room
+        self._runner, self._tokenizer = checkpoint.runner, checkpoint.tokenizer
+        self._ends = checkpoint.tokenizer.eos_ids | checkpoint.runner.eos_ids
+        self._references: dict[int, Reference] = {}
+
+    @torch.inference_mode()
+    def mark(self, candidate: Candidate, number: int) -> Mark:
+        """How ``candidate`` fares on probe ``number``.
+
+        Raises:
+            StoreFullError: the chunks of one prompt do not fit the store.
+        """
+        probe, expected = self._probes[number], self.reference(number)
+        plan = self._corpus.plan(probe, candidate.codec)
+        self._corpus.encode([plan], candidate.codec)
+        result = self._prefill(plan, candidate.method, candidate.ratio, number)
+        if result.to_encode:
+            raise StoreFullError("the chunks of one prompt do not fit the store; raise store_bytes")
+        found = picks(self._runner, result, len(plan.ids), expected.ids)
+        tokens = sum(a == b for a, b in zip(found, expected.picks, strict=True)) / len(found)
+        text = expected.text
+        if not probe.rest and found != expected.picks:
+            begun = _up_to_difference(found, expected.ids)
+            text = self._text(greedy(self._runner, result, len(plan.ids), begun, self._ends, self._room))
+        return Mark(
+            agreement=tokens if probe.rest else float(_agrees(text, expected.text, probe)),
+            tokens=tokens,
+            kl=first_token_kl(expected.logits, result.logits),
+            share=self._share(plan, result),
+            right=is_accepted(text, probe.answers) if probe.answers else None,
+        )
+
+    def right(self, number: int) -> bool:
+        """Whether full prefill's answer is an accepted one."""
+        return is_accepted(self.reference(number).text, self._probes[number].answers)
+
+    @torch.inference_mode()
+    def reference(self, number: int) -> Reference:
+        """What full prefill says to probe ``number``."""
+        if number not in self._references:
+            self._references[number] = self._refer(self._probes[number], number)
+        return self._references[number]
+
+    def _refer(self, probe: Probe, number: int) -> Reference:
+        plan = self._corpus.plan(probe, RAW)
+        result = self._prefill(plan, FULL, 1.0, number)
+        answer = probe.rest or greedy(self._runner, result, len(plan.ids), [], self._ends, self._room)
+        found = picks(self._runner, result, len(plan.ids), answer)
+        return Reference(result.logits.cpu(), tuple(answer), found, self._text(answer))
+
+    def _prefill(self, plan: PromptPlan, method: str, ratio: float, seed: int) -> PrefillResult:
+        prefill = Prefill(
+            self._runner,
+            self._corpus.store,
+            plan,
+            strategy=method,
+            ratio=ratio,
+            room=self._room,
+            watch=Stopwatch(),
+            seed=seed,
+        )
+        return drained(prefill.run())
+
+    def _text(self, tokens: Sequence[int]) -> str:
+        return self._tokenizer.decode([token for token in tokens if token not in self._ends])
+
+    def _share(self, plan: PromptPlan, result: PrefillResult) -> float:
+        recomputed = sum(outcome.token_layers for outcome in result.outcomes)
+        return recomputed / (plan.context_tokens * self._runner.shape.layers)
+
+
+class Scribe:
+    """Writes replies of up to ``room`` tokens to single messages, greedily."""
+
+    def __init__(self, checkpoint: Checkpoint, store: ChunkStore, *, room: int) -> None:
+        self._runner, self._tokenizer, self._store, self._room = checkpoint.runner, checkpoint.tokenizer, store, room
+        self._ends = checkpoint.tokenizer.eos_ids | checkpoint.runner.eos_ids
+        self._prefix, self._suffix = checkpoint.tokenizer.frame("", [])
+
+    @torch.inference_mode()
+    def __call__(self, message: str) -> str:
+        """Raises PromptTooLongError."""
+        ids = (*self._tokenizer.plain(message), *self._suffix)
+        plan = make_plan(self._prefix, [], ids, budget=self._runner.max_positions - self._room)
+        prefill = Prefill(self._runner, self._store, plan, strategy=FULL, ratio=1.0, room=self._room, watch=Stopwatch())
+        tokens = greedy(self._runner, drained(prefill.run()), len(plan.ids), [], self._ends, self._room)
+        return self._tokenizer.decode([token for token in tokens if token not in self._ends])
+
+
+def greedy(
+    runner: ModelRunner, result: PrefillResult, start: int, begun: Sequence[int], ends: frozenset[int], room: int
+) -> tuple[int, ...]:
+    """The greedy answer of up to ``room`` tokens behind ``start`` tokens of a prompt; a token that ends it is its last.
+
+    It begins with ``begun``, of which all but the last are in ``result.kv``.
+    """
+    tokens = list(begun) or [int(result.logits.argmax())]
+    while tokens[-1] not in ends and len(tokens) < room:
+        tokens.append(int(runner.decode(tokens[-1], start + len(tokens) - 1, result.kv).argmax()))
+    return tuple(tokens)
+
+
+def picks(runner: ModelRunner, result: PrefillResult, start: int, ids: Sequence[int]) -> tuple[int, ...]:
+    """The likeliest token at every place of ``ids`` when those before it are given, behind the ``start`` tokens of a
+    prompt. One pass; the KV of all ``ids`` but the last is then in ``result.kv``."""
+    first = int(result.logits.argmax())
+    if len(ids) == 1:
+        return (first,)
+    end = start + len(ids) - 1
+    step = AttentionStep(result.kv, torch.arange(start, end, device=runner.device), end, contiguous=False)
+    rows = runner.rows(runner.tensor(ids[:-1]), step)
+    for layer in range(runner.shape.layers):
+        runner.run_layer(layer, rows)
+    logits = [runner.logits(replace(rows, hidden=rows.hidden[:, : i + 1])) for i in range(len(ids) - 1)]
+    return (first, *map(int, torch.stack(logits).argmax(dim=-1).tolist()))
+
+
+def _up_to_difference(found: Sequence[int], ids: Sequence[int]) -> list[int]:
+    """``ids`` up to the first place where another token is picked, and that token."""
+    same = next((i for i, (pick, token) in enumerate(zip(found, ids, strict=True)) if pick != token), len(ids) - 1)
+    return [*ids[:same], found[same]]
+
+
+def _agrees(text: str, expected: str, probe: Probe) -> bool:
+    return same_answer(text, expected) or is_accepted(text, probe.answers)
