@@ -32,13 +32,15 @@ from ragkv.runner import ModelRunner
 from ragkv.selection import STRATEGIES
 from ragkv.store import ChunkStore, OpenEntry
 from tests.codec_kit import decoded, encoded
-from tests.families import MOVABLE, make_model
+from tests.families import BASE, MOVABLE, make_model
 
 AWAY = 61  # where exact KV is made that is to be moved
 ROOM = 3
+MAX_TOKENS = 4096
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-# Of logits, as the norm of the difference; of keys and values, as its largest element: each relative to what is right.
+# Relative to what is right: of logits the norm of the difference, of any token's keys and values its largest element.
 TOLERANCE = {"float32": 1e-5, "bfloat16": 8e-2, "float16": 1.2e-2}
+ROW_TOLERANCE = {"float32": 1e-5, "bfloat16": 1.5e-1, "float16": 2e-2}
 # What a codec may take from an answer, where it is compared with the library's plain forward.
 CODEC_LOSS = {"raw": 0.0, "int8": 0.04, "fp8": 0.2}
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -90,7 +92,8 @@ class Case:
 
     ``kv``: what the store has of it: exact KV made at the prompt's own positions (``same``) or elsewhere (``moved``),
     chunks encoded alone (``foreign``), or exact KV in which the tokens to be repaired are spoilt (``poisoned``).
-    ``company``: blended while others are, in turns.
+    ``layout``: a name of :data:`LAYOUTS`, or the number of tokens of a single chunk. ``company``: blended while others
+    are, in turns.
     """
 
     family: str
@@ -104,6 +107,11 @@ class Case:
     tier: str = "ssd"
     ratio: float = 0.3
     library: str = "eager"
+    question: int = 7
+
+    @property
+    def pieces(self) -> tuple[Piece, ...]:
+        return LAYOUTS[self.layout] if self.layout in LAYOUTS else (Piece(int(self.layout)),)
 
 
 def pairs(family: str, *, seed: int = 0, factors: dict[str, Sequence[Any]] = FACTORS) -> list[Case]:
@@ -236,16 +244,21 @@ class Run:
 class World:
     """A model, its library twin, and stores with entries for its prompts."""
 
-    def __init__(self, root: Path, family: str, dtype: str, device: str = "cpu", **options: Any) -> None:
+    def __init__(
+        self, root: Path, family: str, dtype: str, device: str = "cpu", fused: bool | None = None, **options: Any
+    ) -> None:
         self.family, self.dtype, self._root = family, dtype, root
         name, variant = VARIANTS[family]
         model = make_model(name, options={**variant, **options}).to(device)
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.data *= (BASE["hidden_size"] / model.config.hidden_size) ** 0.5  # as sharp attention as ever
         # As from_pretrained leaves it: what rotates stays in float32.
         inv_freq = model.model.rotary_emb.inv_freq.clone()
         model = model.to(DTYPES[dtype])
         model.model.rotary_emb.inv_freq.data = inv_freq
         self.library = Library(model, inv_freq)
-        self.runner = ModelRunner(model)
+        self.runner = ModelRunner(model, fused=fused)
         self._stores: dict[str, ChunkStore] = {}
         self._put_already: set[tuple[str, bytes]] = set()
         self._exact: dict[Any, torch.Tensor] = {}
@@ -277,7 +290,7 @@ class World:
         poisoned = torch.zeros(len(plan.ids), dtype=torch.bool)
         if case.kv == "poisoned":
             run = yield from self._blended(clean, plan, poisoned)
-            poisoned = run.computed[-1] & self._reusable(plan)
+            poisoned = self._repaired(plan, run.computed[-1])
             plan = self.plan(case, poisoned)
         return (yield from self._blended(case, plan, poisoned))
 
@@ -298,12 +311,12 @@ class World:
 
     def plan(self, case: Case, poisoned: torch.Tensor | None = None) -> PromptPlan:
         """The case's prompt, its stored chunks put into the case's store, some of their tokens (n,) spoilt."""
-        seed = f"{case.layout} {case.prefix}"
+        seed = f"{case.layout} {case.prefix} {case.question}"
         prefix = _ids(PREFIXES[case.prefix], seed)
-        question = _ids(7, f"{seed} question")
+        question = _ids(case.question, f"{seed} question")
         planned: list[PlannedChunk] = []
         at = len(prefix)
-        for number, piece in enumerate(LAYOUTS[case.layout]):
+        for number, piece in enumerate(case.pieces):
             ids = _ids(piece.tokens, f"{seed} {number if piece.repeats is None else piece.repeats}")
             spoilt = () if poisoned is None else tuple(poisoned[at : at + piece.tokens].tolist())
             name = (case.dtype, case.codec, case.kv, seed, at, spoilt, _blind(case))
@@ -315,8 +328,8 @@ class World:
             chunk = Chunk(f"{number}", f"d{number}", len(context) // 2, "text")
             planned.append(PlannedChunk(chunk, number, 1.0, tokens))
             at += piece.tokens
-        plan = make_plan(prefix, planned, question, budget=500)
-        for span, piece in zip(plan.spans, LAYOUTS[case.layout], strict=True):
+        plan = make_plan(prefix, planned, question, budget=MAX_TOKENS)
+        for span, piece in zip(plan.spans, case.pieces, strict=True):
             if piece.stored and piece.repeats is None:
                 self._put(case, plan, span, None if poisoned is None else poisoned[span.start : span.end])
         return plan
@@ -382,10 +395,14 @@ class World:
                 table[layer, :, :, span.start : span.end] = torch.stack((placed, both[1])).transpose(1, 2)
         return Stored(table, ~computed.to(table.device))
 
-    def _reusable(self, plan: PromptPlan) -> torch.Tensor:
-        where = torch.zeros(len(plan.ids), dtype=torch.bool)
+    def _repaired(self, plan: PromptPlan, computed: torch.Tensor) -> torch.Tensor:
+        """The stored tokens that were computed wherever their chunk stands."""
+        where = torch.zeros_like(computed)
         for span in plan.spans:
-            where[span.start : span.end] = span.chunk.tokens.key in self._slabs
+            if (key := span.chunk.tokens.key) in self._slabs:
+                same = [other for other in plan.spans if other.chunk.tokens.key == key]
+                everywhere = torch.stack([computed[other.start : other.end] for other in same]).all(dim=0)
+                where[span.start : span.end] = everywhere
         return where
 
     def _is_exact(self, case: Case) -> bool:
@@ -479,23 +496,28 @@ class Bench:
         return lines
 
     def _compare(self, run: Run, logits: torch.Tensor, kv: torch.Tensor) -> list[str]:
-        limit = TOLERANCE[run.case.dtype]
+        dtype = run.case.dtype
         assert run.logits is not None
         assert run.kv is not None
-        errors = {name: norm_error(run.logits[i], logits[i]) for i, name in enumerate(("answer", "next token"))}
+        found = [
+            (f"the {name}", TOLERANCE[dtype], norm_error(run.logits[i], logits[i]))
+            for i, name in enumerate(("answer", "next token"))
+        ]
         for layer, (got, expected) in enumerate(zip(run.kv, kv, strict=True)):
-            errors |= {f"{part} of layer {layer}": max_error(got[i], expected[i]) for i, part in enumerate("KV")}
-        for name, error in errors.items():
-            what = (run.case.dtype, name[:1])
+            for i, part in enumerate("KV"):
+                found.append((f"{part} of layer {layer}", ROW_TOLERANCE[dtype], row_error(got[i], expected[i])))
+        for name, _, error in found:
+            what = (dtype, name.split(" of ")[0])
             self.worst[what] = max(self.worst.get(what, 0.0), error)
-        return [f"{name} off by {error:.1e}" for name, error in errors.items() if not error <= limit]
+        return [f"{name} off by {error:.1e}" for name, limit, error in found if not error <= limit]
 
     def _against_plain(self, run: Run, plain: torch.Tensor) -> list[str]:
         """Exact KV, or such with all that was spoilt recomputed, must answer as if nothing had been reused."""
         if not run.exact or bool((run.poisoned & ~run.computed[-1]).any()):
             return []
         case = run.case
-        limit = TOLERANCE[case.dtype] + CODEC_LOSS[case.codec]
+        # Float32 holds an angle of a thousand radians to a ten-thousandth: the library's own answer moves by as much.
+        limit = TOLERANCE[case.dtype] + CODEC_LOSS[case.codec] + 1e-7 * len(run.plan.ids)
         if case.kv == "poisoned" and case.codec != "raw":
             return []  # what is spoilt spoils its neighbours' scales
         assert run.logits is not None
@@ -512,7 +534,7 @@ def misread(run: Run) -> list[str]:
     wrong = []
     context = torch.zeros(len(plan.ids), dtype=torch.bool)
     may, stored_rows = context.clone(), context.clone()
-    for span, piece in zip(plan.spans, LAYOUTS[case.layout], strict=True):
+    for span, piece in zip(plan.spans, case.pieces, strict=True):
         where = slice(span.start, span.end)
         context[where] = True
         stored_rows[where] = piece.stored and case.strategy != FULL
@@ -525,7 +547,7 @@ def misread(run: Run) -> list[str]:
     chosen = int((computed[-1] & stored_rows).sum())
     if chosen != round(share * int((may & stored_rows).sum())):
         wrong.append(f"{chosen} tokens were repaired, a share of {share} was asked for")
-    for span, piece, outcome in zip(plan.spans, LAYOUTS[case.layout], run.outcomes, strict=True):
+    for span, piece, outcome in zip(plan.spans, case.pieces, run.outcomes, strict=True):
         rows = int(computed[:, span.start : span.end].sum())
         if outcome.token_layers != rows:
             wrong.append(f"a chunk reports {outcome.token_layers} token-layers, {rows} were run")
@@ -555,6 +577,7 @@ def norm_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
     return error if error == error else float("inf")
 
 
-def max_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
-    error = float((actual - expected).abs().max() / expected.abs().max())
-    return error if error == error else float("inf")
+def row_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    """Of (kv_heads, n, head_dim), the largest error of any token, relative to what is right for that token."""
+    off = (actual - expected).abs().amax(dim=(0, 2)) / expected.abs().amax(dim=(0, 2))
+    return float(off.nan_to_num(nan=float("inf")).max())

@@ -24,7 +24,7 @@ from ragkv.runner import ModelRunner
 from ragkv.store.source import RamSource
 from ragkv.unpacking import Unpacker
 from tests.families import make_model
-from tests.parity_kit import LAYOUTS, VARIANTS, Bench, Case, pairs
+from tests.parity_kit import VARIANTS, Bench, Case, pairs
 
 AT_ONCE = 8
 Patch = Callable[[pytest.MonkeyPatch], None]
@@ -318,7 +318,7 @@ def repaired_rows_keep_their_old_values(monkeypatch):
     monkeypatch.setattr(RequestKV, "write", keys_alone)
 
 
-@mutant(only=lambda case: any(not piece.stored for piece in LAYOUTS[case.layout]))
+@mutant(only=lambda case: any(not piece.stored for piece in case.pieces))
 def what_is_missing_is_not_computed(monkeypatch):
     class Forgetful(Blend):
         def __init__(self, runner, plan, kv, loader, reused, **options):
