@@ -18,11 +18,12 @@ from ragkv.attention import AttentionStep
 from ragkv.chunks import ChunkTokens
 from ragkv.costs import Curve, Estimate, Machine
 from ragkv.kv import RequestKV
-from ragkv.loading import CUDA_LAYERS_AHEAD, LayerLoader
+from ragkv.loading import LayerLoader
 from ragkv.plan import PlannedChunk, Span
 from ragkv.retrievers import Chunk
 from ragkv.runner import ModelRunner
 from ragkv.store import CODECS
+from ragkv.streaming import LAYERS_UNDER_WAY
 
 READER_DEPTH = 2
 _LADDER = (16, 64, 256, 1024, 4096)
@@ -60,7 +61,7 @@ def measure_machine(
         head=bench.head(),
         tiers={"ram": Estimate(placing)},
         overlapped=cuda,
-        window=READER_DEPTH + (CUDA_LAYERS_AHEAD if cuda else 0),
+        window=READER_DEPTH + (LAYERS_UNDER_WAY if cuda else 0),
     )
 
 

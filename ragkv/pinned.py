@@ -4,16 +4,27 @@ from __future__ import annotations
 
 import logging
 import weakref
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ragkv.store.buffers import aligned_empty
+from ragkv.store.buffers import HUGE_PAGE, aligned_empty
 
 log = logging.getLogger("ragkv")
 
-_PORTABLE = 1  # cudaHostRegisterPortable: for all devices
+_PORTABLE_AND_MAPPED = 1 | 2  # cudaHostRegisterPortable and -Mapped: all devices, and their kernels, can read it
+# Numbers of the huge pages that are locked. Regions of the store's pool are whole ones.
+_LOCKED: set[int] = set()
+
+
+def is_page_locked(address: int, nbytes: int) -> bool:
+    """Whether :class:`PageLocking` has locked this memory, so that a kernel may read it.
+
+    Other page-locked memory is not known of.
+    """
+    return all(page in _LOCKED for page in range(address // HUGE_PAGE, (address + nbytes - 1) // HUGE_PAGE + 1))
 
 
 class PageLocking:
@@ -41,13 +52,15 @@ class PageLocking:
         cudart = torch.cuda.cudart()  # type: ignore[no-untyped-call]
         address = memory.ctypes.data
         with torch.cuda.device(self._device):
-            error = int(cudart.cudaHostRegister(address, memory.nbytes, _PORTABLE))
+            error = int(cudart.cudaHostRegister(address, memory.nbytes, _PORTABLE_AND_MAPPED))
         if error:
             self._refuse(error)
             return
         # To the array that owns the bytes: views outlive ``memory``.
         owner = memory if memory.base is None else memory.base
-        weakref.finalize(owner, cudart.cudaHostUnregister, address).atexit = False
+        pages = range(-(-address // HUGE_PAGE), (address + memory.nbytes) // HUGE_PAGE)
+        _LOCKED.update(pages)
+        weakref.finalize(owner, _unlock, cudart, address, pages).atexit = False
 
     def _refuse(self, error: int) -> None:
         if not self._refused:
@@ -57,3 +70,8 @@ class PageLocking:
                 error,
             )
         self._refused = True
+
+
+def _unlock(cudart: Any, address: int, pages: range) -> None:
+    _LOCKED.difference_update(pages)
+    cudart.cudaHostUnregister(address)

@@ -6,11 +6,14 @@ import numpy as np
 import pytest
 import torch
 
+from ragkv.chunks import ChunkTokens
+from ragkv.device_tier import DeviceTier
 from ragkv.errors import CorruptEntryError
-from ragkv.loading import ChunkLostError, LayerLoader, Stager
-from ragkv.plan import Span
+from ragkv.loading import ChunkLostError, LayerLoader
+from ragkv.plan import PlannedChunk, Span
+from ragkv.retrievers import Chunk
 from ragkv.runner import ModelRunner
-from ragkv.unpacking import Unpacker
+from ragkv.store import EntryHeader
 from tests.blend_kit import close
 from tests.codec_kit import decoded, encoded, random_kv
 from tests.families import make_model, make_runner
@@ -33,11 +36,6 @@ def slabs_of(runner, spans, seed=0):
 def as_bytes(layers, codec="raw"):
     for slabs in layers:
         yield [encoded(slab, codec) for slab in slabs]
-
-
-def stager(runner, places, source, *, ahead, codec="raw"):
-    unpacker = Unpacker(codec, runner.shape, [span.length for span in places], runner.device)
-    return Stager(places, source, unpacker, layers=runner.shape.layers, ahead=ahead, pinned=False), unpacker
 
 
 def sentinel(runner, capacity, base=0):
@@ -150,40 +148,35 @@ def test_the_stores_read_only_buffers_are_left_alone():
     assert all(np.array_equal(a, b) for a, [b] in zip(before, layers, strict=True))
 
 
-def test_gathering_ahead_on_threads_equals_gathering_when_asked():
-    """The fast path's parity with its plain twin; a stage is reused only after the layer behind it was asked for."""
-    runner, places = make_runner("llama"), spans((0, 7), (9, 14))
-    layers = slabs_of(runner, places)
-    plain, unpacker = stager(runner, places, as_bytes(layers), ahead=0)
-    ahead, _ = stager(runner, places, as_bytes(layers), ahead=2)
-    for _ in layers:
-        for one, other in zip(*(unpacker.unpack(s.next_layer()) for s in (plain, ahead)), strict=True):
-            assert torch.equal(one, other)
-    ahead.close()
+def planned(runner, tier_name, places):
+    """Spans of chunks that have keys, and an entry's header for each."""
+    found = []
+    for number, (start, end) in enumerate(places):
+        key = f"{tier_name}{number}".encode().ljust(32, b".")
+        tokens = ChunkTokens((), tuple(range(end - start)), 0, "alone", key)
+        found.append(Span(PlannedChunk(Chunk("", "", 0, ""), 1, 0.0, tokens), start, end, True))
+    return found
 
 
-def test_a_damaged_slab_is_told_in_its_layer_when_gathered_ahead():
-    runner, places = make_runner("llama"), spans((0, 7), (9, 14))
-    layers = list(as_bytes(slabs_of(runner, places)))
-    layers[2][1] = CorruptEntryError("flipped")
-    ahead, _ = stager(runner, places, iter(layers), ahead=3)
-    ahead.next_layer()
-    ahead.next_layer()
-    with pytest.raises(ChunkLostError) as lost:
-        ahead.next_layer()
-    assert list(lost.value.causes) == [places[1]]
-    ahead.close()
-
-
-def test_closing_stops_gathering():
-    runner, places = make_runner("llama"), spans((0, 7))
-    taken = []
-
-    def source():
-        for layer in as_bytes(slabs_of(runner, places)):
-            taken.append(layer)
-            yield layer
-
-    ahead, _ = stager(runner, places, source(), ahead=1)
-    ahead.close()
-    assert len(taken) <= 1
+@pytest.mark.parametrize("codec", ["raw", "int8"])
+def test_what_the_device_tier_holds_is_not_read_and_what_it_wants_is_filled_in(codec):
+    runner = make_runner("llama")
+    places = planned(runner, "chunk", [(0, 4), (6, 9), (9, 11)])
+    layers = list(as_bytes(slabs_of(runner, places), codec))
+    tier = DeviceTier(1 << 20, runner.device)
+    for missing in ({0, 1, 2}, {1}):
+        for key in [places[i].chunk.tokens.key for i in missing]:
+            tier.drop(key)
+        shape = runner.shape.geometry
+        headers = [EntryHeader(s.chunk.tokens.key, shape, s.length, "m", codec) for s in places]
+        lease = tier.lease(headers)
+        assert {i for i, span in enumerate(places) if span.chunk.tokens.key not in lease.hits} == missing
+        kv, expected = sentinel(runner, 12), sentinel(runner, 12)
+        to_read = [[slab for i, slab in enumerate(slabs) if i in missing] for slabs in layers]
+        LayerLoader(runner, kv, places, iter(to_read), codec, lease).ensure(3)
+        LayerLoader(runner, expected, places, iter(layers), codec).ensure(3)
+        lease.commit()
+        for layer in range(4):
+            for one, other in zip(kv.read(layer, 12), expected.read(layer, 12), strict=True):
+                assert torch.equal(one, other)
+    assert len(tier) == 3

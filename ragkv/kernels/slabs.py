@@ -110,7 +110,7 @@ def _place(
                 sv = tl.load(_field(base, to_value_scales, tl.float32) + pair, mask=alive, other=0.0)
                 if REST > 0:
                     sz = tl.load(scales + 2 * HALF + j, mask=rest_held, other=0.0)
-            if COPIED:
+            if COPIED:  # noqa: SIM102  (`copy` is there only then)
                 if copy != 0:
                     to = _field(copy, 0, ELEMENT) + place
                     tl.store(tl.multiple_of(to, [ALIGN, ALIGN]), kx, mask=held)
@@ -165,6 +165,9 @@ def _place(
 class SlabPlacer:
     """Places layers of chunks stored with ``codec``, each at consecutive slots.
 
+    Attributes:
+        slab_bytes: of each chunk.
+
     Args:
         lengths: tokens of each chunk.
         slots: the first slot of each.
@@ -182,6 +185,7 @@ class SlabPlacer:
         forms = [{f.name: f for f in CODECS[codec].fields(shape.geometry, n)} for n in lengths]
         rows = np.concatenate([[0], np.cumsum(lengths)[:-1]]).astype(np.int64)
         offsets = [[form[name].offset if name in form else 0 for name in _COLUMNS[3:]] for form in forms]
+        self.slab_bytes = [CODECS[codec].slab_bytes(shape.geometry, n) for n in lengths]
         table = np.column_stack([lengths, rows, slots, np.array(offsets).reshape(len(lengths), 3)])
         self._cos, self._sin = (part.contiguous() for part in angles)
         self._device = self._cos.device
