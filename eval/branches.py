@@ -76,6 +76,8 @@ class _Behind:
 class _BranchStep(AttentionStep):
     """The last ``rows`` tokens of ``behind``."""
 
+    causal = False
+
     def __init__(self, runner: ModelRunner, kv: RequestKV, behind: _Behind, rows: int) -> None:
         end = behind.start + len(behind.branches)
         self._start, self._branches = behind.start, runner.tensor(behind.branches)

@@ -24,6 +24,10 @@ class AttentionStep:
     A query at position ``p`` sees keys at positions ``base … p``, within the layer's sliding window where it
     has one. Masks are built once per window size and shared by all layers.
 
+    Attributes:
+        causal: rows see what is said above. A step of other rules has a :meth:`mask` of its own, which the loops
+            that know no masks leave to the plain one.
+
     Args:
         kv: the request's KV; fresh keys and values are written into it before attention reads it.
         positions: int64 (rows,), ascending, on the KV's device.
@@ -31,6 +35,8 @@ class AttentionStep:
         contiguous: the rows are exactly slots ``0 … length - 1`` (a full prefill).
         score_rows: collect, in ``scores``, the attention that these last rows pay to every slot.
     """
+
+    causal = True
 
     def __init__(
         self, kv: RequestKV, positions: torch.Tensor, length: int, *, contiguous: bool, score_rows: int = 0
@@ -100,7 +106,7 @@ def attention(
     kv_heads, group = key.shape[1], query.shape[1] // key.shape[1]
     q = query.reshape(kv_heads, group, *query.shape[2:])
     fused = window is None and (step.contiguous or step.sees_all)
-    if query.device.type == "cpu" and (step.score_rows or not fused):
+    if query.device.type == "cpu" and step.causal and (step.score_rows or not fused):
         blocks = step.blocks(window, query.shape[1])
         rows, scores = attention_cpu.attend(q, key[0], value[0], blocks, scale, step.score_rows)
         if scores is not None:

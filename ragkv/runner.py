@@ -91,7 +91,7 @@ class ModelRunner:
 
     def run_layer(self, layer: int, rows: Rows) -> None:
         """Advance ``rows`` through one layer, writing their keys and values into the step's KV."""
-        if self.fused is not None:
+        if self.fused is not None and rows.step.causal:
             self.fused.run(layer, rows)
             return
         rows.hidden = self.decoder.layers[layer](

@@ -117,6 +117,19 @@ def test_branches_continue_as_each_question_does_alone(tmp_path: Path, family: s
     assert max(map(len, together)) == 6
 
 
+@torch.inference_mode()
+def test_branches_stay_out_of_loops_that_know_no_masks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    desk = Desk(tmp_path, "llama")
+    chunks = desk.document("a", 20, 13)
+    desk.put(*chunks)
+    prompts = [token_ids(9, 1), token_ids(5, 2)]
+    plan = make_plan(BOS, chunks, prompts[0], budget=500)
+    result = desk.run(plan, "none", 0.0, room=slots_behind(prompts, 2))
+    monkeypatch.setattr(desk.runner, "fused", object())  # whoever runs a layer in it fails
+    answers = generate_all(desk.runner, result.kv, plan.question_start, prompts, ends=frozenset(), room=2)
+    assert list(map(len, answers)) == [2, 2]
+
+
 def test_a_world_asked_at_once_gives_the_marks_of_each_question_asked_alone(settings: Settings) -> None:
     asked = grid(["full", "none", "hkvd"], [0.3], ["alone"], 0.3)
     _both_ways(settings, asked, Draw(2, 4, None, 3, "test"))
