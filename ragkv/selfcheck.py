@@ -1,10 +1,13 @@
 """The self-check at load: is KV that was stored, moved and read back worth what the model itself computes?
 
 A family, a rope or a window handled wrongly does not crash: it answers worse. So a model's blending is only on
-after its own forward (the library's, nothing of ours) was reproduced from moved KV, without and with repair.
+after its own forward (the library's, nothing of ours) was reproduced from moved KV, without and with repair. And
+layers only run fused after they gave what the library gives; else the plain loop runs them.
 """
 
 from __future__ import annotations
+
+import logging
 
 import torch
 
@@ -12,13 +15,16 @@ from ragkv.attention import NAME, AttentionStep
 from ragkv.kv import RequestKV
 from ragkv.runner import ModelRunner
 
+log = logging.getLogger("ragkv")
+
 DOCUMENT, QUESTION, SHIFT = 48, 16, 96
 _TOLERANCE = {torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 8e-2}
 
 
 @torch.inference_mode()
 def find_fault(runner: ModelRunner) -> str | None:
-    """Why KV of this model cannot be reused, or None when it can."""
+    """Why KV of this model cannot be reused, or None when it can. Settles first which loop runs its layers."""
+    settle_layer_loop(runner)
     if runner.rope.refusal:
         return runner.rope.refusal
     if runner.max_positions < SHIFT + DOCUMENT + QUESTION:
@@ -30,10 +36,8 @@ def find_fault(runner: ModelRunner) -> str | None:
 
 
 def _compare(runner: ModelRunner) -> str | None:
-    generator = torch.Generator().manual_seed(0)
-    size = (DOCUMENT + QUESTION,)
-    ids = torch.randint(int(runner.config.vocab_size), size, generator=generator).to(runner.device)
-    expected = _library_logits(runner, ids)
+    ids = _ids(runner, DOCUMENT + QUESTION)
+    expected = _library_logits(runner, ids, SHIFT)
     tolerance = _TOLERANCE[runner.shape.dtype]
     poison = torch.zeros(len(ids), dtype=torch.bool)
     poison[:DOCUMENT:3] = True
@@ -47,8 +51,47 @@ def _compare(runner: ModelRunner) -> str | None:
     return None
 
 
-def _library_logits(runner: ModelRunner, ids: torch.Tensor) -> torch.Tensor:
-    positions = torch.arange(SHIFT, SHIFT + len(ids), device=runner.device)
+@torch.inference_mode()
+def settle_layer_loop(runner: ModelRunner) -> None:
+    """Have the plain loop run the layers from now on if the fused one fails or computes something else.
+
+    It also compiles the kernels that requests of any length will need.
+    """
+    if runner.fused is None:
+        return
+    try:
+        fault = runner.fused.find_fault() or _fused_fault(runner)
+    except Exception as error:  # whatever the compiler or the driver raises
+        fault = f"failed: {error!r}"
+    if fault:
+        runner.use_plain_loop(f"the fused layer loop {fault}")
+        log.warning("%s; layers run in the plain loop", runner.plain_because)
+
+
+def _fused_fault(runner: ModelRunner) -> str | None:
+    """A prefill, then some of its rows again over its KV."""
+    ids = _ids(runner, min(DOCUMENT + QUESTION, runner.max_positions))
+    expected = _library_logits(runner, ids, 0)
+    kv = runner.new_kv(len(ids))
+    prefilled = runner.logits(runner.prefill(ids, kv))
+    slots = runner.tensor([*range(0, len(ids) - QUESTION, 3), *range(max(0, len(ids) - QUESTION), len(ids))])
+    rows = runner.rows(ids[slots], AttentionStep(kv, slots, len(ids), contiguous=False, score_rows=1))
+    for layer in range(runner.shape.layers):
+        runner.run_layer(layer, rows)
+    tolerance = _TOLERANCE[runner.shape.dtype]
+    for what, logits in (("a prefill", prefilled), ("rows computed again", runner.logits(rows))):
+        if not (error := _relative_error(logits, expected)) <= tolerance:
+            return f"computes {what} {error:.2%} off what the library does (at most {tolerance:.1%} is rounding)"
+    return None
+
+
+def _ids(runner: ModelRunner, count: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(int(runner.config.vocab_size), (count,), generator=generator).to(runner.device)
+
+
+def _library_logits(runner: ModelRunner, ids: torch.Tensor, first: int) -> torch.Tensor:
+    positions = torch.arange(first, first + len(ids), device=runner.device)
     runner.model.set_attn_implementation("eager")
     try:
         logits = runner.model(ids[None], position_ids=positions[None], use_cache=False).logits

@@ -1,0 +1,324 @@
+"""What a decoder layer costs in the plain and in the fused loop, and what each kernel makes of the chip.
+
+    python -m tests.bench.layers [--out layers.json]            on CUDA: the shapes of Llama 3.1 8B
+    python -m tests.bench.layers --tiny                         anywhere: does it run (on a CPU: the plain loop only)
+
+Times are medians of CUDA events, per layer; ``launch`` is the time the host needs to launch a layer's kernels.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from ragkv import attention
+from ragkv.attention import AttentionStep
+from ragkv.presets import find_preset
+from ragkv.runner import ModelRunner, Rows
+
+QUESTION = 33
+SECONDS = 0.25  # spent on a measurement
+TINY = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2}
+
+Record = dict[str, Any]
+
+
+def main() -> None:
+    options = _options()
+    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    bench = Bench(options, device)
+    records: list[Record] = []
+    with torch.inference_mode():
+        for record in bench.run():
+            records.append(record)
+            print("  ".join(f"{name} {_shown(value)}" for name, value in record.items()), flush=True)
+    facts = {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "torch": torch.__version__,
+    }
+    if options.out:
+        Path(options.out).write_text(json.dumps({**facts, **vars(options), "records": records}, indent=1))
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="random:llama-3.1-8b", help="a preset; only its shapes are used")
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--keys", type=int, default=8224)
+    parser.add_argument("--rows", type=int, nargs="+", default=[1, QUESTION, 450, 1300])
+    parser.add_argument("--prefill", type=int, nargs="*", default=[4096, 8192, 16384])
+    parser.add_argument("--device", help="by default cuda where there is one")
+    parser.add_argument("--tiny", action="store_true", help="small shapes")
+    parser.add_argument("--out", help="write the figures to this JSON file")
+    options = parser.parse_args()
+    if options.tiny:
+        options.layers, options.keys, options.rows, options.prefill = 2, 300, [1, QUESTION, 60], [128]
+    return options
+
+
+class Bench:
+    def __init__(self, options: argparse.Namespace, device: torch.device) -> None:
+        self.options, self.device, self.cuda = options, device, device.type == "cuda"
+        dtype = torch.bfloat16 if self.cuda else torch.float32
+        model = _model(options, device, dtype)
+        self.loops = {"plain": ModelRunner(model, fused=False)}
+        fused = ModelRunner(model)  # on the same weights
+        if fused.plain_because is None:
+            self.loops["fused"] = fused
+        else:
+            print(f"plain only: {fused.plain_because}")
+        self.runner, config = fused, model.config
+        self.heads, self.shape = int(config.num_attention_heads), fused.shape
+        hidden, inner = int(config.hidden_size), int(config.intermediate_size)
+        self.width = (self.heads + 2 * self.shape.kv_heads) * self.shape.head_dim
+        self.matrices = hidden * (self.width + self.heads * self.shape.head_dim + 3 * inner)
+        self.hidden, self.inner, self.dtype = hidden, inner, dtype
+        self.rate = 0.0
+
+    def run(self) -> Iterator[Record]:
+        yield self.matrix_rate()
+        for rows in self.options.rows:
+            yield from self.layers(rows)
+        for length in self.options.prefill:
+            yield from self.prefill(length)
+        if "fused" in self.loops:
+            for rows in self.options.rows:
+                yield from self.parts(rows)
+                yield from self.attend(rows)
+            yield from self.full_attention(max(self.options.prefill))
+            yield from self.place()
+
+    def matrix_rate(self) -> Record:
+        n = 8192 if self.cuda and not self.options.tiny else 256
+        a, b = (torch.randn((n, n), device=self.device, dtype=self.dtype) for _ in range(2))
+        self.rate = 2 * n**3 / self.time(lambda: a @ b) / 1e9
+        return {"what": "matrix product", "tflops": self.rate}
+
+    def layers(self, count: int) -> Iterator[Record]:
+        """Rows spread over the keys, the question's last."""
+        slots = self.slots(count)
+        kv = self.kv(self.options.keys)
+        ids = torch.randint(256, (count,), device=self.device)
+        flops = 2 * self.matrices * count + self.attention_flops(slots)
+        for loop, runner in self.loops.items():
+            rows = runner.rows(ids, AttentionStep(kv, slots, self.options.keys, contiguous=False))
+            yield self.loop(f"{count} rows", loop, runner, rows, flops)
+
+    def prefill(self, length: int) -> Iterator[Record]:
+        kv = self.kv(length)
+        ids = torch.randint(256, (length,), device=self.device)
+        flops = 2 * self.matrices * length + self.attention_flops(torch.arange(length))
+        for loop, runner in self.loops.items():
+            yield self.loop(f"prefill of {length}", loop, runner, runner.start_prefill(ids, kv), flops)
+
+    def loop(self, what: str, loop: str, runner: ModelRunner, rows: Rows, flops: float) -> Record:
+        start = rows.hidden.clone()
+
+        def once() -> None:
+            rows.hidden.copy_(start)
+            for layer in range(runner.shape.layers):
+                runner.run_layer(layer, rows)
+
+        ms = self.time(once) / runner.shape.layers
+        rate = flops / ms / 1e9
+        launch = self.launch(once) / runner.shape.layers
+        return {
+            "what": what, "loop": loop, "ms": ms, "launch ms": launch, "tflops": rate, "of matrix rate": rate / self.rate,
+        }  # fmt: skip
+
+    def parts(self, count: int) -> Iterator[Record]:
+        """The nine launches of a layer, each alone."""
+        from ragkv.kernels.attend import AttendRoom, attend
+        from ragkv.kernels.pointwise import rms_norm, silu_mul
+        from ragkv.kernels.rotate import rope_write
+        from ragkv.kernels.scores import score_keys
+
+        slots, keys = self.slots(count), self.options.keys
+        k, v = self.kv(keys).read(0, keys)
+        hidden, normed = self.random(count, self.hidden), self.random(count, self.hidden)
+        q, qkv = self.random(count, self.heads, self.shape.head_dim), self.random(count, self.width)
+        gate_up, scores = self.random(count, 2 * self.inner), torch.zeros(keys, device=self.device)
+        weights = {
+            name: self.random(*shape).t()
+            for name, shape in (
+                ("qkv", (self.width, self.hidden)),
+                ("output", (self.hidden, q[0].numel())),
+                ("gate and up", (2 * self.inner, self.hidden)),
+                ("down", (self.hidden, self.inner)),
+            )
+        }
+        angle = torch.ones((count, self.shape.head_dim), device=self.device, dtype=self.dtype)
+        room = AttendRoom(q, self.shape.kv_heads, keys)
+        scale = self.shape.head_dim**-0.5
+        _, lse = attend(q, k, v, slots, scale=scale, room=room)
+        parts: dict[str, Callable[[], object]] = {
+            "norm": lambda: rms_norm(hidden, hidden[0], 1e-5, normed),
+            "qkv": lambda: torch.mm(normed, weights["qkv"], out=qkv),
+            "rope and write": lambda: rope_write(qkv, (angle, angle), None, slots, q, k, v),
+            "attend": lambda: attend(q, k, v, slots, scale=scale, room=room),
+            "output": lambda: hidden.addmm_(q.view(count, -1), weights["output"]),
+            "gate and up": lambda: torch.mm(normed, weights["gate and up"], out=gate_up),
+            "activation": lambda: silu_mul(gate_up),
+            "down": lambda: hidden.addmm_(gate_up[:, : self.inner], weights["down"]),
+            "scores of the question": lambda: score_keys(
+                q, lse, k, slots, scores, last=min(count, QUESTION), scale=scale
+            ),
+        }
+        for name, part in parts.items():
+            yield {"what": f"{count} rows", "part": name, "ms": self.time(part), "launch ms": self.launch(part)}
+
+    def attend(self, count: int) -> Iterator[Record]:
+        """Attention alone, in the tiles it takes and others."""
+        from ragkv.kernels.attend import AttendRoom, Tile, attend, choose_splits, choose_tile
+
+        slots, keys = self.slots(count), self.options.keys
+        k, v = self.kv(keys).read(0, keys)
+        q = self.random(count, self.heads, self.shape.head_dim)
+        packed = count * self.heads // self.shape.kv_heads
+        chosen = choose_tile(packed, self.shape.head_dim, self.dtype)
+        tiles = [chosen]
+        if packed > 64 and not self.options.tiny:
+            others = (Tile(64, 64, 4, 3), Tile(128, 64, 8, 3), Tile(128, 128, 8, 2))
+            tiles += [tile for tile in others if tile != chosen]
+        flops, scale = self.attention_flops(slots), self.shape.head_dim**-0.5
+        for tile in tiles:
+            programs = -(-packed // tile.rows) * self.shape.kv_heads
+            own = choose_splits(programs, keys, tile, self.device)
+            for splits in dict.fromkeys((own, 1, 2, 4)):
+                room = AttendRoom(q, self.shape.kv_heads, keys, tile=tile, splits=splits)
+                ms = self.time(lambda room=room: attend(q, k, v, slots, scale=scale, room=room))
+                yield {
+                    "what": f"attend {count} rows", "tile": list(tile), "splits": splits,
+                    "chosen": tile == chosen and splits == own, **self.speed(ms, flops),
+                }  # fmt: skip
+
+    def full_attention(self, length: int) -> Iterator[Record]:
+        """Torch's backends and the kernel on a full prefill; ``first ms``: at a length not seen before."""
+        from torch.nn.attention import SDPBackend, sdpa_kernel
+        from torch.nn.functional import scaled_dot_product_attention as sdpa
+
+        from ragkv.kernels.attend import attend
+
+        k, v = self.kv(length).read(0, length)
+        q = self.random(length, self.heads, self.shape.head_dim)
+        slots = torch.arange(length, device=self.device)
+        scale = self.shape.head_dim**-0.5
+
+        def backend(kind: SDPBackend, n: int) -> None:
+            parts = [part[:n].transpose(0, 1)[None] for part in (q, k, v)]
+            with sdpa_kernel(kind):
+                sdpa(*parts, is_causal=True, scale=scale, enable_gqa=True)
+
+        runs: dict[str, Callable[[int], object]] = {
+            "cudnn": lambda n: backend(SDPBackend.CUDNN_ATTENTION, n),
+            "flash": lambda n: backend(SDPBackend.FLASH_ATTENTION, n),
+            "ragkv": lambda n: attend(q[:n], k[:n], v[:n], slots[:n], scale=scale),
+        }
+        for name, run in runs.items():
+            try:
+                ms = self.time(lambda run=run: run(length))
+                first = [self.once(lambda run=run, n=n: run(n)) for n in (length - 40, length - 56, length - 72)]
+            except RuntimeError as error:
+                yield {"what": f"full attention of {length}", "by": name, "error": str(error).splitlines()[0]}
+                continue
+            yield {
+                "what": f"full attention of {length}", "by": name, **self.speed(ms, self.attention_flops(slots)),
+                "first ms": statistics.median(first),
+            }  # fmt: skip
+
+    def place(self) -> Iterator[Record]:
+        from ragkv.kernels.place import place
+
+        n, size = self.options.keys, (self.options.keys, self.shape.kv_heads, self.shape.head_dim)
+        k, v = self.kv(n).read(0, n)
+        slots = torch.arange(n, device=self.device)
+        angles = self.runner.rope.angles(slots)
+        scales = {
+            "key_scales": torch.rand((17, *size[1:]), device=self.device),
+            "value_scales": torch.rand((*size[:2], 1), device=self.device),
+            "owner": slots * 17 // n,
+        }
+        for codec, dtype in (("raw", self.dtype), ("int8", torch.int8), ("fp8", torch.float8_e4m3fn)):
+            stored = torch.randint(-100, 100, (2, *size), device=self.device).to(dtype)
+            given = {} if codec == "raw" else scales
+            ms = self.time(lambda stored=stored, given=given: place(*stored, slots, k, v, angles=angles, **given))
+            moved = stored.nbytes + 2 * n * k[0].nbytes
+            yield {"what": f"place {n} tokens", "codec": codec, "ms": ms, "GB/s": moved / ms / 1e6}
+
+    def speed(self, ms: float, flops: float) -> Record:
+        rate = flops / ms / 1e9
+        return {"ms": ms, "tflops": rate, "of matrix rate": rate / self.rate}
+
+    def slots(self, count: int) -> torch.Tensor:
+        keys, question = self.options.keys, min(QUESTION, count)
+        spread = torch.linspace(0, keys - question - 1, count - question).long()
+        return torch.cat((spread, torch.arange(keys - question, keys))).to(self.device)
+
+    def attention_flops(self, slots: torch.Tensor) -> float:
+        return 4.0 * self.heads * self.shape.head_dim * float((slots + 1).sum())
+
+    def kv(self, length: int) -> Any:
+        kv = self.runner.new_kv(length)
+        for layer in range(self.shape.layers):
+            for part in kv.read(layer, length):
+                part.normal_()
+        return kv
+
+    def random(self, *size: int) -> torch.Tensor:
+        return torch.randn(size, device=self.device, dtype=self.dtype)
+
+    def time(self, run: Callable[[], object]) -> float:
+        """Median milliseconds."""
+        estimate = statistics.median(self.once(run) for _ in range(3))
+        count = max(5, min(50, int(1000 * SECONDS / max(estimate, 0.01))))
+        return statistics.median(self.once(run) for _ in range(count))
+
+    def once(self, run: Callable[[], object]) -> float:
+        if not self.cuda:
+            start = time.perf_counter()
+            run()
+            return 1000 * (time.perf_counter() - start)
+        before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize()
+        torch.cuda._sleep(400_000)  # so that launches queue up, and what is measured is the device
+        before.record()
+        run()
+        after.record()
+        torch.cuda.synchronize()
+        return before.elapsed_time(after)
+
+    def launch(self, run: Callable[[], object]) -> float:
+        """Median milliseconds until the host could go on."""
+        times = []
+        for _ in range(10):
+            self.runner.synchronize()
+            start = time.perf_counter()
+            run()
+            times.append(1000 * (time.perf_counter() - start))
+        return statistics.median(times)
+
+
+def _model(options: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> Any:
+    preset = find_preset(options.model)
+    small = TINY if options.tiny else {}
+    changes = {"num_hidden_layers": options.layers, "vocab_size": 1024, **small}
+    config = preset._replace(options={**preset.options, **changes}).config
+    torch.manual_seed(0)
+    with torch.device(device):
+        return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention.NAME).eval()
+
+
+def _shown(value: object) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+if __name__ == "__main__":
+    main()

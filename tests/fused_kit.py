@@ -1,0 +1,107 @@
+"""The fused layer loop against the plain one, on any device."""
+
+from __future__ import annotations
+
+import torch
+
+from ragkv.attention import AttentionStep
+from ragkv.runner import ModelRunner, Rows
+from tests.families import make_model
+
+FUSED = [
+    "llama",
+    "llama-llama3",
+    "mistral",
+    "mistral-windowed",
+    "qwen2",
+    "qwen2-windowed",
+    "qwen2-yarn",
+    "qwen3",
+    "smollm3",
+    "smollm3-windowed",
+]
+TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 6e-2}
+
+
+def runners(name: str, dtype: torch.dtype, device: str) -> tuple[ModelRunner, ModelRunner]:
+    """The same weights, fused and plain."""
+    fused = ModelRunner(make_model(name).to(device, dtype), fused=True)
+    assert fused.plain_because is None
+    return fused, ModelRunner(make_model(name).to(device, dtype), fused=False)
+
+
+def ids_of(runner: ModelRunner, count: int) -> torch.Tensor:
+    return torch.randint(256, (count,), generator=torch.Generator().manual_seed(3)).to(runner.device)
+
+
+def scattered(runner: ModelRunner, kv, ids: torch.Tensor, score_rows: int = 0) -> Rows:
+    """Every third row and the last eight again, on top of what ``kv`` holds."""
+    chosen = torch.arange(len(ids)) % 3 == 0
+    chosen[-8:] = True
+    positions = chosen.nonzero()[:, 0].to(runner.device)
+    step = AttentionStep(kv, positions + kv.base, len(ids), contiguous=False, score_rows=score_rows)
+    return runner.rows(ids[positions], step)
+
+
+def near(actual: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) -> None:
+    assert torch.isfinite(actual).all()
+    error = (actual.float() - expected.float()).norm() / expected.float().norm()
+    assert error <= TOLERANCE[dtype], f"off by {error:.2%}"
+
+
+@torch.inference_mode()
+def check_passes(name: str, dtype: torch.dtype, device: str) -> None:
+    """A prefill, some rows again with their attention collected, a token decoded."""
+    results = []
+    for runner in runners(name, dtype, device):
+        ids = ids_of(runner, 61)
+        kv = runner.new_kv(70, base=5)
+        for layer in range(runner.shape.layers):
+            for part in kv.read(layer, 70):
+                part.fill_(float("nan"))
+        logits = runner.logits(runner.prefill(ids, kv))
+        first = torch.stack([torch.stack(kv.read(layer, 61)) for layer in range(runner.shape.layers)])
+        rows = scattered(runner, kv, ids, score_rows=8)
+        for layer in range(runner.shape.layers):
+            runner.run_layer(layer, rows)
+        decoded = runner.decode(7, 5 + 61, kv)
+        results.append((logits, first, rows.hidden, runner.logits(rows), rows.step.scores, decoded))
+    for actual, expected in zip(*results, strict=True):
+        assert actual.shape == expected.shape
+        near(actual, expected, dtype)
+
+
+@torch.inference_mode()
+def check_values(name: str, dtype: torch.dtype, device: str) -> None:
+    """A probe gives what the layer then writes, and advances nothing."""
+    fused, _ = runners(name, dtype, device)
+    ids, kv = ids_of(fused, 20), fused.new_kv(20)
+    rows = fused.start_prefill(ids, kv)
+    fused.run_layer(0, rows)
+    for part in kv.read(1, 20):
+        part.fill_(777.0)
+    hidden = rows.hidden.clone()
+    values = fused.probe_values(1, rows)
+    assert torch.equal(rows.hidden, hidden)
+    assert all((part == 777.0).all() for part in kv.read(1, 20))
+    fused.run_layer(1, rows)
+    near(values, kv.read(1, 20)[1], dtype)
+
+
+@torch.inference_mode()
+def check_some_rows_go_on(name: str, dtype: torch.dtype, device: str) -> None:
+    """Rows taken out of others' hidden states between two layers, as a check layer does it."""
+    results = []
+    for runner in runners(name, dtype, device):
+        ids, kv = ids_of(runner, 40), runner.new_kv(40)
+        dense = runner.start_prefill(ids, kv)
+        runner.run_layer(0, dense)
+        for layer in range(1, runner.shape.layers):
+            for part in kv.read(layer, 40):
+                part.fill_(0.5)
+        rows = scattered(runner, kv, ids)
+        rows.hidden = dense.hidden[:, rows.step.positions]
+        for layer in range(1, runner.shape.layers):
+            runner.run_layer(layer, rows)
+        results.append(runner.logits(rows))
+    near(results[0], results[1], dtype)

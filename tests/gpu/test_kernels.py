@@ -1,0 +1,133 @@
+"""The kernels against their twins, and the fused layer loop against the plain one, compiled."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+if not torch.cuda.is_available():
+    pytest.skip("needs a CUDA device", allow_module_level=True)
+
+from ragkv.kernels import attend, place, pointwise, rotate, scores
+from ragkv.runner import ModelRunner
+from ragkv.selfcheck import settle_layer_loop
+from tests import fused_kit, kernels_kit
+from tests.families import make_model
+
+pytestmark = pytest.mark.gpu
+HALVES = [torch.bfloat16, torch.float16]
+LONG = kernels_kit.Case([*range(0, 3000, 7), *range(3000, 3033)], 3033)
+
+
+@pytest.mark.parametrize("splits", [None, 1, 3])
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("case", kernels_kit.CASES.values(), ids=kernels_kit.CASES)
+@pytest.mark.parametrize("shape", kernels_kit.SHAPES, ids=str)
+def test_attend(shape, case, dtype, splits):
+    kernels_kit.check_attend(attend, case, shape, dtype, "cuda", splits)
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("window", [None, 500])
+@pytest.mark.parametrize("heads", [(32, 8, 128), (14, 2, 64), (28, 4, 128), (8, 8, 96)])
+def test_attend_to_many_keys(heads, window, dtype):
+    shape = kernels_kit.Shape(*heads)
+    kernels_kit.check_attend(attend, LONG._replace(window=window), shape, dtype, "cuda")
+
+
+@pytest.mark.parametrize("last", [1, 33, 1000])
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("case", [*kernels_kit.CASES.values(), LONG, LONG._replace(window=500)])
+@pytest.mark.parametrize("shape", kernels_kit.SHAPES, ids=str)
+def test_scores(shape, case, dtype, last):
+    kernels_kit.check_scores(scores, case, shape, dtype, "cuda", last)
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("rotation", kernels_kit.ROTATIONS.values(), ids=kernels_kit.ROTATIONS)
+def test_rope_write(rotation, dtype):
+    kernels_kit.check_rope_write(rotate, rotation, dtype, "cuda")
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("width", [64, 896, 4096, 5120])
+def test_rms_norm(width, dtype):
+    kernels_kit.check_rms_norm(pointwise, width, dtype, "cuda")
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("width", [96, 4864, 14336])
+def test_silu_mul(width, dtype):
+    kernels_kit.check_silu_mul(pointwise, width, dtype, "cuda")
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize(
+    ("shape", "turning"), [((32, 8, 128), 128), ((4, 2, 64), 64), ((6, 2, 96), 48), ((3, 3, 24), 0)]
+)
+@pytest.mark.parametrize("codec", ["raw", "int8", "fp8"])
+def test_place(codec, shape, turning, dtype):
+    kernels_kit.check_place(place, codec, kernels_kit.Shape(*shape), turning, dtype, "cuda")
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("name", fused_kit.FUSED)
+def test_fused_passes(name, dtype):
+    fused_kit.check_passes(name, dtype, "cuda")
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2"])
+def test_fused_values(name):
+    fused_kit.check_values(name, torch.bfloat16, "cuda")
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3"])
+def test_some_rows_go_on(name):
+    fused_kit.check_some_rows_go_on(name, torch.bfloat16, "cuda")
+
+
+@pytest.mark.parametrize("name", fused_kit.FUSED)
+def test_a_model_on_the_device_runs_fused(name):
+    runner = ModelRunner(make_model(name).to("cuda", torch.bfloat16))
+    settle_layer_loop(runner)
+    assert runner.plain_because is None
+
+
+def test_full_precision_runs_plain():
+    runner = ModelRunner(make_model("llama").to("cuda"))
+    assert "float32" in runner.plain_because
+
+
+@torch.inference_mode()
+def test_a_layer_never_waits_for_the_device():
+    runner = ModelRunner(make_model("llama").to("cuda", torch.bfloat16))
+    ids = fused_kit.ids_of(runner, 40)
+    kv = runner.new_kv(40)
+    runner.prefill(ids, kv)
+    rows = fused_kit.scattered(runner, kv, ids, score_rows=8)
+    runner.run_layer(0, rows)  # compiles
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for layer in range(1, runner.shape.layers):
+            runner.run_layer(layer, rows)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@torch.inference_mode()
+def test_no_kernel_is_compiled_per_length():
+    runner = ModelRunner(make_model("qwen3").to("cuda", torch.bfloat16))
+    settle_layer_loop(runner)
+    kernels = [attend._attend, attend._join, scores._score_keys, rotate._rope_write, pointwise._rms_norm]
+    counts = None
+    for length in (50, 64, 97, 200, 256):
+        ids, kv = fused_kit.ids_of(runner, length), runner.new_kv(length)
+        runner.prefill(ids, kv)
+        rows = fused_kit.scattered(runner, kv, ids, score_rows=length % 7 + 1)
+        for layer in range(runner.shape.layers):
+            runner.run_layer(layer, rows)
+        now = [sum(len(cache[0]) for cache in kernel.device_caches.values()) for kernel in kernels]
+        assert counts in (None, now)
+        counts = now
