@@ -20,7 +20,8 @@ FUSED = [
     "smollm3",
     "smollm3-windowed",
 ]
-TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 6e-2}
+# Twice what the plain loop itself is off in these dtypes; what is wrong is off by half of everything.
+TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 0.12}
 
 
 def runners(name: str, dtype: torch.dtype, device: str) -> tuple[ModelRunner, ModelRunner]:

@@ -40,12 +40,10 @@ def main() -> None:
         for record in bench.run():
             records.append(record)
             print("  ".join(f"{name} {_shown(value)}" for name, value in record.items()), flush=True)
-    facts = {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-        "torch": torch.__version__,
-    }
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    facts = {**vars(options), "device": name, "torch": torch.__version__}
     if options.out:
-        Path(options.out).write_text(json.dumps({**facts, **vars(options), "records": records}, indent=1))
+        Path(options.out).write_text(json.dumps({**facts, "records": records}, indent=1))
 
 
 def _options() -> argparse.Namespace:
@@ -127,12 +125,9 @@ class Bench:
             for layer in range(runner.shape.layers):
                 runner.run_layer(layer, rows)
 
-        ms = self.time(once) / runner.shape.layers
-        rate = flops / ms / 1e9
+        ms = self.time(once, ahead=False) / runner.shape.layers
         launch = self.launch(once) / runner.shape.layers
-        return {
-            "what": what, "loop": loop, "ms": ms, "launch ms": launch, "tflops": rate, "of matrix rate": rate / self.rate,
-        }  # fmt: skip
+        return {"what": what, "loop": loop, "launch ms": launch, **self.speed(ms, flops)}
 
     def parts(self, count: int) -> Iterator[Record]:
         """The nine launches of a layer, each alone."""
@@ -145,7 +140,8 @@ class Bench:
         k, v = self.kv(keys).read(0, keys)
         hidden, normed = self.random(count, self.hidden), self.random(count, self.hidden)
         q, qkv = self.random(count, self.heads, self.shape.head_dim), self.random(count, self.width)
-        gate_up, scores = self.random(count, 2 * self.inner), torch.zeros(keys, device=self.device)
+        gate_up, active = self.random(count, 2 * self.inner), self.random(count, self.inner)
+        scores, last = torch.zeros(keys, device=self.device), min(count, QUESTION)
         weights = {
             name: self.random(*shape).t()
             for name, shape in (
@@ -164,13 +160,11 @@ class Bench:
             "qkv": lambda: torch.mm(normed, weights["qkv"], out=qkv),
             "rope and write": lambda: rope_write(qkv, (angle, angle), None, slots, q, k, v),
             "attend": lambda: attend(q, k, v, slots, scale=scale, room=room),
-            "output": lambda: hidden.addmm_(q.view(count, -1), weights["output"]),
+            "output": lambda: hidden.addmm_(q.view(count, -1), weights["output"], beta=0.5),
             "gate and up": lambda: torch.mm(normed, weights["gate and up"], out=gate_up),
             "activation": lambda: silu_mul(gate_up),
-            "down": lambda: hidden.addmm_(gate_up[:, : self.inner], weights["down"]),
-            "scores of the question": lambda: score_keys(
-                q, lse, k, slots, scores, last=min(count, QUESTION), scale=scale
-            ),
+            "down": lambda: hidden.addmm_(active, weights["down"], beta=0.5),
+            "scores of the question": lambda: score_keys(q, lse, k, slots, scores, last=last, scale=scale),
         }
         for name, part in parts.items():
             yield {"what": f"{count} rows", "part": name, "ms": self.time(part), "launch ms": self.launch(part)}
@@ -275,20 +269,22 @@ class Bench:
     def random(self, *size: int) -> torch.Tensor:
         return torch.randn(size, device=self.device, dtype=self.dtype)
 
-    def time(self, run: Callable[[], object]) -> float:
+    def time(self, run: Callable[[], object], *, ahead: bool = True) -> float:
         """Median milliseconds."""
-        estimate = statistics.median(self.once(run) for _ in range(3))
+        estimate = statistics.median(self.once(run, ahead=ahead) for _ in range(3))
         count = max(5, min(50, int(1000 * SECONDS / max(estimate, 0.01))))
-        return statistics.median(self.once(run) for _ in range(count))
+        return statistics.median(self.once(run, ahead=ahead) for _ in range(count))
 
-    def once(self, run: Callable[[], object]) -> float:
+    def once(self, run: Callable[[], object], *, ahead: bool = False) -> float:
+        """Milliseconds of the device. ``ahead``: launch while it is still busy, so that launching does not count."""
         if not self.cuda:
             start = time.perf_counter()
             run()
             return 1000 * (time.perf_counter() - start)
         before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize()
-        torch.cuda._sleep(400_000)  # so that launches queue up, and what is measured is the device
+        if ahead:
+            torch.cuda._sleep(400_000)
         before.record()
         run()
         after.record()
