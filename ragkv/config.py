@@ -64,6 +64,12 @@ class Settings(BaseSettings):
         None, min_length=8, description="a secret, part of every chunk key: who has another one shares no stored KV"
     )
     ram_bytes: int = Field(1 * 2**30, ge=0, description="most bytes of chunk KV kept in RAM")
+    device_bytes: int | None = Field(
+        None,
+        ge=0,
+        description="most bytes of chunk KV kept on the accelerator; 0: none. Unset: a tenth of the memory that the "
+        "model leaves free on a GPU, none on a CPU",
+    )
     remote_url: SecretStr | None = Field(
         None, description="a Redis or Valkey server that keeps chunk KV for several machines: `redis://host:6379/0`"
     )
@@ -74,7 +80,7 @@ class Settings(BaseSettings):
     retrieval: RetrievalMode = Field("fused", description="`bm25`, `dense`, or `fused` by reciprocal rank")
     top_k: int = Field(10, ge=1, le=1000, description="chunks to retrieve")
     method: Method = Field("default", description="how stored KV is repaired; `full` prefills everything")
-    ratio: float = Field(0.15, ge=0.0, le=1.0, description="share of the repairable context tokens to recompute")
+    ratio: float = Field(0.1, ge=0.0, le=1.0, description="share of the repairable context tokens to recompute")
     calibration: Calibration | None = Field(
         None, description="what `ragkv calibrate` measured, for which model and setting: a table that it writes"
     )

@@ -8,7 +8,7 @@ every layer of them, before anybody else is given the entry.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 import torch
 
@@ -24,9 +24,9 @@ _SHARE_OF_FREE = 0.1
 class DeviceTier:
     """Entries on ``device``, never above ``capacity`` bytes; 0 keeps none. Who leaves says the cost-aware policy.
 
-    Prefills lease entries on the thread that owns the model, and all reading and writing of their bytes is work of its
-    current stream: so an entry that leaves while kernels still read it is safe, memory being handed out in the order
-    of that stream. :meth:`drop` may be called from any thread.
+    Prefills lease entries on the thread that owns the model; :meth:`drop` may be called from any thread. Memory is
+    handed out and taken back in the order of that thread's stream, so who reads or writes entries on another stream
+    must be done before the lease is closed.
     """
 
     def __init__(self, capacity: int, device: torch.device) -> None:
@@ -78,6 +78,15 @@ class DeviceTier:
     def nbytes(self) -> int:
         """Bytes taken: by entries, and by those being filled in."""
         return self._taken
+
+    def stats(self) -> dict[str, float]:
+        """Numbers for a metrics page."""
+        return {
+            "device_tier_entries": len(self._entries),
+            "device_tier_bytes": self._taken,
+            "device_tier_capacity_bytes": self.capacity,
+            "device_tier_hits": self.hits,
+        }
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -170,48 +179,3 @@ def device_capacity(setting: int | None, device: torch.device) -> int:
         return 0
     free, _ = torch.cuda.mem_get_info(device)
     return int(_SHARE_OF_FREE * free)
-
-
-class StageCopies:
-    """Copies layers between entries and a stage where pieces of theirs lie scattered: one operation for all pieces.
-
-    Args:
-        entries: rows of a lease, and for each of their pieces which bytes of the stage are which bytes of a row.
-        nbytes: of a stage.
-    """
-
-    def __init__(self, entries: Sequence[tuple[torch.Tensor, Sequence[tuple[slice, slice]]]], nbytes: int) -> None:
-        pieces = sorted(
-            ((to, source, rows) for rows, slices in entries for to, source in slices), key=lambda piece: piece[0].start
-        )
-        bounds = [edge for to, source, _ in pieces for edge in (to.start, to.stop, source.start, source.stop)]
-        # Wide elements cross faster; an odd number of channels in a byte each is the exception.
-        self._dtype = torch.int32 if not any(edge % 4 for edge in [*bounds, nbytes]) else torch.uint8
-        width = self._dtype.itemsize
-        # A call for each piece and layer would take the host longer than the device.
-        self._layers = [
-            rows.view(self._dtype)[:, source.start // width : source.stop // width].unbind(0)
-            for _, source, rows in pieces
-        ]
-        self._sizes: list[int] = []
-        self._at: list[int] = []
-        end = 0
-        for to, _, _ in pieces:
-            self._at.append(len(self._sizes) + 1)
-            self._sizes += [(to.start - end) // width, (to.stop - to.start) // width]
-            end = to.stop
-        self._sizes.append((nbytes - end) // width)
-
-    def bring(self, layer: int, stage: torch.Tensor) -> None:
-        """Copy ``layer`` of every entry into ``stage``, uint8 (nbytes,)."""
-        if self._at:
-            torch._foreach_copy_(self._pieces(stage), [layers[layer] for layers in self._layers])
-
-    def keep(self, layer: int, stage: torch.Tensor) -> None:
-        """Copy ``layer`` of every entry out of ``stage``."""
-        if self._at:
-            torch._foreach_copy_([layers[layer] for layers in self._layers], self._pieces(stage))
-
-    def _pieces(self, stage: torch.Tensor) -> list[torch.Tensor]:
-        parts = stage.view(self._dtype).split_with_sizes(self._sizes)
-        return [parts[at] for at in self._at]

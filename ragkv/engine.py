@@ -22,6 +22,7 @@ from ragkv.config import Settings, load_settings
 from ragkv.controller import Controller
 from ragkv.delivery import Delivery, Emit, OutputThread
 from ragkv.detokenize import Detokenizer
+from ragkv.device_tier import DeviceTier, device_capacity
 from ragkv.errors import CancelledError, ConfigError, NotFoundError
 from ragkv.generation import Generation
 from ragkv.ingest import Encode, Ingestor, Progress
@@ -72,6 +73,7 @@ class Engine:
         if settings.threads:
             torch.set_num_threads(settings.threads)
         remote, device = settings.remote_url, find_device(settings.device)
+        self._device_tier = DeviceTier(0, device)
         self._store = ChunkStore(
             settings.store_dir,
             capacity_bytes=settings.store_bytes,
@@ -80,6 +82,7 @@ class Engine:
             ram_allocate=PageLocking(device) if device.type == "cuda" else None,
             remote=remote.get_secret_value() if remote else None,
             remote_timeout_ms=settings.remote_timeout_ms,
+            on_gone=lambda key: self._device_tier.drop(key),
         )
         try:
             self._start(settings)
@@ -117,6 +120,8 @@ class Engine:
         )
         on = settings.controller == "on" and not fault
         self._controller = Controller(warms=settings.ram_bytes > 0) if on else None
+        device = checkpoint.runner.device
+        self._device_tier = DeviceTier(device_capacity(settings.device_bytes, device), device)
         self._loop = EngineLoop(
             checkpoint.runner,
             self._store,
@@ -126,6 +131,7 @@ class Engine:
             blending_off=fault,
             controller=self._controller,
             measuring=measure_machine(checkpoint.runner, settings.kv_codec) if self._controller else None,
+            device_tier=self._device_tier,
         )
         self._output = OutputThread()
         # Retrieval and tokenising for asyncio callers; the loop's own few threads are left to whoever else needs them.
@@ -288,6 +294,7 @@ class Engine:
             device=str(self._checkpoint.runner.device),
             dtype=self._dtype,
             blending=loop.failure or loop.blending_off or "on",
+            layer_loop=self._checkpoint.runner.layer_loop,
             calibrated=self._uncalibrated is None,
             calibration=self._uncalibrated or str(self.settings.calibration),
             running=loop.running,
@@ -303,6 +310,7 @@ class Engine:
             "queued": health.queued,
             "encoding": health.encoding,
             **store_metrics(self._store.stats()),
+            **self._device_tier.stats(),
             **(self._controller.stats() if self._controller else {}),
         }
 

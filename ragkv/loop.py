@@ -24,6 +24,7 @@ import torch
 from ragkv.chunks import EncodeGroup
 from ragkv.controller import Controller
 from ragkv.costs import Machine
+from ragkv.device_tier import DeviceTier
 from ragkv.encode import EncodedChunk, encode
 from ragkv.errors import EngineClosedError, QueueFullError, RagkvError
 from ragkv.generation import Generation
@@ -76,9 +77,11 @@ class EngineLoop:
         blending_off: str | None = None,
         controller: Controller | None = None,
         measuring: Generator[None, None, Machine] | None = None,
+        device_tier: DeviceTier | None = None,
     ) -> None:
         self._runner, self._store = runner, store
         self._controller, self._measuring = controller, measuring
+        self._device_tier = device_tier
         self._max_running, self._max_queued = max_running, max_queued
         self._on_missing = on_missing
         self.blending_off = blending_off
@@ -196,6 +199,7 @@ class EngineLoop:
                 watch=generation.watch,
                 blending_off=self.blending_off,
                 controller=None if generation.as_asked else self._controller,
+                device_tier=self._device_tier,
             )
             self._prefill = generation, prefill.run()
 

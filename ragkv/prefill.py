@@ -15,9 +15,10 @@ from ragkv.blend import Blend
 from ragkv.clock import Stopwatch
 from ragkv.controller import Actual, Choice, Controller, Reading
 from ragkv.costs import Piece, Work
+from ragkv.device_tier import DeviceTier
 from ragkv.errors import MissingEntryError, RagkvError, StoreError
 from ragkv.kv import RequestKV
-from ragkv.loading import ChunkLostError, LayerLoader
+from ragkv.loading import ChunkLostError, LayerLoader, Slabs
 from ragkv.plan import PromptPlan, Span
 from ragkv.runner import ModelRunner
 from ragkv.selection import STRATEGIES
@@ -84,6 +85,7 @@ class Prefill:
         strategy: a name of :data:`ragkv.selection.STRATEGIES`, or ``full``.
         blending_off: why nothing may be blended, or None.
         room: tokens that will be generated; the KV gets slots for them.
+        device_tier: has hot entries on the device, and keeps those that are brought there.
         controller: may compute more than is asked for, where that is faster; None does exactly what is asked for.
     """
 
@@ -100,10 +102,12 @@ class Prefill:
         blending_off: str | None = None,
         seed: int = 0,
         controller: Controller | None = None,
+        device_tier: DeviceTier | None = None,
     ) -> None:
         self._runner, self._store, self._plan = runner, store, plan
         self._strategy, self._ratio, self._seed, self._room = strategy, ratio, seed, room
         self._watch, self._off, self._controller = watch, blending_off, controller
+        self._device_tier = DeviceTier(0, runner.device) if device_tier is None else device_tier
         self._why: dict[Span, str] = {}
         self._chosen: dict[Span, str] = {}
         self._opened: set[Span] = set()
@@ -146,8 +150,10 @@ class Prefill:
         return _Trial(choice, dict(self._watch.parts))
 
     def _piece(self, span: Span, entry: OpenEntry) -> Piece:
-        nbytes = self._runner.shape.entry_bytes(span.length, entry.header.codec)
-        return Piece(span.length, span.start, nbytes, entry.tier, span.context_present)
+        nbytes, tier = self._runner.shape.entry_bytes(span.length, entry.header.codec), entry.tier
+        if entry.key in self._device_tier:
+            nbytes, tier = 0, "device"  # nothing is moved
+        return Piece(span.length, span.start, nbytes, tier, span.context_present)
 
     def _learn(self, trial: _Trial) -> Forecast | None:
         """What the trial took, told to the controller."""
@@ -190,8 +196,9 @@ class Prefill:
         spans = list(entries)
         [codec] = {span.chunk.tokens.codec for span in spans}
         with (
-            closing(self._store.open_layers(list(entries.values()))) as slabs,
-            closing(LayerLoader(self._runner, kv, spans, slabs, codec)) as loader,
+            closing(self._device_tier.lease(entry.header for entry in entries.values())) as lease,
+            closing(self._store.open_layers([e for e in entries.values() if e.key not in lease.hits])) as slabs,
+            closing(LayerLoader(self._runner, kv, spans, slabs, codec, lease)) as loader,
         ):
             self._watch.lap("load")
             blend = Blend(
@@ -205,21 +212,36 @@ class Prefill:
                 seed=self._seed,
                 watch=self._watch,
             )
-            rows = yield from blend.run()
+            try:
+                rows = yield from blend.run()
+            except ChunkLostError as lost:
+                loader.close()
+                yield from self._read_on(slabs, [s for s in spans if entries[s].key not in lease.hits], lost)
+                raise
             logits = self._runner.logits(rows)
             if trial:
                 trial.reader = slabs
-        outcomes = [self._outcome(span, entries.get(span), blend) for span in self._plan.spans]
+            lease.commit()
+        tiers = {span: "device" if entry.key in lease.hits else entry.tier for span, entry in entries.items()}
+        outcomes = [self._outcome(span, tiers.get(span), blend) for span in self._plan.spans]
         return PrefillResult(logits, kv, outcomes)
 
-    def _outcome(self, span: Span, entry: OpenEntry | None, blend: Blend) -> SpanOutcome:
+    def _read_on(self, slabs: Slabs, spans: list[Span], lost: ChunkLostError) -> Generator[None, None, None]:
+        """Find what else is lost, lest every chunk cost an attempt. The sound ones are then in RAM for the next."""
+        for layer in slabs:
+            lost.causes.update((s, slab) for s, slab in zip(spans, layer, strict=True) if isinstance(slab, StoreError))
+            self._watch.lap("load")
+            yield
+            self._watch.lap("queue")
+
+    def _outcome(self, span: Span, tier: str | None, blend: Blend) -> SpanOutcome:
         layers = self._runner.shape.layers
-        if entry is None:
+        if tier is None:
             return self._computed(span)
         repaired = int(blend.computed[span.start : span.end].sum())
         dense = blend.dense_layers if span.context_present else 0
         return SpanOutcome(
-            cast(KvSource, entry.tier),
+            cast(KvSource, tier),
             None if span.context_present else "not repaired: its document context is not in this prompt",
             span.length if dense else repaired,
             span.length * dense + repaired * (layers - dense),

@@ -13,11 +13,11 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from ragkv.errors import InputError
 
-Method = Literal["default", "none", "hkvd", "epic", "question", "random", "full"]
+Method = Literal["default", "none", "hkvd", "epic", "question", "echo", "links", "random", "full"]
 ContextPolicy = Literal["document", "alone"]
 RetrievalMode = Literal["fused", "bm25", "dense"]
 FinishReason = Literal["stop", "length", "cancelled"]
-KvSource = Literal["ram", "ssd", "remote", "computed", "dropped"]
+KvSource = Literal["device", "ram", "ssd", "remote", "computed", "dropped"]
 
 
 def _valid(text: str) -> str:
@@ -331,6 +331,7 @@ class Health(Reply):
     device: str
     dtype: str
     blending: str = Field(description="`on`, or the reason why every prompt is prefilled in full")
+    layer_loop: str = Field(description="`fused` (CUDA kernels), or `plain: ` and the reason; answers are the same")
     calibrated: bool = Field(False, description="method, ratio and codec are as `ragkv calibrate` measured this model")
     calibration: str = Field("", description="what it measured, or why the setting counts as not calibrated")
     running: int

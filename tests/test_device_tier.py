@@ -9,10 +9,8 @@ import pytest
 import torch
 
 from ragkv import device_tier
-from ragkv.device_tier import DeviceTier, StageCopies, device_capacity
-from ragkv.kv import KvShape
+from ragkv.device_tier import DeviceTier, device_capacity
 from ragkv.store import ChunkStore, EntryHeader, Geometry
-from ragkv.unpacking import Unpacker
 from tests.store_kit import FILE, entry_file, flip, key_for, open_one, put
 
 CPU = torch.device("cpu")
@@ -160,43 +158,6 @@ def test_capacity_is_off_on_a_cpu_unless_asked_for(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1000, 5000))
     assert device_capacity(None, torch.device("cuda")) == 100
     assert device_capacity(0, torch.device("cuda")) == 0
-
-
-@pytest.mark.parametrize("codec", ["raw", "int8", "fp8"])
-@pytest.mark.parametrize("kv_heads", [1, 2])
-def test_layers_cross_between_a_stage_and_entries(codec: str, kv_heads: int):
-    shape = KvShape(3, kv_heads, 6, torch.float16)
-    headers = [EntryHeader(key_for(i), shape.geometry, tokens, "m", codec) for i, tokens in enumerate((3, 5, 2))]
-    unpacker = Unpacker(codec, shape, [header.tokens for header in headers], CPU)
-    slabs = torch.randint(256, (3, 3, max(unpacker.slab_bytes)), dtype=torch.uint8)
-    kept = DeviceTier(1 << 20, CPU)
-    stages = torch.zeros((3, unpacker.nbytes), dtype=torch.uint8)
-    for layer in range(3):
-        for i, pieces in enumerate(unpacker.pieces):
-            for to, source in pieces:
-                stages[layer][to] = slabs[layer, i][source]
-    with closing(kept.lease(headers)) as lease:
-        some = [(lease.fills[headers[i].key], unpacker.pieces[i]) for i in (2, 0)]
-        copies = StageCopies(some, unpacker.nbytes)
-        for layer in range(3):
-            copies.keep(layer, stages[layer])
-        lease.commit()
-    with closing(kept.lease(headers)) as lease:
-        copies = StageCopies([(lease.hits[headers[i].key], unpacker.pieces[i]) for i in (0, 2)], unpacker.nbytes)
-        for layer in range(3):
-            stage = torch.full((unpacker.nbytes,), 7, dtype=torch.uint8)
-            copies.bring(layer, stage)
-            for i, pieces in enumerate(unpacker.pieces):
-                for to, source in pieces:
-                    expected = slabs[layer, i][source] if i != 1 else torch.full((to.stop - to.start,), 7)
-                    assert torch.equal(stage[to], expected.to(torch.uint8))
-
-
-def test_no_entries_are_no_copies():
-    stage = torch.ones(64, dtype=torch.uint8)
-    StageCopies([], 64).bring(0, stage)
-    StageCopies([], 64).keep(0, stage)
-    assert stage.sum() == 64
 
 
 def test_the_store_says_what_it_gave_up(tmp_path: Path):
