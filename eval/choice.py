@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 from ragkv.eval.score import Interval, wilson
 
-PILOT = 8
+PILOT = 6
 RAW = "raw"
 _MOST_QUESTIONS = 10**9
 
