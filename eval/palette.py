@@ -36,7 +36,12 @@ METRIC_NAMES = {
 
 def look(method: str) -> Look:
     """How ``method`` is drawn; methods that came later than this table take turns."""
-    return _LOOKS.get(method) or _OTHERS[sum(method.encode()) % len(_OTHERS)]
+    return _LOOKS.get(method) or _OTHERS[sum(map(ord, method)) % len(_OTHERS)]
+
+
+def looks() -> list[Look]:
+    """Every look there is, in one order."""
+    return [*_LOOKS.values(), *_OTHERS]
 
 
 def in_turn(methods: set[str]) -> list[str]:

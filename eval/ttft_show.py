@@ -10,19 +10,12 @@ from rich.console import Console
 from rich.table import Table
 
 from ragkv.eval.cache_policy_plot import check
+from ragkv.eval.palette import FLOOR, look
 
 Row = dict[str, Any]
 LEAST_WIDTH = 120
 
-_COLOURS = {
-    "none": "#000000",
-    "question": "#0072B2",
-    "hkvd": "#D55E00",
-    "epic": "#009E73",
-    "random": "#999999",
-    "default": "#CC79A7",
-}
-_FULL, _FLOOR = "#333333", "#E69F00"
+_FULL, _FLOOR = look("full").light, FLOOR.light
 
 
 def show(console: Console, rows: Sequence[Row]) -> None:
@@ -138,7 +131,7 @@ def _draw(axes: Any, rows: Sequence[Row]) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     names = [row["method"] + (f" {row['ratio']:.0%}" if 0 < row["ratio"] < 1 else "") for row in rows]
     times = [row["ttft_ms"] for row in rows]
-    axes.barh(range(len(rows)), times, color=[_COLOURS.get(row["method"], _FULL) for row in rows], height=0.62)
+    axes.barh(range(len(rows)), times, color=[look(row["method"]).light for row in rows], height=0.62)
     axes.vlines(
         [row["floor_ms"] for row in rows],
         [i - 0.42 for i in range(len(rows))],

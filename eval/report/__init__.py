@@ -20,7 +20,7 @@ def write_report(paths: Sequence[Path], out: Path, title: str = "ragkv: what was
     """
     results = read_results(paths)
     try:
-        out.write_text(render(results, title), encoding="utf-8")
+        out.write_text(render(results, title), encoding="utf-8", errors="replace")
     except OSError as error:
         raise InputError(f"{out} cannot be written: {error.strerror}; name a file in a folder that exists") from error
     return results

@@ -10,12 +10,12 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from ragkv.eval.palette import Look
+from ragkv.eval.palette import Look, looks
 from ragkv.eval.report.html import Html, tag
 
 WIDTH, HEIGHT = 480, 310
 LEFT, RIGHT, TOP, BOTTOM = 48, 12, 10, 44
-_LOG_FROM = 8.0  # a range this many times its beginning is drawn on a logarithmic axis
+_LOG_FROM = 5.0  # a range this many times its beginning is drawn on a logarithmic axis
 _LETTER, _LINE = 6.1, 13.0  # of a label
 _Box = tuple[float, float, float, float]
 
@@ -147,7 +147,7 @@ def _band(band: Band, x: Axis, y: Axis) -> Html:
         tag("line", x1=LEFT, x2=WIDTH - RIGHT, y1=y(band.y), y2=y(band.y), class_="reference"),
         role="img",
         aria_label=band.label,
-        data_tip=band.label,
+        data_tip=True,
     )
 
 
@@ -190,7 +190,7 @@ def _mark(point: Point, x: Axis, y: Axis) -> Html:
         tabindex=0,
         role="img",
         aria_label=point.tip,
-        data_tip=point.tip,
+        data_tip=True,
     )
 
 
@@ -222,7 +222,7 @@ def _overlap(one: _Box, other: _Box) -> bool:
 
 def colour(look: Look) -> str:
     """A style that makes ``currentColor`` the look's, in either theme."""
-    return f"color:light-dark({look.light},{look.dark})"
+    return f"color:var(--look{looks().index(look)})"
 
 
 def marker(shape: str, x: float, y: float, size: float) -> Html:

@@ -36,7 +36,7 @@
   // What a pointer, a finger or the keyboard rests on tells its figures.
   const tip = document.getElementById("tip");
   const show = (target, x, y) => {
-    tip.textContent = target.dataset.tip;
+    tip.textContent = target.dataset.tip || target.getAttribute("aria-label");
     tip.hidden = false;
     const box = tip.getBoundingClientRect();
     tip.style.left = `${Math.max(6, Math.min(x + 14, innerWidth - box.width - 6))}px`;

@@ -7,6 +7,7 @@ import hashlib
 from collections.abc import Sequence
 from importlib.resources import files
 
+from ragkv.eval.palette import looks
 from ragkv.eval.report import pareto, quality, speed, tables
 from ragkv.eval.report.files import Results
 from ragkv.eval.report.html import Html, tag
@@ -46,8 +47,16 @@ def _head(title: str) -> Html:
         tag("meta", http_equiv="Content-Security-Policy", content=policy),
         tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
         tag("title", title),
-        tag("style", Html(_part("page.css"))),
+        tag("style", Html(_part("page.css") + _colours())),
     )
+
+
+def _colours() -> str:
+    """What the figures' styles call by name, so that a page does not repeat it at every mark."""
+    named = {f"look{number}": (one.light, one.dark) for number, one in enumerate(looks())}
+    named |= {f"part-{part}": shades for part, shades in speed.PARTS.items()}
+    values = "".join(f"--{name}:light-dark({light},{dark});" for name, (light, dark) in named.items())
+    return f":root{{{values}}}"
 
 
 def _body(results: Results, title: str, sections: dict[str, Html]) -> Html:

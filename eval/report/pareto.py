@@ -7,10 +7,12 @@ from dataclasses import dataclass
 
 from ragkv.eval.palette import look
 from ragkv.eval.report import words
-from ragkv.eval.report.charts import Band, Point, scatter
+from ragkv.eval.report.charts import Band, Point, colour, scatter
 from ragkv.eval.report.html import Html, joined, ms, percent, points, setting, tag
 from ragkv.eval.report.legend import legend
 from ragkv.eval.report.rows import Panel, Place, Quality, Speed
+
+_OWN = "own"  # stands for a tier where the run that gave the answers took the times, too
 
 
 @dataclass(frozen=True)
@@ -45,52 +47,65 @@ def front_of(pairs: Sequence[Pair]) -> list[Pair]:
     return front
 
 
+def own_times(quality: Sequence[Quality]) -> list[Speed]:
+    """Speeds of the very run that gave the answers, where it asked every question from scratch."""
+    full = next((row.ttft for row in quality if row.setting[0] == "full"), None)
+    return [
+        Speed(
+            place=Place(row.panel.model, "", row.panel.tokens, 1, _OWN, row.codec),
+            setting=row.setting,
+            share=row.share,
+            ttft=row.ttft,
+            full=full,
+        )
+        for row in quality
+        if row.ttft and full
+    ]
+
+
 def section(speed: Sequence[Speed], quality: Sequence[Quality]) -> Html | None:
     """None where no speed and quality have settings in common."""
-    places = list(dict.fromkeys(row.place for row in speed))
     panels = list(dict.fromkeys(row.panel for row in quality))
-    joined = {(q, p): pairs_of(speed, _of(quality, panel), place) for p, panel in enumerate(panels)
-              for q, place in enumerate(places)}  # fmt: skip
-    joined = {chosen: pairs for chosen, pairs in joined.items() if len(pairs) > 1}
-    if not joined:
+    places = list(dict.fromkeys(row.place for row in speed))
+    speeds = {str(q): _place_name(places, place) for q, place in enumerate(places)}
+    figures: dict[tuple[str, str], list[Pair]] = {}
+    for p, panel in enumerate(panels):
+        rows = [row for row in quality if row.panel == panel]
+        for q, place in enumerate(places):
+            figures[str(q), str(p)] = pairs_of(speed, rows, place)
+        if own := own_times(rows):
+            figures[_OWN, str(p)] = pairs_of(own, rows, own[0].place)
+            speeds[_OWN] = "timed with the answers"
+    figures = {chosen: pairs for chosen, pairs in figures.items() if len(pairs) > 1}
+    if not figures:
         return None
-    best = max(joined, key=lambda chosen: (len(joined[chosen]), *_weight(panels[chosen[1]])))
-    speeds = {q: _place_name(places, place) for q, place in enumerate(places)}
-    qualities = {p: _panel_name(panels, panel) for p, panel in enumerate(panels)}
+    best = max(figures, key=lambda chosen: _weight(figures[chosen]))
+    qualities = {str(p): _panel_name(panels, panel) for p, panel in enumerate(panels)}
     return tag(
         "section",
         tag("h2", "Quality against speed"),
         tag("div", _select("Speed", speeds, best[0]), _select("Quality", qualities, best[1]), class_="pickers"),
-        [
-            tag(
-                "div",
-                _figure(pairs, places[q], panels[p]),
-                class_="pick",
-                data_speed=q,
-                data_quality=p,
-                hidden=(q, p) != best,
-            )
-            for (q, p), pairs in joined.items()
-        ],
+        [_pick(chosen, pairs, shown=chosen == best) for chosen, pairs in figures.items()],
         tag("p", "These two have no method and ratio in common.", class_="no-pick", hidden=True),
         id="pareto",
     )
 
 
-def _weight(panel: Panel) -> tuple[bool, int]:
-    """What is shown first: what ragkv does when nothing is asked for, on the most questions."""
-    return panel.policy == "document", panel.questions
+def _weight(pairs: Sequence[Pair]) -> tuple[bool, int, bool, int]:
+    """What is shown first: times of the same run; then the most settings; then what ragkv does when nothing is asked
+    for, and the most questions."""
+    panel = pairs[0].quality.panel
+    return pairs[0].speed.place.tier == _OWN, len(pairs), panel.policy == "document", panel.questions
 
 
-def _of(rows: Sequence[Quality], panel: Panel) -> list[Quality]:
-    return [row for row in rows if row.panel == panel]
+def _pick(chosen: tuple[str, str], pairs: Sequence[Pair], *, shown: bool) -> Html:
+    return tag("div", _figure(pairs), class_="pick", data_speed=chosen[0], data_quality=chosen[1], hidden=not shown)
 
 
 def _place_name(places: Sequence[Place], place: Place) -> str:
     """As short as tells the places apart."""
-    machines = {words.machine(one) for one in places}
-    parts = [words.load(place), words.tier(place)]
-    return ", ".join(parts if len(machines) == 1 else [words.machine(place), *parts])
+    several = len({words.machine(one) for one in places}) > 1
+    return ", ".join([*([words.machine(place)] if several else []), words.load(place), words.tier(place)])
 
 
 def _panel_name(panels: Sequence[Panel], panel: Panel) -> str:
@@ -99,13 +114,14 @@ def _panel_name(panels: Sequence[Panel], panel: Panel) -> str:
     return ", ".join([*parts, words.conditions(panel), f"{panel.questions:,} questions"])
 
 
-def _select(label: str, options: dict[int, str], chosen: int) -> Html:
+def _select(label: str, options: dict[str, str], chosen: str) -> Html:
     choices = [tag("option", text, value=value, selected=value == chosen) for value, text in options.items()]
     picker = tag("select", choices, data_pick=label.lower(), disabled=len(options) == 1, autocomplete="off")
     return tag("label", tag("span", label), picker)
 
 
-def _figure(pairs: Sequence[Pair], place: Place, panel: Panel) -> Html:
+def _figure(pairs: Sequence[Pair]) -> Html:
+    place, panel = pairs[0].speed.place, pairs[0].quality.panel
     front = front_of(pairs)
     full = next((pair for pair in pairs if pair.speed.setting[0] == "full"), None)
     metric = words.metric(panel)
@@ -193,7 +209,7 @@ def _tile(pair: Pair) -> Html:
         tag("span", f"{ms(pair.ms)} to first token", class_="small"),
         tag("span", small, class_="small"),
         class_="tile",
-        style=f"border-color:light-dark({look(method).light},{look(method).dark})",
+        style=colour(look(method)),
     )
 
 
@@ -203,7 +219,9 @@ def _caption(place: Place, panel: Panel) -> Html:
         "Further left is sooner, higher is better; the steps join what nothing else beats in both. Whiskers and band "
         "are 95% intervals. ",
         tag("b", "Speed: "),
-        f"{words.machine(place)}, {words.load(place)}, {words.tier(place)}. ",
+        "medians over these very questions, each asked from scratch. "
+        if place.tier == _OWN
+        else f"{words.machine(place)}, {words.load(place)}, {words.tier(place)}. ",
         tag("b", "Quality: "),
         f"{words.data(panel)}, {words.conditions(panel)}, {panel.questions:,} questions.",
         class_="caption",

@@ -8,13 +8,12 @@ from dataclasses import replace
 from ragkv.eval.palette import look
 from ragkv.eval.report import words
 from ragkv.eval.report.charts import Band, Point, colour, scatter
-from ragkv.eval.report.html import Html, percent, points, setting, tag
+from ragkv.eval.report.html import Html, joined, percent, points, setting, tag
 from ragkv.eval.report.legend import legend
 from ragkv.eval.report.rows import Panel, Quality
 
 _LEAST_POINTS = 3  # of a chart
-_FULL_SHADE = 0.4  # a difference this large is shaded fully
-_WORSE, _BETTER = "light-dark(#D55E00,#C4581A)", "light-dark(#0072B2,#2F86C4)"
+_NO_GAIN, _FULL_SHADE = 0.005, 0.4  # a difference that is not shaded at all, one that is shaded fully
 
 
 def section(rows: Sequence[Quality]) -> Html | None:
@@ -111,32 +110,32 @@ def _kinds(rows: Sequence[Quality]) -> Html | None:
     equal = len(set(asked.values())) == 1
     caption = "By kind of question, %" + (f", {next(iter(asked.values()))} questions each" if equal else "")
     heads = [tag("th", kind, None if equal else tag("small", asked.get(kind)), scope="col") for kind in kinds]
-    return tag(
-        "div",
-        tag(
-            "table",
-            tag("caption", caption, "; shaded by the difference to full prefill" if full else None),
-            tag("thead", tag("tr", tag("th", "method", scope="col"), heads)),
-            tag("tbody", [_kind_row(row, kinds, full) for row in rows]),
-            class_="heat",
-        ),
-        class_="scroll",
-    )
+    shading = "; shaded by the difference to full prefill" if full else None
+    body = [_kind_row(row, kinds, full) for row in rows]
+    head = tag("thead", tag("tr", tag("th", "method", scope="col"), heads))
+    table = tag("table", head, tag("tbody", body), class_="heat")
+    return joined([tag("p", caption, shading, class_="caption"), tag("div", table, class_="scroll")])
 
 
 def _kind_row(row: Quality, kinds: Sequence[str], full: Quality | None) -> Html:
-    cells = []
-    for kind in kinds:
-        score, best = row.by_kind.get(kind), full.by_kind.get(kind) if full else None
-        gain = 0.0 if score is None or best is None or row is full else score - best
-        style = None
-        if abs(gain) > 0.005:
-            depth = min(abs(gain) / _FULL_SHADE, 1.0)
-            style = (
-                f"background:color-mix(in oklab,{_BETTER if gain > 0 else _WORSE} {20 + 60 * depth:.0f}%,transparent)"
-            )
-        tip = f"{setting(*row.setting)}, {kind}\n{points(gain)} points to full prefill" if gain else None
-        cells.append(tag("td", "" if score is None else f"{100 * score:.0f}", style=style, data_tip=tip))
-    name = tag("i", class_="dot", style=f"{colour(look(row.setting[0]))};background:currentColor")
+    dot = tag("i", class_="dot", style=f"{colour(look(row.setting[0]))};background:currentColor")
     codec = None if row.codec == "raw" else tag("small", row.codec)
-    return tag("tr", tag("th", name, setting(*row.setting), codec, scope="row"), cells)
+    name = tag("th", dot, setting(*row.setting), codec, scope="row")
+    best = full.by_kind if full and row is not full else {}
+    return tag("tr", name, [_kind_cell(row, kind, best.get(kind)) for kind in kinds])
+
+
+def _kind_cell(row: Quality, kind: str, best: float | None) -> Html:
+    score = row.by_kind.get(kind)
+    if score is None:
+        return tag("td")
+    gain = 0.0 if best is None else score - best
+    if abs(gain) < _NO_GAIN:
+        return tag("td", f"{100 * score:.0f}")
+    return tag(
+        "td",
+        f"{100 * score:.0f}",
+        class_="better" if gain > 0 else "worse",
+        style=f"--depth:{20 + 60 * min(abs(gain) / _FULL_SHADE, 1.0):.0f}%",
+        data_tip=f"{setting(*row.setting)}, {kind}\n{points(gain)} points to full prefill",
+    )

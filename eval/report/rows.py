@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from ragkv.eval.palette import METRIC_NAMES
@@ -49,11 +49,11 @@ class Speed:
     share: float | None
     ttft: float
     full: float
-    floor: float | None
-    floor_by: str
-    loaded: float | None
-    parts: Mapping[str, float]
-    spread: Interval | None
+    floor: float | None = None
+    floor_by: str = ""
+    loaded: float | None = None
+    parts: Mapping[str, float] = field(default_factory=dict)
+    spread: Interval | None = None
 
     @property
     def speedup(self) -> float:
@@ -104,7 +104,7 @@ def speed(row: Mapping[str, Any]) -> Speed:
         share=read.optional("recomputed_share"),
         ttft=read.positive("ttft_ms"),
         full=read.positive("full_prefill_ms"),
-        floor=read.optional("floor_ms"),
+        floor=read.optional("floor_ms") or None,
         floor_by=read.text("floor_by", ""),
         loaded=read.optional("bytes_loaded"),
         parts=read.numbers("parts_ms"),

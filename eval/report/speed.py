@@ -11,7 +11,7 @@ from ragkv.eval.report.legend import swatches
 from ragkv.eval.report.rows import Place, Speed
 
 # A request's walk: what comes first stands first. Colours of Okabe and Ito on white and on black.
-_PARTS = {
+PARTS = {
     "retrieve": ("#8A6D00", "#D9C24A"),
     "queue": ("#999999", "#8C8C8C"),
     "plan": ("#CC79A7", "#E39BC3"),
@@ -20,8 +20,8 @@ _PARTS = {
     "select": ("#009E73", "#3CC79A"),
     "recompute": ("#0072B2", "#3F8FD2"),
     "first_token": ("#D55E00", "#F08A4B"),
+    "other": ("#5B6770", "#B4BEC7"),
 }
-_OTHER = ("#5B6770", "#B4BEC7")
 _Group = tuple[str, str]
 
 
@@ -32,8 +32,7 @@ def section(rows: Sequence[Speed]) -> Html | None:
     groups: dict[_Group, list[Speed]] = {}
     for row in rows:
         groups.setdefault((words.machine(row.place), words.load(row.place)), []).append(row)
-    known = [name for name in _PARTS if any(name in row.parts for row in rows)]
-    others = any(name not in _PARTS for row in rows for name in row.parts)
+    held = {name if name in PARTS else "other" for row in rows for name in row.parts}
     return tag(
         "section",
         tag("h2", "Time to first token"),
@@ -50,7 +49,7 @@ def section(rows: Sequence[Speed]) -> Html | None:
             tag("label", tag("input", type="radio", name="bars", class_="by-share"), "where the time goes"),
             class_="toggle",
         ),
-        swatches([*((_name(n), _colour(n)) for n in known), *([("other", _colour(""))] if others else [])]),
+        swatches((_name(name), _colour(name)) for name in PARTS if name in held),
         tag(
             "ul",
             tag("li", tag("i", class_="key-floor"), "floor"),
@@ -106,9 +105,9 @@ def _place(place: Place, rows: Sequence[Speed], scales: _Scales) -> Html:
 def _bar(row: Speed, scales: _Scales) -> Html:
     # Parts are of one run, the bar's length is the median's.
     total = sum(row.parts.values())
-    order = sorted(row.parts, key=lambda part: [*_PARTS, part].index(part))
+    order = sorted(row.parts, key=lambda part: [*PARTS, part].index(part))
     segments = [_segment(part, row, total, scales) for part in order if row.parts[part] > 0]
-    whole = tag("i", class_="part", style=scales.style(row.ttft, share=1.0) + f";background:{_colour('')}")
+    whole = tag("i", class_="part", style=scales.style(row.ttft, share=1.0) + f";background:{_colour('other')}")
     return tag(
         "div",
         tag("span", setting(*row.setting), class_="bar-name"),
@@ -136,7 +135,7 @@ def _segment(part: str, row: Speed, total: float, scales: _Scales) -> Html:
         tabindex=0 if share > 0.02 else None,
         role="img",
         aria_label=tip,
-        data_tip=tip,
+        data_tip=True,
     )
 
 
@@ -145,5 +144,4 @@ def _name(part: str) -> str:
 
 
 def _colour(part: str) -> str:
-    light, dark = _PARTS.get(part, _OTHER)
-    return f"light-dark({light},{dark})"
+    return f"var(--part-{part if part in PARTS else 'other'})"

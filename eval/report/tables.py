@@ -64,7 +64,7 @@ def quality_table(rows: Sequence[Quality]) -> Html | None:
         ("computed", lambda r: _share(r.share)),
         ("metric", lambda r: _word(METRIC_NAMES.get(r.panel.metric, r.panel.metric))),
         ("score", lambda r: _with_bounds(percent, r.score, r.interval)),
-        ("minus full", lambda r: _with_bounds(points, r.difference, r.difference_interval)),
+        ("minus full", lambda r: _difference(r)),
         *((name, _figure(key)) for key, name in METRIC_NAMES.items() if any(key != r.panel.metric for r in rows)),
         ("questions", lambda r: _number(r.panel.questions, ",.0f")),
         ("contexts", lambda r: _number(r.panel.contexts, ",.0f")),
@@ -146,6 +146,10 @@ def _section(title: str, id_: str, rows: Sequence[R], columns: Sequence[Column[R
     )
 
 
+def _difference(row: Quality) -> Cell:
+    return _EMPTY if row.setting[0] == "full" else _with_bounds(points, row.difference, row.difference_interval)
+
+
 def _word(text: str) -> Cell:
     return Cell(text, text)
 
@@ -161,5 +165,5 @@ def _share(value: float | None) -> Cell:
 def _with_bounds(form: Callable[[float], str], value: float | None, bounds: Interval | None) -> Cell:
     if value is None:
         return _EMPTY
-    text = form(value) + (f" [{form(bounds[0])}, {form(bounds[1])}]" if bounds else "")
+    text = form(value) + (f" [{form(bounds[0])}, {form(bounds[1])}]" if bounds else "").replace("%", "")
     return Cell(text, value)
