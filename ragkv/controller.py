@@ -232,8 +232,8 @@ def _correct(machine: Machine, choice: Choice, actual: Actual) -> None:
         _correct_by_total(machine, work, pieces, actual.total)
     else:
         times = machine.blend(work, pieces)
-        placed = actual.load - actual.waited
-        machine.tier("ram").observe(max(placed, _LEAST) / sum(piece.nbytes for piece in pieces))
+        if nbytes := sum(piece.nbytes for piece in pieces):
+            machine.tier("ram").observe(max(actual.load - actual.waited, _LEAST) / nbytes)
         if times.select and actual.select:
             selector = machine.selector(work.strategy)
             selector.observe(selector.value * actual.select / times.select)
