@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -16,10 +16,11 @@ Slabs = Iterator[list[np.ndarray | StoreError]]
 class ChunkLostError(Exception):
     """Chunks' stored KV turned out unreadable on the way; internal, answered by computing them.
 
-    ``causes`` holds all that are lost in a layer: a remote tier that fails loses many at once.
+    ``causes`` holds all that are lost in a layer: a remote tier that fails loses many at once. Whoever finds out about
+    more adds them.
     """
 
-    def __init__(self, causes: Mapping[Span, StoreError]) -> None:
+    def __init__(self, causes: dict[Span, StoreError]) -> None:
         super().__init__("; ".join(map(str, causes.values())))
         self.causes = causes
 
