@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 VENV := .venv
 STAMP := $(VENV)/.installed
 
-.PHONY: install demo test check format slow gpu faults properties soak coverage wheel clean
+.PHONY: install demo test check format slow gpu kernels faults properties soak coverage wheel clean
 
 install: $(STAMP)
 
@@ -23,6 +23,9 @@ slow: install
 
 gpu: install
 	$(VENV)/bin/python -m pytest -m gpu
+
+kernels: install
+	TRITON_INTERPRET=1 $(VENV)/bin/python -m pytest tests/test_kernels.py tests/test_fused.py
 
 faults: install
 	$(VENV)/bin/python -m tests.stress.store_faults

@@ -81,6 +81,11 @@ class ModelRunner:
         """Run layers with the library's own modules from now on."""
         self.fused, self.plain_because = None, because
 
+    @property
+    def layer_loop(self) -> str:
+        """``fused``, or ``plain:`` and why."""
+        return "fused" if self.plain_because is None else f"plain: {self.plain_because}"
+
     def new_kv(self, capacity: int, base: int = 0) -> RequestKV:
         return RequestKV(self.shape, capacity, self.device, base)
 

@@ -148,6 +148,7 @@ class FakeEngine:
             device="cpu",
             dtype="float32",
             blending="on",
+            layer_loop="fused",
             running=1,
             queued=2,
             encoding=0,

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -63,3 +67,18 @@ def test_room_behind_the_prompt_is_not_read():
     expected = runner.logits(runner.prefill(tensor, small))
     assert torch.equal(runner.logits(runner.prefill(tensor, large)), expected)
     assert torch.isfinite(runner.decode(5, 12, large)).all()
+
+
+def test_layers_run_plain_on_a_cpu_and_say_why():
+    assert make_runner("llama").layer_loop == "plain: the fused layer loop needs CUDA"
+    assert ModelRunner(make_model("llama"), fused=False).layer_loop == "plain: it was asked for"
+
+
+def test_a_cpu_never_imports_the_kernels():
+    """They need Triton, which only comes with torch for CUDA."""
+    code = (
+        "import sys; from tests.families import make_runner; make_runner('llama'); "
+        "assert not any(name.startswith('ragkv.kernels') for name in sys.modules)"
+    )
+    folder = Path(__file__).parents[1]
+    assert subprocess.run([sys.executable, "-c", code], cwd=folder).returncode == 0
