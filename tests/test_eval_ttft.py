@@ -44,7 +44,7 @@ COLUMNS = [
     "bytes_loaded",
     "device",
 ]
-RAM, SSD, REMOTE = Place("ram", "raw"), Place("ssd", "raw"), Place("remote", "raw")
+DEVICE, RAM, SSD, REMOTE = (Place(tier, "raw") for tier in ("device", "ram", "ssd", "remote"))
 TINY: dict[str, Any] = {"chunk_tokens": 16, "question_tokens": 5, "passes": 1}
 
 
@@ -67,7 +67,7 @@ def settings(tmp_path: Path) -> Settings:
 
 @pytest.fixture
 def bench(tmp_path: Path) -> Iterator[Bench]:
-    with _opened(tmp_path, RAM, SSD) as bench:
+    with _opened(tmp_path, DEVICE, RAM, SSD) as bench:
         yield bench
 
 
@@ -116,7 +116,7 @@ def test_rows_are_as_promised(settings: Settings) -> None:
 
 def test_chunks_come_from_the_tier_asked_for(bench: Bench) -> None:
     requests = bench.requests(40, "raw")
-    for place in (RAM, SSD):
+    for place in (DEVICE, RAM, SSD, DEVICE, SSD):
         bench.settle(place, requests)
         run = bench.run(place, requests, "epic", 0.5)
         assert [outcome.kv for outcome in run.outcomes] == [place.tier] * 3
@@ -135,6 +135,20 @@ def test_of_requests_at_once_the_median_is_told(bench: Bench, monkeypatch: pytes
     assert run.parts["queue"] > 0.3 * run.service  # it waited for the first
     seconds, service = bench.run_library(requests)
     assert service < seconds < 3 * service
+
+
+def test_the_device_tier_moves_nothing_over_the_link() -> None:
+    some = Rates(flops=100.0, memory=10.0, link=5.0, tiers={"device": 10.0})
+    assert Work(20, 30, 700.0).floor_s("device", some) == {"tier": 2.0, "link": 0.0, "memory": 3.0, "chip": 7.0}
+
+
+def test_the_device_tier_stands_alone_or_beside_others(settings: Settings) -> None:
+    asked: Any = (("none", 0.0), ("default", 0.15))
+    for tiers in (("device",), ("ssd", "device", "ram")):
+        plan = Plan((40,), tiers=tiers, codecs=("int8",), asked=asked, **TINY)
+        rows = measure_ttft(settings, plan, say=_silent)["rows"]
+        assert [row["tier"] for row in rows] == [tier for tier in tiers for _ in asked]
+        assert all(row["bytes_loaded"] for row in rows if row["method"] == "none")
 
 
 def test_the_floor_of_a_batch_is_that_of_its_middle(settings: Settings) -> None:
