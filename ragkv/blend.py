@@ -72,8 +72,16 @@ class Blend:
             self.required[span.start : span.end] = False
             # Recomputing tokens whose document context is not in this prompt would forget what it knew.
             self.repairable[span.start : span.end] = span.context_present
-        self.computed = self.required
         self.dense_layers = 0
+        self._rows: Rows | None = None
+
+    @property
+    def computed(self) -> torch.Tensor:
+        """bool (length,), on the host: what was computed in all layers but the dense ones. Waits for the device."""
+        computed = self.required.clone()
+        if self._rows is not None:
+            computed[self._rows.step.positions.cpu()] = True
+        return computed
 
     @property
     def budget(self) -> int:
@@ -87,15 +95,16 @@ class Blend:
             ChunkLostError: a stored chunk turned out unreadable; start again without it.
         """
         start = yield from self._strategy(self)
-        self.computed = torch.zeros(self.length, dtype=torch.bool)
-        self.computed[start.rows.step.positions.cpu()] = True
-        self.dense_layers = start.dense_layers
+        self._rows, self.dense_layers = start.rows, start.dense_layers
         yield from self.advance(start.rows, start.layer, self.runner.shape.layers, "recompute")
         return start.rows
 
-    def rows(self, computed: torch.Tensor, *, score_question: bool = False) -> Rows:
-        """Rows at layer 0 for the positions where ``computed`` (length,) holds."""
-        positions = computed.nonzero()[:, 0].to(self.runner.device)
+    def places(self, where: torch.Tensor) -> torch.Tensor:
+        """The positions, on the device, where ``where``, bool (length,) on the host, holds."""
+        return where.nonzero()[:, 0].to(self.runner.device)
+
+    def rows(self, positions: torch.Tensor, *, score_question: bool = False) -> Rows:
+        """Rows at layer 0 for ``positions`` (rows,), ascending, on the device."""
         contiguous = len(positions) == self.length
         step = AttentionStep(
             self.kv,
@@ -118,8 +127,10 @@ class Blend:
             self.watch.lap("queue")
 
     def take(self, scores: torch.Tensor) -> torch.Tensor:
-        """``required`` plus the ``budget`` repairable positions with the highest ``scores`` (length,)."""
-        ranked = scores.float().cpu().masked_fill(~self.repairable, float("-inf"))
-        chosen = self.required.clone()
-        chosen[ranked.topk(self.budget).indices] = True
-        return chosen
+        """The required positions and the ``budget`` repairable ones with the highest ``scores`` (length,), ascending.
+
+        Scores that are on the device stay there, and nobody waits for them.
+        """
+        ranked = scores.float().masked_fill(~self.repairable.to(scores.device), float("-inf"))
+        best = ranked.topk(self.budget).indices.to(self.runner.device)
+        return torch.cat((self.places(self.required), best)).sort().values

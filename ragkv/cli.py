@@ -44,7 +44,7 @@ Sets = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
 Collection = Annotated[str, typer.Option("--collection", "-c", help="Name of the collection.")]
 MethodOption = Annotated[
-    str | None, typer.Option("--method", help="default, none, hkvd, epic, question, random or full.")
+    str | None, typer.Option("--method", help="default, none, hkvd, epic, question, echo, links, random or full.")
 ]
 Ratio = Annotated[float | None, typer.Option(help="Share of context tokens a repair recomputes.")]
 TopK = Annotated[int | None, typer.Option(help="Chunks to retrieve.")]

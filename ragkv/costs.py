@@ -222,7 +222,7 @@ def passes(work: Work, loaded: Sequence[Piece], layers: int) -> list[Pass]:
     able = [piece for piece in loaded if piece.repairable]
     repaired, their_pairs = ratio * sum(p.tokens for p in able), ratio * sum(p.pairs for p in able)
     main = Pass("recompute", 0, layers, rows + repaired, pairs + their_pairs)
-    if work.strategy in ("none", "epic", "random") or not repaired:
+    if work.strategy in ("none", "epic", "random", "echo") or not repaired:
         return [main]
     if work.strategy == "hkvd":
         dense = Pass("recompute", 0, 1, rows + repaired / ratio, pairs + their_pairs / ratio)

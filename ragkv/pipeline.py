@@ -18,7 +18,7 @@ from ragkv.tokenizer import question_text
 from ragkv.types import ContextPolicy, DocumentIn, Method, QueryRequest
 
 # What `default` means until a calibration on the user's own model and documents says better; see docs/blending.md.
-DEFAULT_STRATEGY: Method = "question"
+DEFAULT_STRATEGY: Method = "links"
 
 
 def resolve_method(method: Method) -> Method:

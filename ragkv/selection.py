@@ -8,6 +8,8 @@ densely, and it never selects tokens that are not repairable.
     epic      the first tokens of every chunk (EPIC, ICML'25)
     random    tokens at random: the yardstick every idea must beat
     question  tokens the question attends to in the middle layers (ProphetKV, QCFuse 2026)
+    echo      tokens whose own words say that they lean on chunks they were encoded without
+    links     those that the question attends to: both at once
     hkvd      tokens whose values deviate most at a check layer (CacheBlend, EuroSys'25)
 
 ``full`` is no strategy here: it is the plain prefill of :mod:`ragkv.prefill`.
@@ -20,13 +22,14 @@ from collections.abc import Generator
 import torch
 
 from ragkv.blend import Blend, Start, Strategy
+from ragkv.echoes import hints
 
 HKVD_CHECK_LAYER = 1
 
 
 def none(blend: Blend) -> Generator[None, None, Start]:
     yield from ()
-    return _at_once(blend, blend.required)
+    return _at_once(blend, blend.places(blend.required))
 
 
 def epic(blend: Blend) -> Generator[None, None, Start]:
@@ -48,22 +51,27 @@ def random(blend: Blend) -> Generator[None, None, Start]:
 
 
 def question(blend: Blend) -> Generator[None, None, Start]:
-    """Run only the required rows over the reused KV, up to three quarters of the depth, and add up what the
-    question's rows attend to from one quarter on."""
-    layers = blend.runner.shape.layers
-    first, end = layers // 4, max(layers // 4 + 1, 3 * layers // 4)
+    """What the question's rows attend to, over the reused KV."""
     if not blend.budget:
         return (yield from none(blend))
-    rows = blend.rows(blend.required, score_question=True)
-    score_rows, rows.step.score_rows = rows.step.score_rows, 0
-    yield from blend.advance(rows, 0, first, "select")
-    rows.step.score_rows = score_rows
-    yield from blend.advance(rows, first, end, "select")
-    if rows.step.scores is None:
-        raise RuntimeError("the attention function collected no scores")
-    start = _at_once(blend, blend.take(rows.step.scores))
-    blend.watch.lap("select")
-    return start
+    scores = yield from _attended(blend)
+    return _selected(blend, scores)
+
+
+def echo(blend: Blend) -> Generator[None, None, Start]:
+    """What :func:`~ragkv.echoes.hints` says: known before any KV is loaded, and nothing is run to find it out."""
+    yield from ()
+    return _selected(blend, torch.from_numpy(hints(blend.plan)))
+
+
+def links(blend: Blend) -> Generator[None, None, Start]:
+    """What the question attends to, each token weighed by its hint: of all tokens that matter few are stale, and of
+    all stale ones few matter."""
+    if not blend.budget:
+        return (yield from none(blend))
+    weights = torch.from_numpy(hints(blend.plan)).to(blend.runner.device)
+    scores = yield from _attended(blend)
+    return _selected(blend, scores * weights)
 
 
 def hkvd(blend: Blend) -> Generator[None, None, Start]:
@@ -73,7 +81,7 @@ def hkvd(blend: Blend) -> Generator[None, None, Start]:
     if not blend.budget:
         return (yield from none(blend))
     # Rows that must not be repaired may not be recomputed on the way either.
-    dense = blend.rows(blend.required | blend.repairable)
+    dense = blend.rows(blend.places(blend.required | blend.repairable))
     yield from blend.advance(dense, 0, check, "recompute")
     blend.loader.ensure(check)
     blend.watch.lap("load")
@@ -81,17 +89,37 @@ def hkvd(blend: Blend) -> Generator[None, None, Start]:
     positions = dense.step.positions
     stored = blend.kv.read(check, blend.length)[1][positions]
     deviation = (fresh.float() - stored.float()).square().sum(dim=(1, 2))
-    scores = torch.zeros(blend.length)
-    scores[positions.cpu()] = deviation.cpu()
+    scores = torch.zeros(blend.length, device=positions.device).index_copy_(0, positions, deviation)
     chosen = blend.take(scores)
     rows = blend.rows(chosen)
-    rows.hidden = dense.hidden[:, chosen[positions.cpu()].to(positions.device)]
+    rows.hidden = dense.hidden[:, torch.searchsorted(positions, chosen)]
     blend.watch.lap("select")
     return Start(rows, check, dense_layers=check)
 
 
-def _at_once(blend: Blend, computed: torch.Tensor) -> Start:
-    return Start(blend.rows(computed), 0)
+def _attended(blend: Blend) -> Generator[None, None, torch.Tensor]:
+    """float32 (length,) on the device: run only the required rows over the reused KV, up to three quarters of the
+    depth, and add up the attention that the question's rows pay from one quarter on."""
+    layers = blend.runner.shape.layers
+    first, end = layers // 4, max(layers // 4 + 1, 3 * layers // 4)
+    rows = blend.rows(blend.places(blend.required), score_question=True)
+    score_rows, rows.step.score_rows = rows.step.score_rows, 0
+    yield from blend.advance(rows, 0, first, "select")
+    rows.step.score_rows = score_rows
+    yield from blend.advance(rows, first, end, "select")
+    if rows.step.scores is None:
+        raise RuntimeError("the attention function collected no scores")
+    return rows.step.scores
+
+
+def _selected(blend: Blend, scores: torch.Tensor) -> Start:
+    start = _at_once(blend, blend.take(scores))
+    blend.watch.lap("select")
+    return start
+
+
+def _at_once(blend: Blend, positions: torch.Tensor) -> Start:
+    return Start(blend.rows(positions), 0)
 
 
 STRATEGIES: dict[str, Strategy] = {
@@ -99,5 +127,7 @@ STRATEGIES: dict[str, Strategy] = {
     "epic": epic,
     "random": random,
     "question": question,
+    "echo": echo,
+    "links": links,
     "hkvd": hkvd,
 }

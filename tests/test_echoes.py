@@ -1,0 +1,117 @@
+"""What a prompt's own words say of which stored KV is stale, and of which documents a question is about."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+
+from ragkv.chunks import ChunkTokens
+from ragkv.echoes import hints
+from ragkv.plan import PlannedChunk, PromptPlan, make_plan
+from ragkv.retrievers import Chunk
+
+PREFIX = (1, 2, 3)
+
+
+def prompt(*chunks: tuple[str, int, int, Sequence[int]], question: Sequence[int] = (900, 901)) -> PromptPlan:
+    """Of chunks as (document, ordinal, chunks it was encoded behind, tokens), in this order."""
+    planned = []
+    for rank, (name, ordinal, behind, ids) in enumerate(chunks, 1):
+        tokens = ChunkTokens(tuple(ids), (), behind, "document", bytes([rank]) * 32)
+        planned.append(PlannedChunk(Chunk(f"{name}-{ordinal}", name, ordinal, ""), rank, 1.0, tokens))
+    return make_plan(PREFIX, planned, question, budget=10_000)
+
+
+def plain(first: int, n: int = 10) -> list[int]:
+    return list(range(first, first + n))
+
+
+def best(plan: PromptPlan, n: int) -> list[int]:
+    return sorted(np.argsort(-hints(plan), kind="stable")[:n].tolist())
+
+
+def test_a_word_met_again_in_another_document_and_what_follows_it_is_stale():
+    said, again = [*plain(100, 4), 50, 51, *plain(104, 4)], [*plain(200, 6), 50, 51, *plain(206, 6)]
+    plan = prompt(("book", 0, 0, said), ("file", 0, 0, again))
+    at = plan.spans[1].start + 7  # where the word ends
+    assert best(plan, 5) == [*range(at - 1, at + 4)]
+    assert hints(plan)[at] == hints(plan).max()
+    first = plan.spans[0]
+    # Where it stood first there was nothing to read yet.
+    assert len({*hints(plan)[first.start : first.end].tolist()}) == 1
+
+
+def test_a_single_token_that_recurs_is_no_word():
+    plan = prompt(("book", 0, 0, [*plain(100), 50, *plain(110)]), ("file", 0, 0, [*plain(200), 50, *plain(210)]))
+    assert len({*hints(plan)[len(PREFIX) : plan.question_start].tolist()}) == 1
+
+
+def test_no_word_crosses_a_border_of_chunks():
+    plan = prompt(("a", 0, 0, [*plain(100), 50]), ("b", 0, 0, [51, *plain(200)]), ("c", 0, 0, [*plain(300), 50, 51]))
+    assert len({*hints(plan)[len(PREFIX) : plan.question_start].tolist()}) == 1
+
+
+def test_what_a_chunk_was_encoded_behind_it_has_read():
+    """The same word in the chunk before: stale only where the chunk was encoded without it."""
+    said, again = [50, 51, *plain(100)], [*plain(200), 50, 51, *plain(210)]
+    behind = hints(prompt(("d", 0, 0, said), ("d", 1, 1, again)))
+    assert len({*behind[len(PREFIX) : -2].tolist()}) == 1
+    apart = prompt(("d", 0, 0, said), ("d", 1, 0, again))
+    weights, later = hints(apart), apart.spans[1]
+    assert weights[later.start + 11] == weights.max()
+    # And all of it lacks what an earlier chunk of its document might have said.
+    assert weights[later.start] > weights[apart.spans[0].start]
+
+
+def test_only_the_context_that_a_chunk_was_encoded_behind_counts():
+    """Encoded behind one chunk of two: a word of the first is met anew in the third."""
+    chunks = [("d", 0, 0, [50, 51, *plain(100)]), ("d", 1, 1, plain(200)), ("d", 2, 1, [*plain(300), 50, 51])]
+    plan = prompt(*chunks)
+    assert int(hints(plan).argmax()) == plan.spans[2].end - 1
+    chunks[2] = ("d", 2, 2, chunks[2][3])
+    assert int(hints(prompt(*chunks)).argmax()) != plan.spans[2].end - 1
+
+
+def test_rare_words_weigh_more_than_common_ones():
+    documents = [(str(n), 0, 0, [*plain(100 * n + 100), 50, 51, *plain(100 * n + 110, 4)]) for n in range(6)]
+    documents.append(("last", 0, 0, [*plain(800), 50, 51, *plain(810), 100, 101, *plain(820)]))
+    plan = prompt(*documents)
+    weights, start = hints(plan), plan.spans[-1].start
+    common, rare = start + 11, start + 23
+    assert weights[rare] > weights[common] > weights[start]
+
+
+def test_the_documents_that_share_words_with_the_question_come_first():
+    words = [60, 61], [70, 71]
+    documents = [(str(n), 0, 0, [*plain(100 * n + 100), *(words[n] if n < 2 else [7, 8]), 5]) for n in range(4)]
+    plan = prompt(*documents, question=(900, *words[1], 901))
+    weights = hints(plan)
+    per_document = [weights[s.start : s.end].min() for s in plan.spans]
+    assert per_document[1] > 5 * max(per_document[0], *per_document[2:])
+    # What the question names stands out in it.
+    assert int(weights.argmax()) == plan.spans[1].start + 11
+
+
+def test_words_that_all_documents_hold_tell_none_apart():
+    documents = [(str(n), 0, 0, [*plain(100 * n + 100), 60, 61]) for n in range(3)]
+    plan = prompt(*documents, question=(60, 61, 900))
+    starts = [hints(plan)[span.start] for span in plan.spans]
+    assert max(starts) == pytest.approx(min(starts))
+
+
+def test_only_chunks_have_hints():
+    plan = prompt(("a", 0, 0, [50, 51, *plain(100)]), question=(50, 51))
+    weights = hints(plan)
+    assert weights.shape == (len(plan.ids),)
+    assert not weights[: len(PREFIX)].any()
+    assert not weights[plan.question_start :].any()
+    assert weights[len(PREFIX) : plan.question_start].all()
+    assert not hints(make_plan(PREFIX, [], (9,), budget=100)).any()
+
+
+@pytest.mark.parametrize("n", [1, 2, 3])
+def test_chunks_of_a_token_or_two(n):
+    plan = prompt(("a", 0, 0, plain(100, n)), ("b", 0, 0, plain(100, n)), question=(100,))
+    assert np.isfinite(hints(plan)).all()
