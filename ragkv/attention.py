@@ -81,7 +81,12 @@ class AttentionStep:
     def blocks(self, window: int | None, heads: int) -> list[attention_cpu.Block]:
         """The mask as :mod:`ragkv.attention_cpu` takes it."""
         if window not in self._blocks:
-            self._blocks[window] = attention_cpu.blocks_of(self.mask(window), heads)
+            causal = self.contiguous and window is None
+            self._blocks[window] = (
+                attention_cpu.causal_blocks(self.length, heads)
+                if causal
+                else attention_cpu.blocks_of(self.mask(window), heads)
+            )
         return self._blocks[window]
 
     def collect(self, scores: torch.Tensor) -> None:
@@ -106,7 +111,7 @@ def attention(
     kv_heads, group = key.shape[1], query.shape[1] // key.shape[1]
     q = query.reshape(kv_heads, group, *query.shape[2:])
     fused = window is None and (step.contiguous or step.sees_all)
-    if query.device.type == "cpu" and step.causal and (step.score_rows or not fused):
+    if query.device.type == "cpu" and step.causal and not (fused and _is_fast(step, query.dtype)):
         blocks = step.blocks(window, query.shape[1])
         rows, scores = attention_cpu.attend(q, key[0], value[0], blocks, scale, step.score_rows)
         if scores is not None:
@@ -123,6 +128,11 @@ def attention(
     else:
         out = sdpa(q, k, v, attn_mask=step.mask(window), scale=scale)
     return out.reshape(1, -1, *out.shape[2:]).transpose(1, 2), None
+
+
+def _is_fast(step: AttentionStep, dtype: torch.dtype) -> bool:
+    """Whether the fused kernel, needing no mask, is the better one on a CPU."""
+    return not step.score_rows and (step.sees_all or dtype != torch.bfloat16)
 
 
 def _weights(q: torch.Tensor, k: torch.Tensor, mask: torch.Tensor, scale: float) -> torch.Tensor:

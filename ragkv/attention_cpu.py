@@ -1,8 +1,8 @@
-"""Attention of scattered rows on a CPU: matrix products over blocks of rows, each with the keys its rows may see.
+"""Attention on a CPU: blocks of rows, each over the keys its rows may see.
 
-``torch``'s fused kernel for CPUs keeps a third of the speed of plain products, and a mask costs it a pass over every
-logit. Here whole blocks are products, and only the columns that some row of a block may see and another may not
-are masked.
+In bfloat16, ``torch``'s fused kernel for CPUs reaches a third of the speed of plain products, and a mask costs it
+another pass over every logit. So blocks are products here, and only those columns are masked that some rows of a block
+may see and others may not. In float32 the fused kernel is as fast as products are.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 # Logits of a block are written, normalised and read again: 8 MB of them in half precision stay in the cache.
 _BLOCK_LOGITS = 1 << 22
@@ -34,8 +35,16 @@ class Block(NamedTuple):
     hidden: list[tuple[slice, torch.Tensor]]
 
     @property
+    def mask(self) -> torch.Tensor:
+        """bool (rows, keys), True where the row may look."""
+        allowed = torch.ones(self.rows.stop - self.rows.start, self.keys.stop - self.keys.start, dtype=torch.bool)
+        for where, hidden in self.hidden:
+            allowed[:, where] = ~hidden
+        return allowed
+
+    @property
     def logits(self) -> int:
-        return (self.rows.stop - self.rows.start) * (self.keys.stop - self.keys.start)
+        return int((self.rows.stop - self.rows.start) * (self.keys.stop - self.keys.start))
 
 
 def blocks_of(mask: torch.Tensor, heads: int) -> list[Block]:
@@ -49,6 +58,18 @@ def blocks_of(mask: torch.Tensor, heads: int) -> list[Block]:
     ends = begins + edges.sum(dim=1)
     runs = torch.stack((begins, ends), dim=1).view(-1, 4).tolist()
     return [_block(mask, part, *run) for part, run in zip(slices, runs, strict=True)]
+
+
+def causal_blocks(length: int, heads: int) -> list[Block]:
+    """Blocks of ``length`` rows of which each sees itself and all rows above it: no mask of that size is made."""
+    size = min(max(_BLOCK_LOGITS // (heads * length), _MIN_ROWS), _MAX_ROWS)
+    later = torch.ones(size, size, dtype=torch.bool).triu(1)
+    return [_causal_block(slice(start, min(start + size, length)), later) for start in range(0, length, size)]
+
+
+def _causal_block(rows: slice, later: torch.Tensor) -> Block:
+    count = rows.stop - rows.start
+    return Block(rows, slice(0, rows.stop), slice(0, rows.start + 1), [(rows, later[:count, :count])])
 
 
 def _block(mask: torch.Tensor, rows: slice, first: int, first_end: int, last: int, last_end: int) -> Block:
@@ -66,8 +87,13 @@ def attend(
     Also, where asked for, float32 (length,): the attention that the last ``score_rows`` rows pay to every key, summed
     over rows and heads.
     """
+    if q.dtype == torch.float16:  # several times slower on a CPU than float32
+        out, scores = attend(q.float(), k.float(), v.float(), blocks, scale, score_rows)
+        return out.half(), scores
+    if q.dtype == torch.float32 and not score_rows:
+        return _attend_fused(q, k, v, blocks, scale), None
     kv_heads, group, rows, _ = q.shape
-    out = q.new_empty(rows, kv_heads, group, v.shape[-1])
+    out = _out(q, v)
     work = q.new_empty(kv_heads * group * max(block.logits for block in blocks))
     scores = torch.zeros(k.shape[1]) if score_rows else None
     for block in blocks:
@@ -77,6 +103,21 @@ def attend(
         if scores is not None and (scored := block.rows.stop - max(block.rows.start, rows - score_rows)) > 0:
             scores[block.keys] += weights[:, :, -scored:].sum(dim=(0, 1, 2), dtype=torch.float32)
     return out, scores
+
+
+def _out(q: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    return q.new_empty(q.shape[2], *q.shape[:2], v.shape[-1])
+
+
+def _attend_fused(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, blocks: list[Block], scale: float) -> torch.Tensor:
+    out = _out(q, v)
+    group = q.shape[1]
+    for block in blocks:
+        # Query heads that share a KV head become a batch over it: broadcasting replaces copying the keys.
+        keys, values = (part[:, None, block.keys].expand(-1, group, -1, -1) for part in (k, v))
+        mixed = sdpa(q[:, :, block.rows], keys, values, attn_mask=block.mask, scale=scale)
+        out[block.rows] = mixed.permute(2, 0, 1, 3)
+    return out
 
 
 def _weights(q: torch.Tensor, k: torch.Tensor, block: Block, scale: float, work: torch.Tensor) -> torch.Tensor:

@@ -7,7 +7,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 from ragkv import attention_cpu
-from ragkv.attention_cpu import attend, blocks_of
+from ragkv.attention_cpu import attend, blocks_of, causal_blocks
 
 LENGTH, DIM = 300, 16
 SCATTERED = [0, 2, 3, 11, *range(40, 75), 120, *range(190, 199), 250, 299]
@@ -40,6 +40,7 @@ def twin(q, k, v, mask, scale, score_rows=1):
 @pytest.mark.parametrize("window", [None, 1, 9, 120])
 @pytest.mark.parametrize("rows", ROWS)
 def test_every_row_is_attended_as_under_the_whole_mask(rows, window, dtype, heads):
+    """Scored and not: float32 has a kernel of its own for the latter."""
     mask = mask_of(ROWS[rows], window)
     q, k, v = tensors(len(mask), dtype, kv_heads=heads[0], group=heads[1])
     score_rows = min(20, len(mask))
@@ -48,11 +49,25 @@ def test_every_row_is_attended_as_under_the_whole_mask(rows, window, dtype, head
     assert out.dtype == dtype
     torch.testing.assert_close(out.double(), expected, rtol=BOUNDS[dtype], atol=BOUNDS[dtype])
     torch.testing.assert_close(scores.double(), weights, rtol=4 * BOUNDS[dtype], atol=BOUNDS[dtype])
+    out, none = attend(q, k, v, blocks_of(mask, heads[0] * heads[1]), 0.3)
+    torch.testing.assert_close(out.double(), expected, rtol=BOUNDS[dtype], atol=BOUNDS[dtype])
+    assert none is None
 
 
+@pytest.mark.parametrize("dtype", BOUNDS)
+@pytest.mark.parametrize("length", [1, 64, 65, LENGTH])
+def test_a_prefill_is_attended_as_under_the_causal_mask(length, dtype):
+    mask = mask_of(range(length))[:, :length]
+    q, k, v = tensors(length, dtype)
+    out, _ = attend(q, k[:, :length], v[:, :length], causal_blocks(length, 6), 0.3)
+    expected, _ = twin(q, k[:, :length], v[:, :length], mask, 0.3)
+    torch.testing.assert_close(out.double(), expected, rtol=BOUNDS[dtype], atol=BOUNDS[dtype])
+
+
+@pytest.mark.parametrize("score_rows", [0, 5])
 @pytest.mark.parametrize("window", [None, 9])
 @pytest.mark.parametrize("size", [1, 3, 1000])
-def test_the_size_of_blocks_changes_nothing(monkeypatch, size, window):
+def test_the_size_of_blocks_changes_nothing(monkeypatch, size, window, score_rows):
     mask = mask_of(SCATTERED, window)
     q, k, v = tensors(len(mask), torch.float32)
     expected, weights = twin(q, k, v, mask, 0.25, 5)
@@ -60,9 +75,10 @@ def test_the_size_of_blocks_changes_nothing(monkeypatch, size, window):
     monkeypatch.setattr(attention_cpu, "_MAX_ROWS", size)
     blocks = blocks_of(mask, 6)
     assert len(blocks) == -(-len(mask) // size)
-    out, scores = attend(q, k, v, blocks, 0.25, 5)
+    out, scores = attend(q, k, v, blocks, 0.25, score_rows)
     torch.testing.assert_close(out.double(), expected, rtol=2e-6, atol=2e-6)
-    torch.testing.assert_close(scores.double(), weights, rtol=2e-6, atol=2e-6)
+    if score_rows:
+        torch.testing.assert_close(scores.double(), weights, rtol=2e-6, atol=2e-6)
 
 
 @pytest.mark.parametrize("value", [3e4, float("inf"), float("nan")])
