@@ -15,15 +15,17 @@ class Look(NamedTuple):
 
 # Okabe and Ito's palette: told apart by colour-blind readers, and in print by the markers.
 _LOOKS = {
+    "links": Look("#7A4FBF", "#B79CED", "P"),
     "question": Look("#0072B2", "#56B4E9", "o"),
     "hkvd": Look("#D55E00", "#F08A4B", "s"),
     "epic": Look("#009E73", "#3CC79A", "^"),
+    "echo": Look("#8A6D00", "#F0E442", "X"),
     "random": Look("#999999", "#8C8C8C", "v"),
     "none": Look("#000000", "#F2F2F2", "D"),
     "default": Look("#CC79A7", "#E39BC3", "*"),
     "full": Look("#333333", "#BDBDBD", "o"),
 }
-_OTHERS = (Look("#8A6D00", "#F0E442", "P"), Look("#7A4FBF", "#B79CED", "X"), Look("#A3242B", "#F2777E", "p"))
+_OTHERS = (Look("#A3242B", "#F2777E", "p"), Look("#00707A", "#5FD3DC", "p"))
 FLOOR = Look("#E69F00", "#FFB92E", "|")
 METRIC_NAMES = {
     "exact_match": "exact match",

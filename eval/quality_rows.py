@@ -25,5 +25,5 @@ def read_rows(path: Path) -> list[Row]:
 
 def with_score(row: Row) -> Row:
     """``row``, which may be of a version that knew exact match alone, with its metric and score."""
-    score = {"score": row["exact_match"], "score_interval": row["exact_match_interval"]}
+    score = {"score": row["exact_match"], "score_interval": row.get("exact_match_interval")}
     return {"suite": "worlds", "metric": "exact_match", "codec": "raw"} | score | row

@@ -28,6 +28,7 @@ from ragkv.eval.quality_rows import read_rows, with_score
 from ragkv.eval.quality_table import show
 from ragkv.eval.score import paired_interval, rows_of, wilson
 from ragkv.eval.worlds import KINDS, WorldDocument, make_world
+from ragkv.pipeline import DEFAULT_STRATEGY
 from ragkv.plan import make_plan
 from tests.blend_kit import BOS, Desk, token_ids
 
@@ -159,7 +160,7 @@ def test_a_prompt_over_the_models_positions_is_refused(settings: Settings) -> No
 
 
 def test_settings_that_give_the_same_answers_are_one_work() -> None:
-    assert Setting("default", 0.1, "alone").work == Setting("question", 0.1, "alone")
+    assert Setting("default", 0.1, "alone").work == Setting(DEFAULT_STRATEGY, 0.1, "alone")
     assert Setting("hkvd", 0.0, "alone").work == Setting("none", 0.0, "alone")
     assert Setting("full", 1.0, "alone").work == Setting("full", 1.0, "document").work
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from ragkv.eval.palette import look
 from ragkv.eval.report import words
 from ragkv.eval.report.charts import Band, Point, colour, scatter
-from ragkv.eval.report.html import Html, joined, ms, percent, points, setting, tag
+from ragkv.eval.report.html import Html, ms, percent, points, setting, tag
 from ragkv.eval.report.legend import legend
 from ragkv.eval.report.rows import Panel, Place, Quality, Speed
 
@@ -134,22 +134,9 @@ def _figure(pairs: Sequence[Pair]) -> Html:
         band=_band(full, metric) if full else None,
         front=True,
     )
-    return joined(
-        [
-            tag(
-                "div",
-                tag(
-                    "figure",
-                    chart,
-                    legend([pair.speed.setting[0] for pair in pairs], full=full is not None, front=True),
-                ),
-                _tiles(front),
-                class_="beside",
-            ),
-            _warning(pairs, place, panel),
-            _caption(place, panel),
-        ]
-    )
+    key = legend([pair.speed.setting[0] for pair in pairs], full=full is not None, front=True)
+    left = tag("div", tag("figure", chart, key), _warning(pairs), _caption(place, panel))
+    return tag("div", left, _tiles(front), class_="beside")
 
 
 def _axis_ms(value: float) -> str:
@@ -228,8 +215,9 @@ def _caption(place: Place, panel: Panel) -> Html:
     )
 
 
-def _warning(pairs: Sequence[Pair], place: Place, panel: Panel) -> Html | None:
+def _warning(pairs: Sequence[Pair]) -> Html | None:
     """What a reader must know of where the two halves of a point come from."""
+    place, panel = pairs[0].speed.place, pairs[0].quality.panel
     notes = []
     if place.model != panel.model:
         notes.append(
