@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 SIMULATED = 20_000
 _HALVINGS = 30
-_DRAWS = 65
+_DRAWS = 64
 T = TypeVar("T")
 Seconds = NDArray[np.float64]
 
@@ -51,16 +51,17 @@ def highest_rate(measured: Sequence[float], limit: float, percentile: float, see
 
 
 def typical_arrivals(
-    rate: float, count: int, measured: Sequence[float], percentile: float, seed: int = 0
+    rate: float, count: int, measured: Sequence[float], limit: float, percentile: float, seed: int = 0
 ) -> tuple[Seconds, Seconds]:
-    """Of many draws of ``count`` arrivals the one in the middle by its simulated percentile, and its simulated times:
-    few arrivals differ much from each other, and a short try should not depend on luck."""
+    """Of many draws of ``count`` arrivals the one that comes closest to keeping ``limit`` exactly, as endless arrivals
+    at the highest rate do, and its simulated times: short draws differ much, and a try should not depend on luck."""
     draws = []
     for number in range(_DRAWS):
         arrivals = poisson(rate, count, seed + number)
         times = times_in_system(arrivals, draw_services(measured, count, seed + number))
-        draws.append((float(np.percentile(times, percentile)), number, arrivals, times))
-    _, _, arrivals, times = sorted(draws, key=lambda draw: draw[:2])[len(draws) // 2]
+        over = float(np.percentile(times, percentile)) - limit
+        draws.append((over > 0, abs(over), number, arrivals, times))
+    *_, arrivals, times = min(draws, key=lambda draw: draw[:3])
     return arrivals, times
 
 
