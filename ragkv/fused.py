@@ -26,13 +26,9 @@ from ragkv.kernels.rotate import rope_write
 from ragkv.kernels.scores import score_keys
 from ragkv.rows import Rows
 
-# For a full prefill, the first that takes the shapes. The last one takes all.
-FULL_ATTENTION = [
-    SDPBackend.CUDNN_ATTENTION,
-    SDPBackend.FLASH_ATTENTION,
-    SDPBackend.EFFICIENT_ATTENTION,
-    SDPBackend.MATH,
-]
+# For a full prefill, the first that takes the shapes; the last one takes all. cuDNN's would be faster, but it builds a
+# plan for every length it has not seen, for about 0.4 s: https://github.com/modelscope/FunASR/issues/3704.
+FULL_ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 _DTYPES = (torch.bfloat16, torch.float16)
 _MATRICES = ("q_proj", "k_proj", "v_proj", "o_proj")
 _REQUIRED = {
@@ -123,30 +119,37 @@ class FusedLayers:
         return values.view(values.shape[0], -1, self._head_dim)
 
     def find_fault(self) -> str | None:
-        """What attention computes wrongly, tried with few rows, more and many; compiles what these need."""
-        weight = self._layers[0].qkv
-        kv_heads = (weight.shape[1] // self._head_dim - self._heads) // 2
-        group, length = self._heads // kv_heads, 700
-        for window in {layer.window for layer in self._layers}:
+        """What of attention is computed wrongly, tried with one row, some and many; compiles what these need."""
+        length, layer = 700, self._layers[0]
+        kv_heads = (layer.qkv.shape[1] // self._head_dim - self._heads) // 2
+        group = self._heads // kv_heads
+        # A kernel for windows is the same for all of them, and another one than where prompts are shorter.
+        windows = {None if w is None else min(w, length // 2) for w in (None, *(each.window for each in self._layers))}
+        for window in windows:
             for rows in (1, 16 // group + 1, 256 // group + 1):
-                error = self._attention_error(rows, length, kv_heads, window, like=weight)
+                error = self._attention_error(rows, length, kv_heads, window)
                 if not error <= _TOLERANCE:
-                    return f"attention of {rows} rows, window {window}, is off by {error:.2%}"
+                    return f"computes the attention of {rows} rows, window {window}, {error:.2%} off"
         return None
 
-    def _attention_error(
-        self, rows: int, length: int, kv_heads: int, window: int | None, *, like: torch.Tensor
-    ) -> float:  # fmt: skip
-        generator = torch.Generator(like.device).manual_seed(0)
-
-        def random(*size: int) -> torch.Tensor:
-            return torch.randn((*size, self._head_dim), generator=generator, device=like.device).to(like.dtype)
-
-        q, k, v = random(rows, self._heads), random(length, kv_heads), random(length, kv_heads)
-        slots = torch.linspace(length // 2, length - 1, rows, device=like.device).long()
-        actual, _ = attend(q, k, v, slots, scale=self._layers[0].scale, window=window)
-        expected, _ = twins.attend(q, k, v, slots, scale=self._layers[0].scale, window=window)
-        return float((actual.float() - expected.float()).norm() / expected.float().norm())
+    def _attention_error(self, rows: int, length: int, kv_heads: int, window: int | None) -> float:
+        """Of attention, and of the scores that the last row gives."""
+        layer = self._layers[0]
+        device, dtype = layer.qkv.device, layer.qkv.dtype
+        generator = torch.Generator(device).manual_seed(0)
+        q, k, v = (
+            torch.randn((count, heads, self._head_dim), generator=generator, device=device).to(dtype)
+            for count, heads in ((rows, self._heads), (length, kv_heads), (length, kv_heads))
+        )
+        slots = torch.linspace(length // 2, length - 1, rows, device=device).long()
+        results = []
+        for attention, scoring in ((attend, score_keys), (twins.attend, twins.score_keys)):
+            out, lse = attention(q, k, v, slots, scale=layer.scale, window=window)
+            scores = torch.zeros(length, dtype=torch.float32, device=device)
+            scoring(q, lse, k, slots, scores, last=1, scale=layer.scale, window=window)
+            results.append((out.float(), scores))
+        errors = [float((one - other).norm() / other.norm()) for one, other in zip(*results, strict=True)]
+        return max(errors, key=lambda error: (error != error, error))
 
     def _room(self, rows: Rows) -> _Room:
         if not isinstance(rows.room, _Room):
