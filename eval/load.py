@@ -22,8 +22,7 @@ from ragkv.clock import Stopwatch
 from ragkv.config import Settings
 from ragkv.errors import ConfigError
 from ragkv.eval.arrivals import Seconds, highest_rate, serve_at, typical_arrivals
-from ragkv.eval.machine import environment
-from ragkv.eval.ttft import TIERS, Save, usable_model
+from ragkv.eval.ttft import TIERS, Save, about, usable_model
 from ragkv.eval.ttft_bench import Bench, Request, opened
 from ragkv.eval.ttft_rows import FULL_CELL, Asked, Row
 from ragkv.eval.ttft_stores import Place, Say
@@ -89,8 +88,7 @@ def measure_load(settings: Settings, plan: LoadPlan, *, say: Say, save: Save = l
     """
     checkpoint = usable_model(settings, plan.context + plan.question_tokens)
     place = Place(plan.tier, plan.codec)
-    about = {"dtype": checkpoint.runner.shape.geometry.dtype, **environment(checkpoint.runner.device)}
-    result: dict[str, Any] = {"rows": [], **about}
+    result: dict[str, Any] = {"rows": [], **about(checkpoint.runner)}
     with (
         torch.inference_mode(),
         opened(
@@ -116,7 +114,7 @@ def measure_load(settings: Settings, plan: LoadPlan, *, say: Say, save: Save = l
             first = result["rows"][0] if result["rows"] else row
             row["relative_to_full"] = row["requests_per_s"] / first["requests_per_s"]
             where = {"model": settings.model, "tier": plan.tier, "codec": plan.codec, "context_tokens": plan.context}
-            result["rows"].append({**where, **row, "full_prefill_by": by, "device": about["device"]})
+            result["rows"].append({**where, **row, "full_prefill_by": by, "device": result["device"]})
             save(result)
     return result
 

@@ -138,6 +138,11 @@ def usable_model(settings: Settings, positions: int) -> Checkpoint:
     return checkpoint
 
 
+def about(runner: ModelRunner) -> dict[str, Any]:
+    """What a committed result says of the model's run."""
+    return {"dtype": runner.shape.geometry.dtype, "layers": runner.layer_loop, **environment(runner.device)}
+
+
 @dataclass
 class _Result:
     """Races so far, and the best rates of all measurements: rows of earlier contexts gain by later ones."""
@@ -160,8 +165,7 @@ class _Result:
             for race in self.races
             for row in rows_of(self.runner, race, plan.places, plan.asked, plan.batch, self.rates)
         ]
-        about = {"dtype": self.runner.shape.geometry.dtype, **environment(self.runner.device)}
-        return {"rows": rows, "rates": self.rates.as_dict(), **about}
+        return {"rows": rows, "rates": self.rates.as_dict(), **about(self.runner)}
 
 
 class _Budget:
