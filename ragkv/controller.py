@@ -23,7 +23,7 @@ from ragkv.types import Forecast
 MARGIN = 0.03
 # The share of all prefill time that may be spent on trying what seems slower, so that a tier that recovered is noticed.
 EXPLORED = 0.02
-_SPLITS = 16
+_SPLITS = 12
 _REMEMBERED = 64
 _LEAST = 1e-6
 
@@ -112,10 +112,12 @@ class Controller:
             return None
         self._listen(self.machine)
         machine = self.machine
-        full, options = machine.full(work.length), _options(work)
-        times = {loaded: machine.blend(work, [work.pieces[i] for i in loaded]) for loaded in options}
-        blend = times[options[0]]
-        best = min(options, key=lambda loaded: times[loaded].total)
+        full, blend = machine.full(work.length), machine.blend(work, work.pieces)
+        times = {tuple(range(len(work.pieces))): blend}
+        if blend.load > MARGIN * blend.total:
+            # Computing some pieces only helps where loading all of them holds up computing.
+            times |= {loaded: machine.blend(work, [work.pieces[i] for i in loaded]) for loaded in _splits(work)}
+        best = min(times, key=lambda loaded: times[loaded].total)
         if times[best].total >= full.total * (1 - MARGIN):
             choice = Choice(work, (), full, full, blend, _why_full(full, blend))
         else:
@@ -165,7 +167,7 @@ class Controller:
             for reading in self._heard.get():
                 tier, measured = machine.tier(reading.tier), reading.seconds / reading.nbytes
                 # One piece alone, beside computing, may be read slower than several: only good news count.
-                tier.observe(min(measured, tier.value))
+                tier.observe(measured if tier.guessed else min(measured, tier.value))
 
     def _beside(self, choice: Choice) -> Choice:
         """``choice`` with a piece to read beside it, one at a time, if one is to be warmed or its tier was not measured
@@ -207,8 +209,8 @@ class Controller:
         return replace(choice, loaded=tried, times=believed[tried], cost=cost, why="tried, to measure it again")
 
 
-def _options(work: Work) -> list[tuple[int, ...]]:
-    """Sets of pieces to load: all of them first, then fewer and fewer.
+def _splits(work: Work) -> list[tuple[int, ...]]:
+    """Sets of pieces to load: fewer and fewer, never all and never none.
 
     What is dropped first: pieces whose document context is in the prompt (computing the others forgets it), of these
     those on the slowest tier, of these the shortest. Measured rates do not enter here: the order must not flicker.
@@ -219,7 +221,7 @@ def _options(work: Work) -> list[tuple[int, ...]]:
         key=lambda i: (not work.pieces[i].repairable, speed.get(work.pieces[i].tier, 3), work.pieces[i].tokens),
     )
     step = -(-len(order) // _SPLITS)
-    return [tuple(sorted(order[dropped:])) for dropped in range(0, len(order), step)]
+    return [tuple(sorted(order[dropped:])) for dropped in range(step, len(order), step)]
 
 
 def _correct(machine: Machine, choice: Choice, actual: Actual) -> None:

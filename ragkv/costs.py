@@ -16,7 +16,8 @@ _NOISE_GAIN, _NEWS_GAIN = 0.3, 0.8
 # What was not measured for so many requests may have become better meanwhile, by so much at the most.
 STALE_AFTER = 16
 HOPE = 0.7
-GUESSED_SECONDS_PER_BYTE = {"ram": 1 / 20e9, "ssd": 1 / 3e9, "remote": 1 / 1e9}
+# Of a tier that nobody has read from yet: slow, so that nobody waits for what may be a bad disk.
+GUESSED_SECONDS_PER_BYTE = {"ram": 1 / 20e9, "ssd": 1 / 200e6, "remote": 1 / 50e6}
 
 
 class Estimate:
@@ -27,16 +28,16 @@ class Estimate:
     """
 
     def __init__(self, value: float, *, guessed: bool = False) -> None:
-        self.value = value
+        self.value, self.guessed = value, guessed
         self.age = 0
-        self._guessed, self._previous = guessed, 0.0
+        self._previous = 0.0
 
     def observe(self, measured: float) -> float:
         """Take a measurement in; returns the factor by which ``value`` changed."""
         self.age = 0
         news = math.log(measured / self.value)
-        if self._guessed:
-            believed, self._guessed = news, False
+        if self.guessed:
+            believed, self.guessed = news, False
         elif abs(news) < _NOISE:
             believed = _NOISE_GAIN * news
         else:
@@ -47,7 +48,7 @@ class Estimate:
 
     @property
     def stale(self) -> bool:
-        return self.age >= STALE_AFTER
+        return self.guessed or self.age >= STALE_AFTER
 
 
 class Curve:
@@ -187,8 +188,11 @@ class Machine:
 
     def blend(self, work: Work, loaded: Sequence[Piece], *, hope: bool = False) -> Times:
         """A prefill that loads ``loaded`` and computes the rest; layer i is read while layers before it compute."""
-        reading = {name: self._read(loaded, name) for name in {piece.tier for piece in loaded} - {"ram"}}
-        placing = self._read(loaded, None)
+        nbytes: dict[str, int] = {}
+        for piece in loaded:
+            nbytes[piece.tier] = nbytes.get(piece.tier, 0) + piece.nbytes
+        placing = sum(nbytes.values()) * self.tier("ram").value
+        reading = {name: count * self.tier(name).value for name, count in nbytes.items() if name != "ram"}
         waits = dict(reading, ram=placing) if self.overlapped else reading
         slowest = max(waits, key=lambda name: waits[name], default=None)
         line = _Timeline(
@@ -208,10 +212,6 @@ class Machine:
         return Times(
             line.now + self.head, load, parts["select"], parts["recompute"], {"ram": placing, **reading}, limit
         )
-
-    def _read(self, pieces: Sequence[Piece], tier: str | None) -> float:
-        nbytes = sum(piece.nbytes for piece in pieces if tier in (None, piece.tier))
-        return nbytes * self.tier(tier or "ram").value
 
 
 def passes(work: Work, loaded: Sequence[Piece], layers: int) -> list[Pass]:

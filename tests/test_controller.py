@@ -36,6 +36,16 @@ def test_a_slow_disk_on_a_fast_gpu_is_not_waited_for():
     assert choice.why_computed(0) == choice.why
 
 
+def test_a_disk_that_nobody_knows_is_not_waited_for_but_read_beside():
+    for rate, then in ((8e9, "blend"), (0.2e9, "full")):
+        world = World(tiers={"ssd": 1 / rate})
+        controller = Controller(world.machine())
+        first, _ = serve(controller, world, work())
+        assert first.way == "full"
+        assert first.beside is not None
+        assert serve(controller, world, work())[0].way == then
+
+
 def test_a_slow_cpu_loads_everything():
     world = World(**SLOW_CPU_FAST_RAM)
     controller = Controller(world.machine())
@@ -111,8 +121,7 @@ def test_regret_over_a_long_run_of_all_kinds_of_prompts_is_small(name, noise):
 def test_a_disk_that_was_slow_once_is_tried_again_and_the_trying_is_bounded():
     world = World(tiers={"ssd": 1 / 8e9})
     controller, job = Controller(world.machine()), work()
-    for _ in range(5):
-        assert serve(controller, world, job)[0].way != "full"
+    assert [serve(controller, world, job)[0].way for _ in range(5)] == ["full"] + ["blend"] * 4
     world.tiers["ssd"] = 1 / 0.3e9
     for _ in range(20):
         last, _ = serve(controller, world, job)

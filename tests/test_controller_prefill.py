@@ -110,11 +110,11 @@ def test_a_damaged_chunk_is_chosen_about_anew(desk):
 def test_a_prefill_teaches_the_controller(desk):
     chunks = stored(desk, 23, 18)
     controller = Controller(machine())
-    guess = controller.machine.tiers.pop("ssd").value
+    controller.machine.tiers["ssd"] = Estimate(1e-12, guessed=True)
     result = desk.run(desk.plan(*chunks), "question", 0.2, controller=controller)
     assert result.forecast.actual_total_ms > result.forecast.actual_load_ms > 0
     stats = controller.stats()
-    assert stats["controller_ssd_bytes_per_second"] < 0.1 / guess
+    assert stats["controller_ssd_bytes_per_second"] < 1e11
     assert stats["controller_error"] > 0
 
 
