@@ -139,7 +139,6 @@ def _requests(bench: Bench, plan: LoadPlan) -> list[Request]:
 
 def _serving(bench: Bench, place: Place, method: Method, ratio: float) -> Callable[[Request], str | None]:
     def serve(request: Request) -> str | None:
-        bench.forget(place, [request])
         *_, forecast = bench.first_token(place, request, method, ratio, Stopwatch())
         return forecast.way if forecast else None
 

@@ -106,16 +106,12 @@ class Bench:
         """Use the chunks until all come from the tier, as those of a busy server do."""
         self.run(place, requests, "none", 0.0, tries=_SETTLE_TRIES)
 
-    def forget(self, place: Place, requests: Sequence[Request]) -> None:
-        """Where chunks are to come from the SSD, have none of them in RAM."""
-        if place.tier == "ssd":
-            self._stores[place].clear_ram()
-            drop_files(path for path in self._files(place, requests[0].chunks) if path.exists())
-
     def _run(self, place: Place, requests: Sequence[Request], method: Method, ratio: float) -> Run:
         if method == "default":
             self._controller(place)
-        self.forget(place, requests)
+        if place.tier == "ssd":
+            self._stores[place].clear_ram()
+            drop_files(path for path in self._files(place, requests[0].chunks) if path.exists())
         self.runner.synchronize()
         watches = [Stopwatch() for _ in requests]
         done = [
@@ -134,6 +130,8 @@ class Bench:
         Raises:
             StoreError: a chunk did not come from the tier.
         """
+        if place.tier == "ssd":
+            self._stores[place].clear_ram()  # of what a request before this one has read
         watch.lap("queue")
         plan = make_plan((), request.chunks, request.question, budget=self.runner.max_positions)
         watch.lap("plan")

@@ -128,6 +128,8 @@ def test_of_requests_at_once_the_median_is_told(bench: Bench, monkeypatch: pytes
     requests = bench.requests(40, "raw", 3)
     assert len({tuple(chunk.tokens.key for chunk in one.chunks) for one in requests}) == 3
     assert len({one.question for one in requests}) == 3
+    from_ssd = bench.run(SSD, requests, "none", 0.0, tries=1)
+    assert {outcome.kv for outcome in from_ssd.outcomes} == {"ssd"}
     bench.settle(RAM, requests)
     run = bench.run(RAM, requests, "none", 0.0)
     assert run.plan.spans[0].chunk.chunk == requests[1].chunks[0].chunk
