@@ -12,6 +12,7 @@ import copy
 import random
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 from itertools import combinations, product
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,7 @@ MAX_TOKENS = 4096
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Relative to what is right: of logits the norm of the difference, of any token's keys and values its largest element.
 TOLERANCE = {"float32": 1e-5, "bfloat16": 8e-2, "float16": 1.2e-2}
-ROW_TOLERANCE = {"float32": 1e-5, "bfloat16": 1.5e-1, "float16": 2e-2}
+ROW_TOLERANCE = {"float32": 1e-5, "bfloat16": 2.5e-1, "float16": 3e-2}
 # What a codec may take from an answer, where it is compared with the library's plain forward.
 CODEC_LOSS = {"raw": 0.0, "int8": 0.04, "fp8": 0.2}
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -117,7 +118,7 @@ class Case:
 def pairs(family: str, *, seed: int = 0, factors: dict[str, Sequence[Any]] = FACTORS) -> list[Case]:
     """The fewest cases found greedily in which any two levels of any two factors meet."""
     chance, names = random.Random(seed), list(factors)
-    open_pairs = {((a, x), (b, y)) for a, b in combinations(names, 2) for x in factors[a] for y in factors[b]}
+    open_pairs = all_pairs(factors)
     cases = []
     while open_pairs:
         best: tuple[int, dict[str, Any]] = (-1, {})
@@ -134,10 +135,29 @@ def pairs(family: str, *, seed: int = 0, factors: dict[str, Sequence[Any]] = FAC
     return cases
 
 
+def share(family: str, of: int, factors: dict[str, Sequence[Any]] = FACTORS) -> list[Case]:
+    """The first, and so the most varied, of a family's pairs, one in ``of``, found with a seed of the family's own."""
+    cases = _shared(family, tuple(factors.items()))
+    return cases[: -(-len(cases) // of)]
+
+
+@cache
+def _shared(family: str, factors: tuple[tuple[str, Sequence[Any]], ...]) -> list[Case]:
+    return pairs(family, seed=list(VARIANTS).index(family), factors=dict(factors))
+
+
 def everything(family: str, factors: dict[str, Sequence[Any]] = FACTORS) -> Iterator[Case]:
     """The full product."""
     for levels in product(*factors.values()):
         yield Case(family, **dict(zip(factors, levels, strict=True)))
+
+
+def all_pairs(factors: dict[str, Sequence[Any]]) -> set[Any]:
+    return {((a, x), (b, y)) for a, b in combinations(factors, 2) for x in factors[a] for y in factors[b]}
+
+
+def pairs_of(case: Case, factors: dict[str, Sequence[Any]]) -> set[Any]:
+    return _met(vars(case), list(factors))
 
 
 def _met(levels: dict[str, Any], names: list[str]) -> set[Any]:
@@ -437,7 +457,7 @@ class World:
 def _blind(case: Case) -> bool:
     """Whether nobody looks at what is spoilt: then it is NaN, which spoils all it touches. Codecs cannot hold it, and
     selectors that look at stored KV must be able to compare it."""
-    return case.codec == "raw" and case.strategy not in ("question", "hkvd")
+    return case.codec == "raw" and case.strategy in ("none", "epic", "random", "echo", FULL)
 
 
 def _ids(count: int, seed: str) -> tuple[int, ...]:

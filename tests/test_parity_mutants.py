@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import AttentionInterface
 
-from ragkv import attention, loading, prefill, selection, unpacking
+from ragkv import attention, gathering, prefill, selection, unpacking
 from ragkv.attention import NAME, AttentionStep
 from ragkv.blend import Blend
 from ragkv.kv import RequestKV
@@ -24,7 +24,7 @@ from ragkv.runner import ModelRunner
 from ragkv.store.source import RamSource
 from ragkv.unpacking import Unpacker
 from tests.families import make_model
-from tests.parity_kit import VARIANTS, Bench, Case, pairs
+from tests.parity_kit import Bench, Case, share
 
 AT_ONCE = 8
 Patch = Callable[[pytest.MonkeyPatch], None]
@@ -80,7 +80,7 @@ def test_a_fault_of_the_product_is_found(bench, monkeypatch, name):
 @cache
 def cases(family: str) -> list[Case]:
     """The suite's own."""
-    return pairs(family, seed=list(VARIANTS).index(family))
+    return share(family, 2)
 
 
 def found(bench: Bench, cases: list[Case]) -> bool:
@@ -256,7 +256,7 @@ def a_chunk_in_between_is_forgotten(monkeypatch):
     def adjacent(positions, base):
         return slice(int(positions[0]) - base, int(positions[0]) - base + len(positions))
 
-    monkeypatch.setattr(loading, "_as_slice", adjacent)
+    monkeypatch.setattr(gathering, "_as_slice", adjacent)
 
 
 @mutant()

@@ -8,7 +8,7 @@ import os
 import pytest
 import torch
 
-from tests.parity_kit import FACTORS, VARIANTS, Bench, Case, pairs
+from tests.parity_kit import FACTORS, VARIANTS, Bench, Case, share
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -49,9 +49,7 @@ def bench(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("family", VARIANTS)
 def test_a_third_of_any_two_circumstances(bench, family):
-    """All of them over the families: each has cases, and a third of them, of its own."""
-    number = list(VARIANTS).index(family)
-    cases = pairs(family, seed=number, factors={**FACTORS, "dtype": DTYPES})[number % 3 :: 3]
+    cases = share(family, 3, {**FACTORS, "dtype": DTYPES})
     assert bench().faults(cases) == []
 
 
