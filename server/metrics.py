@@ -42,7 +42,7 @@ class Metrics:
         )
         self.chunks = Counter(
             "ragkv_chunks",
-            "Retrieved chunks by where their KV came from: ram, ssd, remote, computed, dropped.",
+            "Retrieved chunks by where their KV came from: device, ram, ssd, remote, computed, dropped.",
             ["kv"],
             registry=self._registry,
         )
