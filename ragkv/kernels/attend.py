@@ -52,7 +52,7 @@ def _step(
     MASKED: tl.constexpr,
     WINDOWED: tl.constexpr,
 ):
-    """One block of keys. ``k`` and ``v`` point at the head's first key; scores are in units of log2."""
+    """One block of keys. ``k`` and ``v`` point at the head's first key; ``scale`` makes logarithms to base 2."""
     n = tl.arange(0, BLOCK_N)
     d = tl.arange(0, HD_PAD)
     at = n[:, None] * STRIDE + d[None, :] + block * (BLOCK_N * STRIDE)
@@ -65,17 +65,17 @@ def _step(
         keys = tl.load(k + at)
     else:
         keys = tl.load(k + at, mask=(d < HD)[None, :], other=0.0)
-    scores = tl.dot(queries, tl.trans(keys), input_precision="ieee") * scale
+    scores = tl.dot(queries, tl.trans(keys), input_precision="ieee")
     if MASKED:
         seen = key[None, :] <= limit[:, None]
         if WINDOWED:
             seen = seen & (key[None, :] > limit[:, None] - window)
         scores = tl.where(seen, scores, float("-inf"))
-    new_top = tl.maximum(top, tl.max(scores, 1))
+    new_top = tl.maximum(top, tl.max(scores, 1) * scale)
     base = new_top
     if MASKED:
         base = tl.where(new_top == float("-inf"), 0.0, new_top)  # a row that saw nothing yet
-    weights = tl.exp2(scores - base[:, None])
+    weights = tl.exp2(scores * scale - base[:, None])
     fade = tl.exp2(top - base)
     total = total * fade + tl.sum(weights, 1)
     acc = acc * fade[:, None]
