@@ -111,7 +111,7 @@ def calibrate(settings: Settings, documents: Sequence[Document], wish: Wish, *, 
         finding = search.run(grid(tuple(STRATEGIES), RATIOS))
         answered = [number for number, probe in enumerate(usable) if probe.answers]
         full_right = sum(map(compared.right, answered)) / len(answered) if answered else None
-    calibration = _record(settings, checkpoint, wish, finding, len(usable))
+    calibration = _record(settings, checkpoint, wish, finding, len(usable), asked)
     skipped = len(probes[: wish.limit]) - len(usable) if asked == "given" else 0
     warnings = [*_doubts(wish, finding, len(usable), asked, skipped), *_codec_note(settings, calibration)]
     return Result(calibration, asked, [_row(one, finding) for one in finding.tallies], warnings, full_right)
@@ -162,7 +162,9 @@ def _bytes_shares(shape: KvShape, tokens: int) -> dict[str, float]:
     return {codec: shape.entry_bytes(tokens, codec) / shape.entry_bytes(tokens, RAW) for codec in CODECS}
 
 
-def _record(settings: Settings, checkpoint: Checkpoint, wish: Wish, finding: Finding, questions: int) -> Calibration:
+def _record(
+    settings: Settings, checkpoint: Checkpoint, wish: Wish, finding: Finding, questions: int, asked: Asked
+) -> Calibration:
     chosen = finding.chosen
     candidate = chosen.candidate if chosen else None
     return Calibration(
@@ -180,11 +182,15 @@ def _record(settings: Settings, checkpoint: Checkpoint, wish: Wish, finding: Fin
         loss_interval=(round(chosen.interval[0], 4), round(chosen.interval[1], 4)) if chosen else (0.0, 0.0),
         proven=finding.proven,
         questions=questions,
+        asked=asked,
     )
 
 
 def _row(tally: Tally, finding: Finding) -> Row:
-    kl, right = tally.mean("kl"), [mark.right for mark in tally.sample if mark.right is not None]
+    kl, right = (
+        [tally.mean("kl", pilot=pilot) for pilot in (False, True)],
+        [mark.right for mark in tally.sample if mark.right is not None],
+    )
     return {
         **tally.candidate._asdict(),
         "recomputed_share": tally.mean("share"),
@@ -193,7 +199,8 @@ def _row(tally: Tally, finding: Finding) -> Row:
         "complete": tally.complete,
         "loss": tally.loss,
         "loss_interval": tally.interval,
-        "first_token_kl": kl if math.isfinite(kl) else None,
+        "first_token_kl": kl[0] if math.isfinite(kl[0]) else None,
+        "pilot_kl": kl[1] if math.isfinite(kl[1]) else None,
         "token_agreement": tally.mean("tokens"),
         "right": sum(right) / len(right) if right else None,
         "chosen": tally is finding.chosen,

@@ -51,7 +51,7 @@ def _cells(row: Row) -> list[str]:
         row["codec"],
         f"{row['recomputed_share']:.1%}",
         str(row["questions"]),
-        f"{'' if row['complete'] else '≥'}{100 * row['loss']:.1f}",
+        f"{'' if row['complete'] else '~'}{100 * row['loss']:.1f}",
         f"{100 * low:.1f}–{100 * high:.1f}",
         f"{100 * row['token_agreement']:.1f}",
         "∞" if row["first_token_kl"] is None else f"{row['first_token_kl']:.3g}",
@@ -83,7 +83,7 @@ def plot(result: Result, path: Path) -> None:
     check(path)
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9.0, 3.8), layout="constrained")
+    figure = Figure(figsize=(10.0, 4.2), layout="constrained")
     losses, divergences = figure.subplots(1, 2)
     _draw(losses, result.rows, "loss", 100.0)
     losses.axhline(
@@ -91,11 +91,14 @@ def plot(result: Result, path: Path) -> None:
     )
     losses.set_ylabel("loss against full prefill, %")
     losses.set_ylim(bottom=0)
-    _draw(divergences, result.rows, "first_token_kl", 1.0)
+    _draw(divergences, result.rows, "pilot_kl", 1.0)
     divergences.set_ylabel("first token: KL to full prefill, nats")
+    divergences.set_title("on the questions that all were asked", fontsize=9, loc="left")
     divergences.set_yscale("symlog", linthresh=1e-3)
     divergences.set_ylim(bottom=0)
-    figure.supxlabel("recomputed share of context token-layers, %", fontsize=10)
+    losses.set_title("filled: all questions; hollow: given up, estimated from a few", fontsize=9, loc="left")
+    for axes in (losses, divergences):
+        axes.set_xlabel("recomputed share of context token-layers, %")
     figure.suptitle(f"{result.calibration.model}: {_setting(result)}", fontsize=10, x=0.01, ha="left")
     handles, labels = losses.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False, fontsize=8)
@@ -112,19 +115,15 @@ def _draw(axes: Any, rows: Sequence[Row], measure: str, scale: float) -> None:
             (row for row in drawn if row["method"] == method and row["codec"] == RAW),
             key=lambda row: row["recomputed_share"],
         )
-        line = dict(zip(("x", "y"), _points(own, measure, scale), strict=True))
-        reach = [_reach(row, scale) for row in own] if measure == "loss" else None
-        axes.errorbar(
-            **line,
-            yerr=list(zip(*reach, strict=True)) if reach else None,
-            color=look(method).light,
-            marker=look(method).marker,
-            markersize=4.5,
-            linewidth=1.3,
-            elinewidth=0.6,
-            alpha=0.9,
-            label=method,
-        )
+        colour, marker = look(method).light, look(method).marker
+        axes.plot(*_points(own, measure, scale), color=colour, linewidth=1.2, alpha=0.8, zorder=2)
+        for row in own:
+            axes.errorbar(
+                *_points([row], measure, scale),
+                yerr=[[bound] for bound in _reach(row)] if measure == "loss" and row["complete"] else None,
+                color=colour, marker=marker, markersize=5, markerfacecolor=colour if row["complete"] else "white",
+                elinewidth=0.8, capsize=2, linestyle="none", zorder=3, label=method if row is own[0] else None,
+            )  # fmt: skip
     if best := [row for row in drawn if row["chosen"]]:
         axes.plot(
             *_points(best, measure, scale), marker="o", markersize=12, markerfacecolor="none", color=_CHOSEN,
@@ -136,6 +135,6 @@ def _points(rows: Sequence[Row], measure: str, scale: float) -> tuple[list[float
     return [100 * row["recomputed_share"] for row in rows], [scale * row[measure] for row in rows]
 
 
-def _reach(row: Row, scale: float) -> tuple[float, float]:
+def _reach(row: Row) -> tuple[float, float]:
     low, high = row["loss_interval"]
-    return max(0.0, scale * (row["loss"] - low)), max(0.0, scale * (high - row["loss"]))
+    return max(0.0, 100 * (row["loss"] - low)), max(0.0, 100 * (high - row["loss"]))

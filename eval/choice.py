@@ -65,7 +65,7 @@ class Tally:
         bytes_share: stored bytes ÷ those of raw.
 
     A candidate that was given up was asked hard questions, of which a mean says nothing: its figures are then those of
-    the pilot, but for the loss, which is what is known of it at least.
+    the pilot, and its loss no less than what is known.
     """
 
     candidate: Candidate
@@ -96,8 +96,9 @@ class Tally:
         least = loss_interval(self.lost, self.total)[0]
         return least, max(least, loss_interval(asked * (1.0 - self.mean("agreement")), asked)[1])
 
-    def mean(self, name: str) -> float:
-        return statistics.fmean(getattr(mark, name) for mark in self.sample)
+    def mean(self, name: str, *, pilot: bool = False) -> float:
+        sample = [self.marks[question] for question in self.pilot] if pilot else self.sample
+        return statistics.fmean(getattr(mark, name) for mark in sample)
 
     @property
     def step(self) -> tuple[float, float]:

@@ -24,12 +24,13 @@ from ragkv.store import ChunkStore
 
 
 class Reference(NamedTuple):
-    """What full prefill says. ``picks[i]`` is the likeliest token after ``ids[:i]``; ``logits`` (vocab,) are the first
-    token's, ``text`` the answer."""
+    """What full prefill says. ``picks[i]`` is the likeliest token after ``ids[:i]``, ``margins[i]`` by how much
+    probability it leads the next; ``logits`` (vocab,) are the first token's, ``text`` the answer."""
 
     logits: torch.Tensor
     ids: tuple[int, ...]
     picks: tuple[int, ...]
+    margins: tuple[float, ...]
     text: str
 
 
@@ -40,7 +41,8 @@ class Compared:
 
     * on a question: 1 where both greedy answers are the same after normalisation, or the blended one is accepted, else
       0;
-    * on a sentence to be continued: the share of tokens of its rest before which the likeliest next token is the same.
+    * on a sentence to be continued: the share of places of its rest where the likeliest next token is the same, each
+      counted by full prefill's margin there: a near tie that falls the other way is no loss.
     """
 
     def __init__(self, corpus: Corpus, checkpoint: Checkpoint, probes: Sequence[Probe], *, room: int) -> None:
@@ -62,15 +64,15 @@ class Compared:
         result = self._prefill(plan, candidate.method, candidate.ratio, number)
         if result.to_encode:
             raise StoreFullError("the chunks of one prompt do not fit the store; raise store_bytes")
-        found = picks(self._runner, result, len(plan.ids), expected.ids)
-        tokens = sum(a == b for a, b in zip(found, expected.picks, strict=True)) / len(found)
+        found = _picks(along(self._runner, result, len(plan.ids), expected.ids))
+        same = [one == other for one, other in zip(found, expected.picks, strict=True)]
         text = expected.text
         if not probe.rest and found != expected.picks:
             begun = _up_to_difference(found, expected.ids)
             text = self._text(greedy(self._runner, result, len(plan.ids), begun, self._ends, self._room))
         return Mark(
-            agreement=tokens if probe.rest else float(_agrees(text, expected.text, probe)),
-            tokens=tokens,
+            agreement=_weighed(same, expected.margins) if probe.rest else float(_agrees(text, expected.text, probe)),
+            tokens=sum(same) / len(same),
             kl=first_token_kl(expected.logits, result.logits),
             share=self._share(plan, result),
             right=is_accepted(text, probe.answers) if probe.answers else None,
@@ -91,8 +93,10 @@ class Compared:
         plan = self._corpus.plan(probe, RAW)
         result = self._prefill(plan, FULL, 1.0, number)
         answer = probe.rest or greedy(self._runner, result, len(plan.ids), [], self._ends, self._room)
-        found = picks(self._runner, result, len(plan.ids), answer)
-        return Reference(result.logits.cpu(), tuple(answer), found, self._text(answer))
+        logits = along(self._runner, result, len(plan.ids), answer)
+        best = logits.softmax(dim=-1).topk(2).values
+        margins = tuple((best[:, 0] - best[:, 1]).tolist())
+        return Reference(result.logits.cpu(), tuple(answer), _picks(logits), margins, self._text(answer))
 
     def _prefill(self, plan: PromptPlan, method: str, ratio: float, seed: int) -> PrefillResult:
         prefill = Prefill(
@@ -146,19 +150,27 @@ def greedy(
     return tuple(tokens)
 
 
-def picks(runner: ModelRunner, result: PrefillResult, start: int, ids: Sequence[int]) -> tuple[int, ...]:
-    """The likeliest token at every place of ``ids`` when those before it are given, behind the ``start`` tokens of a
-    prompt. One pass; the KV of all ``ids`` but the last is then in ``result.kv``."""
-    first = int(result.logits.argmax())
-    if len(ids) == 1:
-        return (first,)
-    end = start + len(ids) - 1
-    step = AttentionStep(result.kv, torch.arange(start, end, device=runner.device), end, contiguous=False)
-    rows = runner.rows(runner.tensor(ids[:-1]), step)
-    for layer in range(runner.shape.layers):
-        runner.run_layer(layer, rows)
-    logits = [runner.logits(replace(rows, hidden=rows.hidden[:, : i + 1])) for i in range(len(ids) - 1)]
-    return (first, *map(int, torch.stack(logits).argmax(dim=-1).tolist()))
+def along(runner: ModelRunner, result: PrefillResult, start: int, ids: Sequence[int]) -> torch.Tensor:
+    """float32 logits (ids, vocab) at every place of ``ids`` when those before it are given, behind ``start`` tokens of
+    a prompt. One pass; the KV of all ``ids`` but the last is then in ``result.kv``."""
+    logits = [result.logits]
+    if len(ids) > 1:
+        end = start + len(ids) - 1
+        step = AttentionStep(result.kv, torch.arange(start, end, device=runner.device), end, contiguous=False)
+        rows = runner.rows(runner.tensor(ids[:-1]), step)
+        for layer in range(runner.shape.layers):
+            runner.run_layer(layer, rows)
+        logits += [runner.logits(replace(rows, hidden=rows.hidden[:, : i + 1])) for i in range(len(ids) - 1)]
+    return torch.stack(logits)
+
+
+def _picks(logits: torch.Tensor) -> tuple[int, ...]:
+    return tuple(map(int, logits.argmax(dim=-1).tolist()))
+
+
+def _weighed(same: Sequence[bool], weights: Sequence[float]) -> float:
+    total = sum(weights)
+    return sum(weight for one, weight in zip(same, weights, strict=True) if one) / total if total else 1.0
 
 
 def _up_to_difference(found: Sequence[int], ids: Sequence[int]) -> list[int]:

@@ -19,7 +19,8 @@ class Calibration(BaseModel):
     """What was chosen, for which model, and how sure that is. Losses are shares of the questions, 0 to 1.
 
     ``fingerprint`` is the checkpoint's, ``loss_interval`` the 95% interval of ``loss``; ``proven`` says that its upper
-    end, too, was within ``wanted_loss``.
+    end, too, was within ``wanted_loss``; ``asked`` whose the questions were: the user's, the model's own, or sentences
+    of the documents to be continued.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
@@ -38,6 +39,7 @@ class Calibration(BaseModel):
     loss_interval: tuple[float, float]
     proven: bool
     questions: int
+    asked: Literal["given", "written", "continued"]
 
     def doubt(self, fingerprint: str, settings: Any) -> str | None:
         """Why this says nothing of a model with ``fingerprint`` under ``settings``; None where it does."""
@@ -55,8 +57,8 @@ class Calibration(BaseModel):
 
     def __str__(self) -> str:
         low, high = self.loss_interval
-        unsure = "" if self.proven else "; too few questions to be sure"
+        unsure = "" if self.proven else "; not certain"
         return (
-            f"{self.date}, {self.questions} questions: loss against full prefill {self.loss:.1%} [{low:.1%}, "
-            f"{high:.1%}], wanted {self.wanted_loss:.1%}{unsure}"
+            f"{self.date}, {self.questions} questions ({self.asked}): loss against full prefill {self.loss:.1%} "
+            f"[{low:.1%}, {high:.1%}], wanted {self.wanted_loss:.1%}{unsure}"
         )

@@ -50,6 +50,7 @@ RECORD: dict[str, Any] = {
     "loss_interval": (0.0, 0.0095),
     "proven": True,
     "questions": 400,
+    "asked": "given",
 }
 
 
@@ -470,7 +471,7 @@ def test_a_model_that_writes_no_questions_continues_sentences(
     assert result.asked == "continued"
     assert result.calibration.questions == 4
     assert any("--questions" in warning for warning in result.warnings)
-    assert result.values["method"] == "none"
+    assert result.calibration.asked == "continued"
     assert result.full_right is None
 
 
@@ -578,8 +579,8 @@ def test_a_record_fits_its_model_and_setting_only() -> None:
         assert repr(value) in str(doubt)
     indifferent = Calibration(**RECORD | {"method": "none"})
     assert indifferent.doubt("f", fitting.model_copy(update={"method": "none", "ratio": 0.9})) is None
-    assert "400 questions: loss against full prefill 0.0% [0.0%, 0.9%" in str(record)
-    assert "too few" in str(Calibration(**RECORD | {"proven": False}))
+    assert "400 questions (given): loss against full prefill 0.0% [0.0%, 0.9%" in str(record)
+    assert "not certain" in str(Calibration(**RECORD | {"proven": False}))
 
 
 # The command
@@ -621,7 +622,7 @@ def test_calibrated_is_what_the_engine_then_says_it_is(
 
     health = make_engine(chunk_tokens=48, **configured).health()
     assert health.calibrated
-    assert "6 questions: loss against full prefill 0.0%" in health.calibration
+    assert "6 questions (given): loss against full prefill 0.0%" in health.calibration
 
     (folder / "other").mkdir()
     other = save_checkpoint(folder / "other", "llama", vocab_size=8192)
