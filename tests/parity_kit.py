@@ -23,6 +23,7 @@ from transformers import DynamicCache
 
 from ragkv.chunks import ChunkTokens, EncodeGroup
 from ragkv.clock import Stopwatch
+from ragkv.device_tier import DeviceTier
 from ragkv.encode import encode
 from ragkv.eval.steps import drained
 from ragkv.kv import RequestKV
@@ -38,6 +39,7 @@ from tests.families import BASE, MOVABLE, make_model
 AWAY = 61  # where exact KV is made that is to be moved
 ROOM = 3
 MAX_TOKENS = 4096
+SHARE = 3  # one in so many of a family's pairs is run every time, the others in the slow run
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Relative to what is right: of logits the norm of the difference, of any token's keys and values its largest element.
 TOLERANCE = {"float32": 1e-5, "bfloat16": 8e-2, "float16": 1.2e-2}
@@ -81,7 +83,7 @@ FACTORS: dict[str, Sequence[Any]] = {
     "prefix": tuple(PREFIXES),
     "dtype": ("float32", "bfloat16"),
     "company": (False, True),
-    "tier": ("ssd", "ram"),
+    "tier": ("ssd", "ram", "device"),
     "ratio": (0.3, 1.0),
     "library": ("eager", "sdpa"),
 }
@@ -280,6 +282,7 @@ class World:
         self.library = Library(model, inv_freq)
         self.runner = ModelRunner(model, fused=fused)
         self._stores: dict[str, ChunkStore] = {}
+        self._device_tier = DeviceTier(2**28, self.runner.device)
         self._put_already: set[tuple[str, bytes]] = set()
         self._exact: dict[Any, torch.Tensor] = {}
         self._slabs: dict[bytes, torch.Tensor] = {}
@@ -308,15 +311,23 @@ class World:
         clean = replace(case, kv="moved") if case.kv == "poisoned" else case
         plan = self.plan(clean)
         poisoned = torch.zeros(len(plan.ids), dtype=torch.bool)
+        yield from self._brought(clean, plan)
         if case.kv == "poisoned":
             run = yield from self._blended(clean, plan, poisoned)
             poisoned = self._repaired(plan, run.computed[-1])
             plan = self.plan(case, poisoned)
+            yield from self._brought(case, plan)
         return (yield from self._blended(case, plan, poisoned))
+
+    def _brought(self, case: Case, plan: PromptPlan) -> Generator[None, None, None]:
+        """What a blend has brought to the device is there for the next."""
+        if case.tier == "device":
+            yield from self._blended(replace(case, strategy="none"), plan, torch.zeros(len(plan.ids)))
 
     def _blended(self, case: Case, plan: PromptPlan, poisoned: torch.Tensor) -> Generator[None, None, Run]:
         length, layers = len(plan.ids), self.runner.shape.layers
         options: dict[str, Any] = {"ratio": case.ratio, "room": ROOM, "watch": Stopwatch(), "seed": 5}
+        options["device_tier"] = self._device_tier if case.tier == "device" else None
         steps = Prefill(self.runner, self.store(case.tier), plan, strategy=case.strategy, **options).run()
         result = yield from steps
         computed = self._watched[result.kv][:, :length]

@@ -15,6 +15,7 @@ from transformers import AttentionInterface
 from ragkv import attention, gathering, prefill, selection, unpacking
 from ragkv.attention import NAME, AttentionStep
 from ragkv.blend import Blend
+from ragkv.device_tier import DeviceTier
 from ragkv.kv import RequestKV
 from ragkv.loading import LayerLoader
 from ragkv.plan import Span
@@ -24,7 +25,7 @@ from ragkv.runner import ModelRunner
 from ragkv.store.source import RamSource
 from ragkv.unpacking import Unpacker
 from tests.families import make_model
-from tests.parity_kit import Bench, Case, share
+from tests.parity_kit import SHARE, Bench, Case, share
 
 AT_ONCE = 8
 Patch = Callable[[pytest.MonkeyPatch], None]
@@ -80,7 +81,7 @@ def test_a_fault_of_the_product_is_found(bench, monkeypatch, name):
 @cache
 def cases(family: str) -> list[Case]:
     """The suite's own."""
-    return share(family, 2)
+    return share(family, SHARE)
 
 
 def found(bench: Bench, cases: list[Case]) -> bool:
@@ -286,6 +287,18 @@ def the_last_layer_keeps_what_was_there(monkeypatch):
 def memory_hands_out_another_layer(monkeypatch):
     slab = RamSource.slab
     monkeypatch.setattr(RamSource, "slab", lambda source, layer, buffer: slab(source, (layer + 1) % 4, buffer))
+
+
+@mutant(only=lambda case: case.tier == "device")
+def the_device_hands_out_another_layer(monkeypatch):
+    right = DeviceTier.lease
+
+    def lease(tier, headers):
+        lent = right(tier, headers)
+        lent.hits.update({key: entry.roll(1, dims=0) for key, entry in lent.hits.items()})
+        return lent
+
+    monkeypatch.setattr(DeviceTier, "lease", lease)
 
 
 @mutant()

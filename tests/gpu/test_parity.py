@@ -8,7 +8,7 @@ import os
 import pytest
 import torch
 
-from tests.parity_kit import FACTORS, VARIANTS, Bench, Case, share
+from tests.parity_kit import FACTORS, SHARE, VARIANTS, Bench, Case, share
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -49,7 +49,7 @@ def bench(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("family", VARIANTS)
 def test_a_third_of_any_two_circumstances(bench, family):
-    cases = share(family, 3, {**FACTORS, "dtype": DTYPES})
+    cases = share(family, SHARE, {**FACTORS, "dtype": DTYPES})
     assert bench().faults(cases) == []
 
 
