@@ -101,7 +101,9 @@ def _entries(path: Path) -> Iterator[_Entry]:
                     entry=number,
                 )
             yield _Entry(path, number, line, value)
-    except (OSError, ValueError, RecursionError) as error:
+    except OSError as error:
+        raise InputError(f"cannot read questions from {path}: {error.strerror}", path=str(path)) from error
+    except (ValueError, RecursionError) as error:
         raise InputError(
             f"cannot read questions from {path}: {error}; it should be a JSON list, or one JSON object a line",
             path=str(path),

@@ -60,7 +60,9 @@ def _read(file: Path, results: Results) -> bool:
     """Whether ``file`` had something to add."""
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+    except OSError as error:
+        raise InputError(f"{file} cannot be read: {error.strerror}", path=str(file)) from error
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{file} cannot be read as JSON: {error}", path=str(file)) from error
     facts = content if isinstance(content, dict) else {}
     rows = facts.get("rows") if facts else content
