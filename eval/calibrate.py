@@ -187,10 +187,8 @@ def _record(
 
 
 def _row(tally: Tally, finding: Finding) -> Row:
-    kl, right = (
-        [tally.mean("kl", pilot=pilot) for pilot in (False, True)],
-        [mark.right for mark in tally.sample if mark.right is not None],
-    )
+    kl, pilot_kl = tally.mean("kl"), tally.mean("kl", pilot=True)
+    right = [mark.right for mark in tally.sample if mark.right is not None]
     return {
         **tally.candidate._asdict(),
         "recomputed_share": tally.mean("share"),
@@ -199,8 +197,8 @@ def _row(tally: Tally, finding: Finding) -> Row:
         "complete": tally.complete,
         "loss": tally.loss,
         "loss_interval": tally.interval,
-        "first_token_kl": kl[0] if math.isfinite(kl[0]) else None,
-        "pilot_kl": kl[1] if math.isfinite(kl[1]) else None,
+        "first_token_kl": kl if math.isfinite(kl) else None,
+        "pilot_kl": pilot_kl if math.isfinite(pilot_kl) else None,
         "token_agreement": tally.mean("tokens"),
         "right": sum(right) / len(right) if right else None,
         "chosen": tally is finding.chosen,
