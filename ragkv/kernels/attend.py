@@ -176,24 +176,30 @@ def _attend(
 
 @triton.jit(do_not_specialize=["pairs", "splits"])
 def _join(
-    part, part_lse, out, lse, pairs, splits, HD: tl.constexpr, HD_PAD: tl.constexpr, BLOCK: tl.constexpr
-):  # fmt: skip
-    pair = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    part,
+    part_lse,
+    out,
+    lse,
+    pairs,
+    splits,
+    HD: tl.constexpr,
+    HD_PAD: tl.constexpr,
+    SPLITS: tl.constexpr,
+):
+    # A program for each row and head: it has the loads of all splits in flight at once.
+    pair = tl.program_id(0)
+    split = tl.arange(0, SPLITS)
     d = tl.arange(0, HD_PAD)
-    alive = pair < pairs
-    at = pair[:, None] * HD + d[None, :]
-    held = alive[:, None] & (d < HD)[None, :]
-    top = tl.full([BLOCK], float("-inf"), tl.float32)
-    for split in range(splits):
-        top = tl.maximum(top, tl.load(part_lse + split * pairs + pair, mask=alive, other=0.0))
-    total = tl.zeros([BLOCK], tl.float32)
-    acc = tl.zeros([BLOCK, HD_PAD], tl.float32)
-    for split in range(splits):
-        weight = tl.exp2(tl.load(part_lse + split * pairs + pair, mask=alive, other=0.0) - top)
-        total += weight
-        acc += weight[:, None] * tl.load(part + split * (pairs * HD) + at, mask=held, other=0.0)
-    tl.store(out + at, (acc / total[:, None]).to(out.dtype.element_ty), mask=held)
-    tl.store(lse + pair, (top + tl.log2(total)) * LN2, mask=alive)
+    held = split < splits
+    place = split * pairs + pair
+    logs = tl.load(part_lse + place, mask=held, other=float("-inf"))
+    parts = tl.load(part + place[:, None] * HD + d[None, :], mask=held[:, None] & (d < HD)[None, :], other=0.0)
+    top = tl.max(logs, 0)
+    weights = tl.exp2(logs - top)
+    total = tl.sum(weights, 0)
+    joined = tl.sum(weights[:, None] * parts, 0) / total
+    tl.store(out + pair * HD + d, joined.to(out.dtype.element_ty), mask=d < HD)
+    tl.store(lse + pair, (top + tl.log2(total)) * LN2)
 
 
 class AttendRoom:
@@ -222,7 +228,7 @@ class AttendRoom:
         packed = rows * (heads // kv_heads)
         self.tile = tile or choose_tile(packed, head_dim, q.dtype)
         self.tiles = -(-packed // self.tile.rows)
-        self.splits = splits or choose_splits(self.tiles * kv_heads, length, self.tile, q.device)
+        self.splits = min(MAX_SPLITS, splits or choose_splits(self.tiles * kv_heads, length, self.tile, q.device))
         self.out = torch.empty_like(q)
         self.lse = torch.empty((rows, heads), dtype=torch.float32, device=q.device)
         self.part = self.part_lse = self.lse  # not touched unless keys are split
@@ -288,8 +294,8 @@ def attend(
     )
     if room.splits > 1:
         pairs = rows * heads
-        _join[(-(-pairs // 16),)](
-            room.part, room.part_lse, room.out, room.lse, pairs, room.splits, head_dim, pad, 16, num_warps=4
+        _join[(pairs,)](
+            room.part, room.part_lse, room.out, room.lse, pairs, room.splits, head_dim, pad, MAX_SPLITS, num_warps=4
         )
     return room.out, room.lse
 
@@ -310,7 +316,7 @@ def choose_splits(programs: int, length: int, tile: Tile, device: torch.device) 
     """Twice as many programs as multiprocessors balance tiles that see few keys with those that see all of them;
     a program should still have a few blocks to read."""
     wanted = -(-2 * _multiprocessors(device) // programs)
-    return max(1, min(wanted, length // (4 * tile.keys), MAX_SPLITS))
+    return max(1, min(wanted, length // (4 * tile.keys)))
 
 
 @cache

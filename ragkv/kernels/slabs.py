@@ -38,6 +38,11 @@ def _decoded(stored, CODEC: tl.constexpr):
 
 
 @triton.jit
+def _halves(rows, BLOCK: tl.constexpr, HALF: tl.constexpr):
+    return tl.split(tl.permute(tl.reshape(rows, (BLOCK, 2, HALF)), (0, 2, 1)))
+
+
+@triton.jit
 def _field(base, offset, ELEMENT: tl.constexpr):
     return (base + offset).to(tl.pointer_type(ELEMENT))
 
@@ -66,6 +71,7 @@ def _place(
     CODEC: tl.constexpr,
     ROTATED: tl.constexpr,
     COPIED: tl.constexpr,
+    WHOLE: tl.constexpr,
 ):
     # A pair is a token and a KV head. Decoded elements are rounded to the KV's dtype before they are rotated: so a
     # key is the same whichever way it was placed.
@@ -93,10 +99,18 @@ def _place(
             rest_place = (pair * HD + 2 * HALF)[:, None] + j
             keys = _field(base, 0, ELEMENT) + place
             values = _field(base, to_values, ELEMENT) + place
-            kx = tl.load(tl.multiple_of(keys, [ALIGN, ALIGN]), mask=held, other=0)
-            ky = tl.load(tl.multiple_of(keys + HALF, [ALIGN, ALIGN]), mask=held, other=0)
-            vx = tl.load(tl.multiple_of(values, [ALIGN, ALIGN]), mask=held, other=0)
-            vy = tl.load(tl.multiple_of(values + HALF, [ALIGN, ALIGN]), mask=held, other=0)
+            if WHOLE:
+                # A link carries few long requests better than many short ones: whole rows, cut in two on the chip.
+                row_of = (pair * HD)[:, None] + tl.arange(0, HD)[None, :]
+                keys = tl.multiple_of(_field(base, 0, ELEMENT) + row_of, [ALIGN, ALIGN])
+                values = tl.multiple_of(_field(base, to_values, ELEMENT) + row_of, [ALIGN, ALIGN])
+                kx, ky = _halves(tl.load(keys, mask=alive[:, None], other=0), BLOCK, HALF)
+                vx, vy = _halves(tl.load(values, mask=alive[:, None], other=0), BLOCK, HALF)
+            else:
+                kx = tl.load(tl.multiple_of(keys, [ALIGN, ALIGN]), mask=held, other=0)
+                ky = tl.load(tl.multiple_of(keys + HALF, [ALIGN, ALIGN]), mask=held, other=0)
+                vx = tl.load(tl.multiple_of(values, [ALIGN, ALIGN]), mask=held, other=0)
+                vy = tl.load(tl.multiple_of(values + HALF, [ALIGN, ALIGN]), mask=held, other=0)
             if REST > 0:
                 kz = tl.load(_field(base, 0, ELEMENT) + rest_place, mask=rest_held, other=0)
                 vz = tl.load(_field(base, to_values, ELEMENT) + rest_place, mask=rest_held, other=0)
@@ -193,7 +207,7 @@ class SlabPlacer:
         self._chunks = len(lengths)
         half, hd = self._cos.shape[-1], shape.head_dim
         size = 1 if codec != "raw" else shape.dtype.itemsize
-        self._rotary, self._plain = half, hd // 2
+        self._rotary, self._plain, self._element_bytes = half, hd // 2, size
         self._fixed = {
             "KV_HEADS": shape.kv_heads,
             "HD": hd,
@@ -241,6 +255,7 @@ class SlabPlacer:
             ALIGN=self._align[half],
             ROTATED=rotated,
             COPIED=copies is not None,
+            WHOLE=2 * half == self._fixed["HD"] and self._element_bytes == 1 and half == next_power_of_2(half),
             num_warps=WARPS,
             **self._fixed,
         )
