@@ -171,7 +171,8 @@ def _context(entry: _Entry, field: str, context: Any) -> tuple[str, str]:
         title, field = context.get("title") or "", f"{field}.{name or _TEXT[0]}"
     elif isinstance(context, list) and len(context) == 2:
         title, text = context
-        text = "".join(text) if isinstance(text, list) and all(isinstance(part, str) for part in text) else text
+        if isinstance(text, list) and all(isinstance(part, str) for part in text):
+            text = " ".join(part.strip() for part in text)
     else:
         text = context
     text = _text(entry, field, text)
