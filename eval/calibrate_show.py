@@ -95,7 +95,7 @@ def plot(result: Result, path: Path) -> None:
     divergences.set_ylabel("first token: KL to full prefill, nats")
     divergences.set_title("on the questions that all were asked", fontsize=9, loc="left")
     divergences.set_yscale("symlog", linthresh=1e-3)
-    divergences.set_ylim(bottom=0)
+    divergences.set_ylim(0, 3 * max((row["pilot_kl"] or 0.0 for row in result.rows), default=0.0) or None)
     losses.set_title("filled: all questions; hollow: given up, estimated from a few", fontsize=9, loc="left")
     for axes in (losses, divergences):
         axes.set_xlabel("recomputed share of context token-layers, %")
