@@ -70,10 +70,10 @@ def measure() -> dict[str, Any]:
         ).pin_memory()
         on_device = torch.zeros(CHUNKS * (2 << 20), dtype=torch.uint8, device=device)
         near = torch.tensor([[on_device.data_ptr() + c * (2 << 20) for c in range(CHUNKS)]] * SHAPE.layers).pin_memory()
-        for block, warps in ((32, 4), (64, 8), (128, 8), (128, 16)):
+        for block, warps in ((64, 8), (128, 8), (128, 16)):
             kernel.BLOCK_PAIRS, kernel.WARPS = block, warps
             placer = kernel.SlabPlacer(codec, SHAPE, [TOKENS] * CHUNKS, [i * TOKENS for i in range(CHUNKS)], angles)
-            for workers in (4, 8, 16, 32, 64, 132):
+            for workers in (4, 8, 16, 32):
                 load = partial(_place, placer, kv, sources, workers)
 
                 def beside(load: Callable[[], None] = load) -> None:

@@ -130,7 +130,7 @@ def test_memory_of_the_ram_tier_is_page_locked_and_moves_as_it_is(nbytes):
 
 def test_chunks_in_ram_lie_in_page_locked_memory(tiny_checkpoint, tmp_path):
     settings = {"model": str(tiny_checkpoint), "device": "cuda", "dtype": "float32", "data_dir": tmp_path / "data"}
-    with Engine(**settings, chunk_tokens=32, ram_bytes=1 << 26, max_tokens=8) as engine:
+    with Engine(**settings, chunk_tokens=32, ram_bytes=1 << 26, device_bytes=0, max_tokens=8) as engine:
         engine.query("Where does person 3 live?", documents=DOCUMENTS, method="none")
         wait_idle(engine)
         answers = [engine.query("Where does person 3 live?", documents=DOCUMENTS, method="none") for _ in range(2)]
