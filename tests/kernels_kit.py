@@ -123,7 +123,7 @@ ROTATIONS = {
 
 
 def check_rope_write(kernels: ModuleType, rotation: Rotation, dtype: torch.dtype, device: str) -> None:
-    """Bit for bit: rounded after every operation, as the library does."""
+    """Rounded after every operation, as the library does: bit for bit on a CPU, while chips fuse products and sums."""
     shape, rows, length = rotation.shape, 5, 40
     generator = torch.Generator().manual_seed(0)
     width = (shape.heads + 2 * shape.kv_heads) * shape.head_dim
@@ -146,7 +146,7 @@ def check_rope_write(kernels: ModuleType, rotation: Rotation, dtype: torch.dtype
     untouched[slots] = False
     assert (results[0][1][:, untouched] == 7.0).all()
     for actual, expected in zip(*results, strict=True):
-        if dtype == torch.float32 or rotation.normed:  # another order of summation, or products fused with sums
+        if device != "cpu" or dtype == torch.float32 or rotation.normed:
             close(actual, expected, dtype)
         else:
             assert torch.equal(actual, expected)
