@@ -64,7 +64,9 @@ def replay(
     file: File,
     url: Annotated[str, typer.Option(help="A running server.")] = "http://127.0.0.1:8377",
     collection: Annotated[str, typer.Option("--collection", "-c", help="Name of the collection.")] = "default",
-    method: Annotated[str | None, typer.Option(help="default, none, hkvd, epic, question, echo, links, random or full.")] = None,
+    method: Annotated[
+        str | None, typer.Option(help="default, none, hkvd, epic, question, echo, links, random or full.")
+    ] = None,
     top_k: Annotated[int | None, typer.Option(help="Chunks to retrieve.")] = None,
     max_tokens: Annotated[int, typer.Option(help="Most tokens to generate per question.")] = 16,
     json_: Json = False,

@@ -186,9 +186,9 @@ def test_sections_without_anything_to_show_are_not_there(page, contents: list[An
 
 
 def test_settings_are_joined_by_method_ratio_and_codec() -> None:
-    rows = [quality(row, "") for row in [*QUALITY, _quality("none", 0.0, 0.6, codec="int8")]]
+    rows = [quality(row, {}) for row in [*QUALITY, _quality("none", 0.0, 0.6, codec="int8")]]
     known = [row for row in rows if row]
-    times = [speed(row) for row in [*SPEED, _speed("none", 0.0, 30.0, codec="int8"), _speed("hkvd", 0.15, 90.0)]]
+    times = [speed(row, {}) for row in [*SPEED, _speed("none", 0.0, 30.0, codec="int8"), _speed("hkvd", 0.15, 90.0)]]
     raw = pairs_of(times, known, times[0].place)
     assert [(pair.speed.setting[0], pair.ms, pair.quality.score) for pair in raw] == [
         ("full", 900.0, 1.0),  # the faster one, which speedups are against
@@ -202,8 +202,8 @@ def test_settings_are_joined_by_method_ratio_and_codec() -> None:
 def test_the_front_holds_what_nothing_beats_in_both() -> None:
     rows = [("full", 1.0, 900.0, 0.98), ("none", 0.0, 50.0, 0.7), ("epic", 0.1, 100.0, 0.7), ("epic", 0.2, 150.0, 0.9),
             ("hkvd", 0.2, 160.0, 0.8), ("random", 0.2, 1000.0, 0.98)]  # fmt: skip
-    times = [speed(_speed(method, ratio, ttft)) for method, ratio, ttft, _ in rows]
-    known = [one for method, ratio, _, score in rows if (one := quality(_quality(method, ratio, score), ""))]
+    times = [speed(_speed(method, ratio, ttft), {}) for method, ratio, ttft, _ in rows]
+    known = [one for method, ratio, _, score in rows if (one := quality(_quality(method, ratio, score), {}))]
     front = front_of(pairs_of(times, known, times[0].place))
     assert [pair.speed.setting for pair in front] == [("none", 0.0), ("epic", 0.2), ("full", 1.0)]
 
@@ -218,7 +218,7 @@ def test_a_page_says_when_two_models_or_codecs_are_joined(page) -> None:
 
 def test_times_of_the_very_run_that_gave_the_answers_come_first(page) -> None:
     timed = [row | {"median_ttft_ms": 10.0 + 100 * row["ratio"]} for row in QUALITY]
-    rows = [row for one in timed if (row := quality(one, ""))]
+    rows = [row for one in timed if (row := quality(one, {}))]
     assert [(row.ttft, row.full) for row in own_times(rows)] == [(110.0, 110.0), (10.0, 110.0), (25.0, 110.0)]
     assert own_times(rows[1:]) == []
     read = _Checker(page(timed))
@@ -237,12 +237,13 @@ def test_rows_of_every_form_are_read(tmp_path: Path) -> None:
     (tmp_path / "old.json").write_text(
         json.dumps({"environment": {"model": "told", "device": "H200"}, "rows": [old | {"exact_match_interval": None}]})
     )
-    (tmp_path / "plain.json").write_text(json.dumps(SPEED))
+    bare = [{key: value for key, value in row.items() if key not in ("model", "device", "batch")} for row in SPEED]
+    (tmp_path / "plain.json").write_text(json.dumps(bare))
     (tmp_path / "other.json").write_text(json.dumps({"rows": [{"policy": "lru"}]}))
     results = read_results([tmp_path])
     [row] = results.quality
     assert (row.panel.model, row.panel.metric, row.score, row.interval) == ("told", "exact_match", 1.0, None)
-    assert len(results.speed) == 3
+    assert [(row.place.model, row.place.batch) for row in results.speed] == [("an unnamed model", 1)] * 3
     assert results.skipped == ["other.json"]
     assert [source.facts.get("device") for source in results.sources] == ["H200", None]
 

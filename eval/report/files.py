@@ -68,13 +68,12 @@ def _read(file: Path, results: Results) -> bool:
     rows = facts.get("rows") if facts else content
     facts = {**facts, **facts["environment"]} if isinstance(facts.get("environment"), dict) else facts
     rows = [row for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
-    model = facts.get("model")
     before = len(results.speed), len(results.quality)
     for number, row in enumerate(rows, 1):
         try:
             if is_speed(row):
-                results.speed.append(speed(row))
-            elif is_quality(row) and (scored := quality(row, model if isinstance(model, str) else "a model")):
+                results.speed.append(speed(row, facts))
+            elif is_quality(row) and (scored := quality(row, facts)):
                 results.quality.append(scored)
         except ValueError as error:
             raise InputError(f"{file}, row {number}: {error}", path=str(file), row=number) from error

@@ -86,12 +86,12 @@ def is_quality(row: Mapping[str, Any]) -> bool:
     return row.keys() >= _QUALITY
 
 
-def speed(row: Mapping[str, Any]) -> Speed:
-    """Raises ValueError that names the field."""
+def speed(row: Mapping[str, Any], facts: Mapping[str, Any]) -> Speed:
+    """``facts`` are the file's, for rows that do not name model or device. Raises ValueError that names the field."""
     read = _Reader(row)
     place = Place(
-        model=read.text("model", "a model"),
-        device=read.text("device", "a device"),
+        model=read.text("model", _told(facts, "model")),
+        device=read.text("device", _told(facts, "device")),
         context_tokens=int(read.number("context_tokens", 0.0)),
         batch=int(read.number("batch", 1.0)),
         tier=read.text("tier"),
@@ -112,14 +112,14 @@ def speed(row: Mapping[str, Any]) -> Speed:
     )
 
 
-def quality(row: Mapping[str, Any], model: str) -> Quality | None:
-    """None where nothing was scored. ``model`` is the file's, for rows that do not say. Raises ValueError."""
+def quality(row: Mapping[str, Any], facts: Mapping[str, Any]) -> Quality | None:
+    """None where nothing was scored. ``facts`` are the file's, for rows that name no model. Raises ValueError."""
     read = _Reader(with_score(dict(row)))
     score = read.optional("score")
     if score is None:
         return None
     panel = Panel(
-        model=read.text("model", model),
+        model=read.text("model", _told(facts, "model")),
         suite=read.text("suite"),
         policy=read.text("context_policy"),
         condition=read.text("condition", ""),
@@ -143,6 +143,11 @@ def quality(row: Mapping[str, Any], model: str) -> Quality | None:
         figures=figures,
         ttft=read.optional("median_ttft_ms"),
     )
+
+
+def _told(facts: Mapping[str, Any], name: str) -> str:
+    told = facts.get(name)
+    return told if isinstance(told, str) else f"an unnamed {name}"
 
 
 class _Reader:
