@@ -287,6 +287,7 @@ def test_closing_an_async_stream_cancels_the_request(make_engine):
 
 def test_health_and_metrics(shared):
     health = shared.health()
+    assert health.layer_loop == "plain: the fused layer loop needs CUDA"
     assert (health.status, health.blending, health.device, health.dtype) == ("ok", "on", "cpu", "float32")
     metrics = shared.metrics()
     assert metrics["store_entries"] == shared.cache_stats().entries > 0
