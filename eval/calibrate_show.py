@@ -96,7 +96,7 @@ def plot(result: Result, path: Path) -> None:
     divergences.set_title("on the questions that all were asked", fontsize=9, loc="left")
     divergences.set_yscale("symlog", linthresh=1e-3)
     divergences.set_ylim(0, 3 * max((row["pilot_kl"] or 0.0 for row in result.rows), default=0.0) or None)
-    losses.set_title("filled: all questions; hollow: given up, estimated from a few", fontsize=9, loc="left")
+    losses.set_title("filled: asked everything; hollow: estimated from a few questions", fontsize=9, loc="left")
     for axes in (losses, divergences):
         axes.set_xlabel("recomputed share of context token-layers, %")
     figure.suptitle(f"{result.calibration.model}: {_setting(result)}", fontsize=10, x=0.01, ha="left")
