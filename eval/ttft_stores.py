@@ -55,7 +55,8 @@ class RandomChunks:
     def nbytes(self, chunks: Sequence[PlannedChunk]) -> int:
         """Most bytes that the KV of ``chunks`` takes, with room for what lies around it."""
         shape = self.checkpoint.runner.shape
-        return sum(shape.entry_bytes(len(c.tokens.ids), c.tokens.codec) + _ENTRY_SLACK for c in chunks)
+        # In memory a buffer takes up to an eighth more than it is long.
+        return sum(shape.entry_bytes(len(c.tokens.ids), c.tokens.codec) * 9 // 8 + _ENTRY_SLACK for c in chunks)
 
     def _chunk(self, number: int, length: int, codec: str) -> PlannedChunk:
         ids = self.ids(self.tokens, seed=number)[:length]

@@ -19,9 +19,11 @@ from ragkv.kernels.shapes import next_power_of_2
 from ragkv.kv import KvShape
 from ragkv.store import CODECS
 
-WORKERS = 16
-BLOCK_PAIRS = 64
-WARPS = 8
+# Programs, by whether a byte is an element: the fewest that keep a link of 55 GB/s busy on an H200
+# (tests/bench/loading.py).
+WORKERS = {False: 4, True: 16}
+BLOCK_PAIRS = 128
+WARPS = 16
 _CODEC = {"raw": 0, "int8": 1, "fp8": 2}
 _ELEMENTS = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 _COLUMNS = ("tokens", "row", "slot", "values", "key_scales", "value_scales")
@@ -225,7 +227,7 @@ class SlabPlacer:
         *,
         rotated: bool,
         copies: torch.Tensor | None = None,
-        workers: int = WORKERS,
+        workers: int | None = None,
     ) -> None:
         """Write one layer's keys, rotated unless the layer has no RoPE, and values.
 
@@ -237,7 +239,7 @@ class SlabPlacer:
         """
         half = self._rotary if rotated else self._plain
         rest = self._fixed["HD"] - 2 * half
-        _place[(workers,)](
+        _place[(workers or WORKERS[self._element_bytes == 1],)](
             sources,
             sources if copies is None else copies,
             self._spans,
