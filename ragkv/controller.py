@@ -21,8 +21,6 @@ from ragkv.types import Forecast
 
 # Full prefill is exact, so blending must win by more than the error of a good prediction.
 MARGIN = 0.03
-# The share of all prefill time that may be spent on trying what seems slower, so that a tier that recovered is noticed.
-EXPLORED = 0.02
 _SPLITS = 12
 _REMEMBERED = 64
 _LEAST = 1e-6
@@ -58,9 +56,8 @@ class Actual:
 class Choice:
     """How to go about a prompt: load ``loaded`` (indices of the work's pieces), compute the rest.
 
-    ``times`` are predicted for it, ``full`` for a full prefill, ``blend`` for loading everything. ``cost``: seconds it
-    is believed to lose to the best, for the sake of measuring. ``beside``: a piece that is not loaded and should be
-    read while others compute.
+    ``times`` are predicted for it, ``full`` for a full prefill, ``blend`` for loading everything. ``beside``: a piece
+    that is not loaded and should be read while others compute.
     """
 
     work: Work
@@ -69,7 +66,6 @@ class Choice:
     full: Times
     blend: Times
     why: str
-    cost: float = 0.0
     beside: int | None = None
 
     @property
@@ -100,7 +96,6 @@ class Controller:
 
     def __init__(self, machine: Machine | None = None, *, warms: bool = False) -> None:
         self.machine, self._warms = machine, warms
-        self._saved = 0.0
         self._reading_beside = False
         self._heard: SimpleQueue[list[Reading]] = SimpleQueue()
         self._counts: Counter[str] = Counter()
@@ -136,8 +131,6 @@ class Controller:
                 _correct(self.machine, choice, actual)
         if not actual.contended:
             self._errors.append(abs(actual.total / choice.times.total - 1))
-            lost = choice.cost and max(choice.cost, choice.cost + actual.total - choice.times.total)
-            self._saved = min(self._saved + EXPLORED * actual.total - lost, actual.total)
         return _forecast(choice, actual)
 
     def hear(self, readings: Sequence[Reading]) -> None:
@@ -189,24 +182,20 @@ class Controller:
         return replace(choice, beside=left[self._counts["beside"] % len(left)])
 
     def _exploring(self, choice: Choice, times: Mapping[tuple[int, ...], Times]) -> Choice | None:
-        """What may be faster than ``choice`` if what was not measured lately has recovered, and can be afforded."""
+        """What would be faster than ``choice`` if a kind of prefill not measured lately is better than believed.
+
+        What that may lose is bounded: a part of one prompt in ``STALE_AFTER``.
+        """
         machine, work = self.machine, choice.work
-        if machine is None or self._saved <= 0 or not (machine.dense.scale.stale or machine.sparse.scale.stale):
+        if machine is None or not (machine.dense.scale.stale or machine.sparse.scale.stale):
             return None
-        believed = {(): choice.full, **times}
-        hoped = {
-            loaded: machine.blend(work, [work.pieces[i] for i in loaded], hope=True)
-            if loaded
-            else machine.full(work.length, hope=True)
-            for loaded, seen in believed.items()
-            if loaded != choice.loaded and seen.total - choice.times.total <= self._saved
-        }
-        tried = min(hoped, key=lambda loaded: hoped[loaded].total, default=None)
-        if tried is None or hoped[tried].total >= choice.times.total * (1 - MARGIN):
+        hoped = {loaded: machine.blend(work, [work.pieces[i] for i in loaded], hope=True) for loaded in times}
+        hoped[()] = machine.full(work.length, hope=True)
+        tried = min(hoped, key=lambda loaded: hoped[loaded].total)
+        if tried == choice.loaded or hoped[tried].total >= choice.times.total * (1 - MARGIN):
             return None
         self._counts["explored"] += 1
-        cost = max(0.0, believed[tried].total - choice.times.total)
-        return replace(choice, loaded=tried, times=believed[tried], cost=cost, why="tried, to measure it again")
+        return replace(choice, loaded=tried, times={(): choice.full, **times}[tried], why="tried, to measure it again")
 
 
 def _splits(work: Work) -> list[tuple[int, ...]]:

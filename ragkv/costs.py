@@ -15,7 +15,7 @@ _NOISE = math.log(1.15)
 _NOISE_GAIN, _NEWS_GAIN = 0.3, 0.8
 # What was not measured for so many requests may have become better meanwhile, by so much at the most.
 STALE_AFTER = 16
-HOPE = 0.7
+HOPE = 0.8
 # Of a tier that nobody has read from yet: slow, so that nobody waits for what may be a bad disk.
 GUESSED_SECONDS_PER_BYTE = {"ram": 1 / 20e9, "ssd": 1 / 200e6, "remote": 1 / 50e6}
 

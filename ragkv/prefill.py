@@ -134,7 +134,6 @@ class Prefill:
 
     def _choose(self, entries: dict[Span, OpenEntry]) -> _Trial | None:
         """Have the controller choose; what it would rather compute is taken out of ``entries``."""
-        self._chosen = {}
         if self._controller is None:
             return None
         spans = list(entries)

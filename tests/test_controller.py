@@ -7,6 +7,7 @@ from itertools import combinations
 import pytest
 
 from ragkv.controller import MARGIN, Actual, Controller
+from ragkv.costs import Curve
 from tests.controller_kit import World, serve, work
 
 FAST_GPU_SLOW_DISK = {"tiers": {"ssd": 1 / 0.4e9, "remote": 1 / 0.2e9}}
@@ -132,6 +133,30 @@ def test_a_disk_that_was_slow_once_is_tried_again_and_the_trying_is_bounded():
     ways = [serve(controller, world, job)[0].way for _ in range(400)]
     assert ways[-1] != "full"
     assert ways.count("full") < 300
+
+
+@pytest.mark.parametrize("slower", [1.15, 1.5])
+def test_a_way_that_just_loses_is_tried_now_and_then_for_little(slower):
+    """Repairing so much that blending takes longer than a full prefill."""
+    job, world = work(1, tier="ram", strategy="epic", ratio=0.95), World(launch=0.0)
+    machine = world.machine()
+    machine.sparse = Curve([(n, slower * world.row * n) for n in (16, 4096)], slower * world.pair)
+    controller = Controller(machine)
+    served = [serve(controller, world, job) for _ in range(500)]
+    assert (controller.stats()["controller_explored"] > 0) == (slower < 1.2)
+    assert served[0][0].way == "full"
+    assert sum(actual.total for _, actual in served) <= 500 * world.full(job) * 1.02
+
+
+def test_a_blend_that_became_fast_is_found_though_it_lost_before():
+    job = work(tier="ram", strategy="epic", ratio=0.8)
+    world = World(row=3e-6)
+    machine = world.machine()
+    machine.sparse = Curve([(n, 4.2e-6 * n) for n in (16, 4096)], world.pair)
+    controller = Controller(machine)
+    ways = [serve(controller, world, job)[0].way for _ in range(100)]
+    assert ways[0] == "full"
+    assert ways[-1] == "blend"
 
 
 def test_one_hiccup_changes_nothing():

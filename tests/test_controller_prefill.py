@@ -7,6 +7,7 @@ import threading
 from pathlib import Path
 
 import pytest
+import torch
 
 from ragkv.controller import Controller
 from ragkv.costs import Curve, Estimate, Machine
@@ -83,6 +84,15 @@ def test_chunks_computed_by_choice_are_neither_missing_nor_encoded_again(desk, m
     # The configured share is repaired of what was loaded.
     assert sum(o.repaired_tokens for o in result.outcomes if o.kv == "ssd") == round(0.2 * 80)
     assert all(desk.free(chunk) for chunk in (first, second, third))
+
+
+def test_what_is_not_loaded_is_free_while_it_is_computed(desk):
+    chunks = stored(desk, 23, 18)
+    steps = desk.prefill(desk.plan(*chunks), "none", controller=Controller(machine(ssd=1.0))).run()
+    with torch.inference_mode():
+        next(steps)
+        assert all(desk.free(chunk) for chunk in chunks)
+        steps.close()
 
 
 def test_nothing_is_chosen_without_a_controller_before_it_is_ready_or_for_what_is_not_stored(desk):
