@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-import threading
 from collections.abc import Generator
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
@@ -13,7 +11,7 @@ import torch
 
 from ragkv.blend import Blend
 from ragkv.clock import Stopwatch
-from ragkv.controller import Actual, Choice, Controller, Reading
+from ragkv.controller import Controller
 from ragkv.costs import Piece, Work
 from ragkv.device_tier import DeviceTier
 from ragkv.errors import MissingEntryError, RagkvError, StoreError
@@ -22,14 +20,11 @@ from ragkv.loading import ChunkLostError, LayerLoader, Slabs
 from ragkv.plan import PromptPlan, Span
 from ragkv.runner import ModelRunner
 from ragkv.selection import STRATEGIES
-from ragkv.store import ChunkStore, EntryHeader, LayerReader, OpenEntry
+from ragkv.store import ChunkStore, EntryHeader, OpenEntry
+from ragkv.trial import Trial, read_beside
 from ragkv.types import Forecast, KvSource
 
 FULL = "full"
-_CONTENDED = 0.05
-# One entry is to be read as fast as several are.
-_BESIDE_DEPTH = 8
-log = logging.getLogger("ragkv")
 
 
 @dataclass
@@ -52,30 +47,6 @@ class PrefillResult:
     outcomes: list[SpanOutcome]
     to_encode: list[Span] = field(default_factory=list)
     forecast: Forecast | None = None
-
-
-@dataclass
-class _Trial:
-    """What the controller chose, and what is needed to see how it went: the watch's parts before, the reader after."""
-
-    choice: Choice
-    before: dict[str, float]
-    reader: LayerReader | None = None
-
-    def actual(self, watch: Stopwatch, overlapped: bool) -> Actual:
-        spent = {part: seconds - self.before.get(part, 0.0) for part, seconds in watch.parts.items()}
-        queue = spent.pop("queue", 0.0)
-        total, load, select = sum(spent.values()), spent.get("load", 0.0), spent.get("select", 0.0)
-        return Actual(
-            total,
-            load,
-            select,
-            total - load - select,
-            waited=self.reader.waited if self.reader else 0.0,
-            readings=_readings(self.reader) if self.reader else (),
-            # A device works on after the host has turned to others: then its time cannot be told from theirs.
-            contended=overlapped and queue > _CONTENDED * total,
-        )
 
 
 class Prefill:
@@ -132,7 +103,7 @@ class Prefill:
         result.to_encode = [span for span in self._plan.spans if span in self._why]
         return result
 
-    def _choose(self, entries: dict[Span, OpenEntry]) -> _Trial | None:
+    def _choose(self, entries: dict[Span, OpenEntry]) -> Trial | None:
         """Have the controller choose; what it would rather compute is taken out of ``entries``."""
         if self._controller is None:
             return None
@@ -142,11 +113,11 @@ class Prefill:
         if choice is None:
             return None
         if choice.beside is not None:
-            _read_beside(self._store, entries[spans[choice.beside]], self._controller)
+            read_beside(self._store, entries[spans[choice.beside]], self._controller)
         for index in set(range(len(spans))) - set(choice.loaded):
             self._chosen[spans[index]] = choice.why_computed(index)
             entries.pop(spans[index]).close()
-        return _Trial(choice, dict(self._watch.parts))
+        return Trial(choice, dict(self._watch.parts))
 
     def _piece(self, span: Span, entry: OpenEntry) -> Piece:
         nbytes, tier = self._runner.shape.entry_bytes(span.length, entry.header.codec), entry.tier
@@ -154,7 +125,7 @@ class Prefill:
             nbytes, tier = 0, "device"  # nothing is moved
         return Piece(span.length, span.start, nbytes, tier, span.context_present)
 
-    def _learn(self, trial: _Trial) -> Forecast | None:
+    def _learn(self, trial: Trial) -> Forecast | None:
         """What the trial took, told to the controller."""
         self._runner.synchronize()
         self._watch.lap("first_token")
@@ -190,7 +161,7 @@ class Prefill:
         wrong = [name for name in right if found[name] != right[name]]
         return f"another {' and '.join(wrong)}" if wrong else None
 
-    def _blend(self, entries: dict[Span, OpenEntry], trial: _Trial | None) -> Generator[None, None, PrefillResult]:
+    def _blend(self, entries: dict[Span, OpenEntry], trial: Trial | None) -> Generator[None, None, PrefillResult]:
         kv = self._runner.new_kv(len(self._plan.ids) + self._room)
         spans = list(entries)
         [codec] = {span.chunk.tokens.codec for span in spans}
@@ -261,28 +232,6 @@ class Prefill:
     def _computed(self, span: Span) -> SpanOutcome:
         why = self._why.get(span) or self._chosen[span]
         return SpanOutcome("computed", why, span.length, span.length * self._runner.shape.layers)
-
-
-def _readings(reader: LayerReader) -> list[Reading]:
-    return [Reading(tier, one.nbytes, one.seconds) for tier, one in reader.traffic.items() if one.seconds]
-
-
-def _read_beside(store: ChunkStore, entry: OpenEntry, controller: Controller) -> None:
-    """Read an entry whose chunk is being computed, on a thread of its own: it is then in RAM, and its tier measured."""
-    reader = store.open_layers([entry], depth=_BESIDE_DEPTH)
-
-    def read() -> None:
-        readings: list[Reading] = []
-        try:
-            with closing(reader):
-                if not any(isinstance(slab, StoreError) for slabs in reader for slab in slabs):
-                    readings = _readings(reader)
-        except StoreError as error:  # the store was closed meanwhile
-            log.debug("reading a chunk beside its prompt ended: %s", error)
-        finally:
-            controller.hear(readings)
-
-    threading.Thread(target=read, name="ragkv-beside", daemon=True).start()
 
 
 def _unreadable(cause: RagkvError) -> str:
