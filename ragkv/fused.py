@@ -15,9 +15,7 @@ from functools import cached_property
 from typing import Any, cast
 
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import linear
-from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 from ragkv.kernels import twins
 from ragkv.kernels.attend import AttendRoom, attend
@@ -26,9 +24,6 @@ from ragkv.kernels.rotate import rope_write
 from ragkv.kernels.scores import score_keys
 from ragkv.rows import Rows
 
-# For a full prefill, the first that takes the shapes; the last one takes all. cuDNN's would be faster, but it builds a
-# plan for every length it has not seen, for about 0.4 s: https://github.com/modelscope/FunASR/issues/3704.
-FULL_ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 _DTYPES = (torch.bfloat16, torch.float16)
 _MATRICES = ("q_proj", "k_proj", "v_proj", "o_proj")
 _REQUIRED = {
@@ -160,8 +155,6 @@ class FusedLayers:
         """(rows, heads · head_dim)."""
         step = rows.step
         window = layer.window if layer.window is not None and layer.window < step.length else None
-        if step.contiguous and window is None and not step.score_rows:
-            return _attend_fully(room.q, k, v, layer.scale).view(step.rows, -1)
         out, lse = attend(room.q, k, v, step.slots, scale=layer.scale, window=window, room=room.attend)
         if step.score_rows:
             if step.scores is None:
@@ -248,11 +241,3 @@ def _join(*linears: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
             setattr(module, name, torch.nn.Parameter(view, requires_grad=False))
         joined.append(whole)
     return cast(torch.Tensor, joined[0]), joined[1]
-
-
-def _attend_fully(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
-    """(rows, heads, head_dim) of queries over as many keys, causally."""
-    queries, keys, values = (part.transpose(0, 1)[None] for part in (q, k, v))
-    with sdpa_kernel(FULL_ATTENTION, set_priority=True):
-        out = sdpa(queries, keys, values, is_causal=True, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
-    return out[0].transpose(0, 1).contiguous()

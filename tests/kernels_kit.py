@@ -5,10 +5,15 @@ from __future__ import annotations
 from types import ModuleType
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from ragkv.kernels import twins
+from ragkv.kernels.slabs import SlabPlacer
+from ragkv.kv import KvShape
 from ragkv.rope import Rope
+from ragkv.unpacking import Unpacker
+from tests.codec_kit import encoded, random_kv
 
 CPU_DTYPES = [torch.float32, torch.float16]  # the interpreter cuts bfloat16 off instead of rounding it
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
@@ -173,39 +178,38 @@ def check_silu_mul(kernels: ModuleType, width: int, dtype: torch.dtype, device: 
     assert torch.equal(gate_up[:, width:], up)
 
 
-def check_place(
-    kernels: ModuleType, codec: str, shape: Shape, turning: int, dtype: torch.dtype, device: str
-) -> None:  # fmt: skip
-    """Three chunks of 5, 1 and 30 tokens into slots with gaps."""
-    lengths, length = [5, 1, 30], 60
-    tokens, generator = sum(lengths), torch.Generator().manual_seed(0)
-    size = (tokens, shape.kv_heads, shape.head_dim)
-    options: dict[str, torch.Tensor | tuple[torch.Tensor, torch.Tensor]] = {}
-    if codec == "raw":
-        keys, values = (torch.randn(size, generator=generator).to(dtype) for _ in range(2))
-    else:
-        largest = 127 if codec == "int8" else 448
-        keys, values = (largest * (2 * torch.rand(size, generator=generator) - 1) for _ in range(2))
-        keys[0, 0, :4] = torch.tensor([0.0, 2.0**-9, -(2.0**-9), 3 * 2.0**-9])  # e4m3's smallest
-        keys, values = (x.to(torch.int8 if codec == "int8" else torch.float8_e4m3fn) for x in (keys, values))
-        options["key_scales"] = torch.rand((3, *size[1:]), generator=generator).div(100).to(device)
-        options["value_scales"] = torch.rand((*size[:2], 1), generator=generator).div(100).to(device)
-        options["owner"] = torch.arange(3).repeat_interleave(torch.tensor(lengths)).to(device)
-    slots = torch.cat([torch.arange(2, 7), torch.tensor([9]), torch.arange(20, 50)]).to(device)
-    if turning:
-        rope = Rope(10_000.0 ** (-torch.arange(turning // 2) / (turning / 2)), (True,), None)
-        cos, sin = rope.angles(slots.cpu() + 1000)
-        options["angles"] = (cos.to(device), sin.to(device))
-    results = []
-    for module in (kernels, twins):
-        kv = torch.full((2, length, *size[1:]), 7.0, dtype=dtype, device=device)
-        module.place(keys.to(device), values.to(device), slots, kv[0], kv[1], **options)
-        results.append(kv)
-    untouched = torch.ones(length, dtype=torch.bool, device=device)
-    untouched[slots] = False
-    assert (results[0][:, untouched] == 7.0).all()
-    assert torch.equal(results[0][1], results[1][1])
-    if turning:  # a product fused with a sum may round the other way
-        close(results[0][0], results[1][0], dtype)
-    else:
-        assert torch.equal(results[0][0], results[1][0])
+def check_slabs(codec: str, shape: Shape, turning: int, dtype: torch.dtype) -> None:
+    """Chunks of several lengths against unpacking, rotating and writing one by one, and copied on the way."""
+    lengths, first, length = [5, 1, 37, 70], [2, 9, 11, 60], 140
+    kv_shape = KvShape(1, shape.kv_heads, shape.head_dim, dtype)
+    slabs = [_at_64(encoded(random_kv(kv_shape, n, seed=n), codec)) for n in lengths]
+    positions = torch.cat([torch.arange(start, start + n) for start, n in zip(first, lengths, strict=True)])
+    rope = Rope(10_000.0 ** (-torch.arange(turning // 2) / max(turning / 2, 1)), (True, False), None)
+    angles = rope.angles(positions)
+    unpacker = Unpacker(codec, kv_shape, lengths, torch.device("cpu"))
+    stage = np.zeros(unpacker.nbytes, np.uint8)
+    for slab, pieces in zip(slabs, unpacker.pieces, strict=True):
+        for to, source in pieces:
+            stage[to] = slab[source]
+    keys, values = unpacker.unpack(torch.from_numpy(stage))
+    placer = SlabPlacer(codec, kv_shape, lengths, first, angles)
+    copies = [_at_64(np.zeros_like(slab)) for slab in slabs]
+    sources, targets = (torch.tensor([slab.ctypes.data for slab in some]) for some in (slabs, copies))
+    targets[1] = 0
+    for layer, copied in ((0, None), (1, targets)):
+        kv = torch.full((2, length, shape.kv_heads, shape.head_dim), 7.0, dtype=dtype)
+        expected = kv.clone()
+        expected[0, positions], expected[1, positions] = rope.place(keys, angles, layer), values
+        placer.place(sources, kv[0], kv[1], rotated=rope.rotates[layer], copies=copied, workers=3)
+        close(kv, expected, dtype)
+    for number, (slab, copy) in enumerate(zip(slabs, copies, strict=True)):
+        assert np.array_equal(copy, slab) == (number != 1)
+
+
+def _at_64(slab: np.ndarray) -> np.ndarray:
+    """The same bytes at an address that is a multiple of 64, as the store's buffers and stages are."""
+    memory = np.empty(slab.nbytes + 64, np.uint8)
+    start = -memory.ctypes.data % 64
+    aligned: np.ndarray = memory[start : start + slab.nbytes]
+    aligned[:] = slab
+    return aligned

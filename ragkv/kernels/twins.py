@@ -68,30 +68,6 @@ def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
     return gate.copy_(torch.nn.functional.silu(gate) * up)
 
 
-def place(
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    slots: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    *,
-    angles: tuple[torch.Tensor, torch.Tensor] | None = None,
-    key_scales: torch.Tensor | None = None,
-    value_scales: torch.Tensor | None = None,
-    owner: torch.Tensor | None = None,
-) -> None:
-    """As :func:`ragkv.kernels.place.place`: what Unpacker.unpack, Rope.place and RequestKV.write do one by one."""
-    if key_scales is not None and value_scales is not None:
-        keys = (keys.float() * key_scales[owner]).to(k.dtype)
-        values = (values.float() * value_scales).to(v.dtype)
-    if angles is not None:
-        cos, sin = angles
-        half = cos.shape[-1]
-        first, second, rest = keys.float().split([half, half, keys.shape[-1] - 2 * half], dim=-1)
-        keys = torch.cat((first * cos - second * sin, second * cos + first * sin, rest), dim=-1).to(k.dtype)
-    k[slots], v[slots] = keys, values
-
-
 def _per_head(kv: torch.Tensor, heads: int) -> torch.Tensor:
     """(length, kv_heads, head_dim) → float32 (heads, length, head_dim)."""
     return kv.float().repeat_interleave(heads // kv.shape[1], dim=1).transpose(0, 1)

@@ -92,7 +92,6 @@ class Bench:
                 yield from self.parts(rows)
                 yield from self.attend(rows)
             yield from self.full_attention(max(self.options.prefill))
-            yield from self.place()
 
     def matrix_rate(self) -> Record:
         n = 8192 if self.cuda and not self.options.tiny else 256
@@ -227,25 +226,6 @@ class Bench:
                 "what": f"full attention of {length}", "by": name, **self.speed(ms, self.attention_flops(slots)),
                 "first ms": statistics.median(first),
             }  # fmt: skip
-
-    def place(self) -> Iterator[Record]:
-        from ragkv.kernels.place import place
-
-        n, size = self.options.keys, (self.options.keys, self.shape.kv_heads, self.shape.head_dim)
-        k, v = self.kv(n).read(0, n)
-        slots = torch.arange(n, device=self.device)
-        angles = self.runner.rope.angles(slots)
-        scales = {
-            "key_scales": torch.rand((17, *size[1:]), device=self.device),
-            "value_scales": torch.rand((*size[:2], 1), device=self.device),
-            "owner": slots * 17 // n,
-        }
-        for codec, dtype in (("raw", self.dtype), ("int8", torch.int8), ("fp8", torch.float8_e4m3fn)):
-            stored = torch.randint(-100, 100, (2, *size), device=self.device).to(dtype)
-            given = {} if codec == "raw" else scales
-            ms = self.time(lambda stored=stored, given=given: place(*stored, slots, k, v, angles=angles, **given))
-            moved = stored.nbytes + 2 * n * k[0].nbytes
-            yield {"what": f"place {n} tokens", "codec": codec, "ms": ms, "GB/s": moved / ms / 1e6}
 
     def speed(self, ms: float, flops: float) -> Record:
         rate = flops / ms / 1e9

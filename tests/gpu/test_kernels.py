@@ -9,7 +9,7 @@ pytest.importorskip("triton")
 if not torch.cuda.is_available():
     pytest.skip("needs a CUDA device", allow_module_level=True)
 
-from ragkv.kernels import attend, place, pointwise, rotate, scores
+from ragkv.kernels import attend, pointwise, rotate, scores
 from ragkv.runner import ModelRunner
 from ragkv.selfcheck import settle_layer_loop
 from tests import fused_kit, kernels_kit
@@ -59,15 +59,6 @@ def test_rms_norm(width, dtype):
 @pytest.mark.parametrize("width", [96, 4864, 14336])
 def test_silu_mul(width, dtype):
     kernels_kit.check_silu_mul(pointwise, width, dtype, "cuda")
-
-
-@pytest.mark.parametrize("dtype", HALVES)
-@pytest.mark.parametrize(
-    ("shape", "turning"), [((32, 8, 128), 128), ((4, 2, 64), 64), ((6, 2, 96), 48), ((3, 3, 24), 0)]
-)
-@pytest.mark.parametrize("codec", ["raw", "int8", "fp8"])
-def test_place(codec, shape, turning, dtype):
-    kernels_kit.check_place(place, codec, kernels_kit.Shape(*shape), turning, dtype, "cuda")
 
 
 @pytest.mark.parametrize(
