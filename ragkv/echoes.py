@@ -18,9 +18,11 @@ Floats = NDArray[np.float32]
 
 # A name is met at its last token, and read on in the tokens behind it.
 _BEHIND, _BEFORE, _FADE = 3, 1, 0.8
-# Of a word that the question repeats, and of a token whose document has earlier chunks that it was encoded without,
-# against a rare word met again; and of any other token.
-_ASKED, _APART, _OTHER = 0.5, 0.5, 0.2
+# A document's first tokens name what it is about, and all of it leans on them.
+_HEAD = 12
+# Of a document's head, of a word that the question repeats, of a token whose document has earlier chunks that it was
+# encoded without, against a rare word met again; and of any other token.
+_HEADS, _ASKED, _APART, _OTHER = 2.0, 0.5, 0.5, 0.2
 # Of documents that share no word with the question, against the one that shares most.
 _UNRELATED = 0.05
 
@@ -32,7 +34,7 @@ def hints(plan: PromptPlan) -> Floats:
         return np.zeros(len(plan.ids), np.float32)
     words = _Words(plan)
     stale = np.maximum(words.met_again(), _ASKED * words.asked())
-    stale += _APART * words.apart + _OTHER
+    stale += _HEADS * words.head + _APART * words.apart + _OTHER
     out = np.zeros(len(plan.ids), np.float32)
     out[: plan.question_start] = stale * (words.relevance() ** 2 + _UNRELATED) * (words.document >= 0)
     return out
@@ -43,6 +45,7 @@ class _Words:
 
     Attributes:
         document: number of the token's document, -1 in the prefix.
+        head: 1 in the first tokens of a document's first chunk.
         apart: 1 where the prompt has an earlier chunk of the token's document that its KV was not encoded behind.
     """
 
@@ -55,6 +58,7 @@ class _Words:
         self._seen_from = np.zeros(end, np.int64)
         self._chunk = np.full(end, -1)
         self.document = np.full(end, -1)
+        self.head = np.zeros(end, np.float32)
         self.apart = np.zeros(end, np.float32)
         numbers: dict[str, int] = {}
         first: dict[str, int] = {}
@@ -63,6 +67,7 @@ class _Words:
             behind = index - span.chunk.tokens.context_chunks if span.context_present else index
             self._chunk[here], self.document[here] = index, numbers.setdefault(name, len(numbers))
             self._seen_from[here] = plan.spans[behind].start
+            self.head[span.start : min(span.end, span.start + _HEAD)] = not span.chunk.chunk.ordinal
             self.apart[here] = first.setdefault(name, index) < behind
             self._words[span.start] = -1 - span.start  # no word crosses a chunk's border
         _, self._first, self._same, counts = np.unique(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import pytest
@@ -17,6 +17,10 @@ PREFIX = (1, 2, 3)
 
 def prompt(*chunks: tuple[str, int, int, Sequence[int]], question: Sequence[int] = (900, 901)) -> PromptPlan:
     """Of chunks as (document, ordinal, chunks it was encoded behind, tokens), in this order."""
+    return laid_out(((name, ordinal + 1, behind, ids) for name, ordinal, behind, ids in chunks), question)  # no heads
+
+
+def laid_out(chunks: Iterable[tuple[str, int, int, Sequence[int]]], question: Sequence[int]) -> PromptPlan:
     planned = []
     for rank, (name, ordinal, behind, ids) in enumerate(chunks, 1):
         tokens = ChunkTokens(tuple(ids), (), behind, "document", bytes([rank]) * 32)
@@ -109,6 +113,14 @@ def test_only_chunks_have_hints():
     assert not weights[plan.question_start :].any()
     assert weights[len(PREFIX) : plan.question_start].all()
     assert not hints(make_plan(PREFIX, [], (9,), budget=100)).any()
+
+
+def test_the_head_of_a_document_comes_before_the_rest_of_it():
+    plan = laid_out((("d", 0, 0, plain(100, 40)), ("d", 1, 1, plain(200, 40))), question=(900,))
+    assert best(plan, 12) == [*range(len(PREFIX), len(PREFIX) + 12)]
+    # A document whose first chunk was not retrieved has no head here.
+    weights = hints(laid_out((("d", 1, 0, plain(200, 40)),), question=(900,)))
+    assert len({*weights[len(PREFIX) : -1].tolist()}) == 1
 
 
 @pytest.mark.parametrize("n", [1, 2, 3])
