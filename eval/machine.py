@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from ragkv.version import __version__
+
 
 def device_name(device: torch.device) -> str:
     if device.type == "cuda":
@@ -26,6 +28,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "versions": {
             "python": platform.python_version(),
-            **{name: version(name) for name in ("ragkv", "torch", "transformers")},
+            "ragkv": __version__,
+            **{name: version(name) for name in ("torch", "transformers")},
         },
     }

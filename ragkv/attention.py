@@ -120,6 +120,9 @@ def attention(
     # Query heads that share a KV head become a batch over it: broadcasting replaces copying the keys.
     k = key.transpose(0, 1).expand(-1, group, -1, -1)
     v = value.transpose(0, 1).expand(-1, group, -1, -1)
+    if query.device.type == "cuda" and not step.sees_all:
+        # torch 2.11's memory-efficient kernel answers wrongly from 65 rows on if its keys are broadcast.
+        k, v = k.contiguous(), v.contiguous()
     if step.score_rows:
         mask = step.mask(window)[-step.score_rows :]
         step.collect(_weights(q[:, :, -step.score_rows :], k, mask, scale).sum(dim=(0, 1, 2)))
