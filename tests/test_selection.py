@@ -8,6 +8,7 @@ import torch
 from ragkv.attention import NAME
 from ragkv.blend import Blend
 from ragkv.clock import Stopwatch
+from ragkv.echoes import hints
 from ragkv.loading import LayerLoader
 from ragkv.selection import STRATEGIES
 from tests.blend_kit import Desk, close, drain
@@ -76,9 +77,11 @@ def test_random_depends_on_the_seed_alone(desk):
     assert first != other
 
 
+@pytest.mark.parametrize("strategy", ["question", "links"])
 @pytest.mark.parametrize("family", ["llama", "qwen2-windowed", "smollm3", "phi3"])
-def test_question_takes_what_the_question_attends_to_in_the_middle_layers(tmp_path, family):
-    """With exact KV, the scores are the library's own attention weights of layers 1 and 2 (of four)."""
+def test_what_the_question_attends_to_in_the_middle_layers_is_taken(tmp_path, family, strategy):
+    """With exact KV, the scores are the library's own attention weights of layers 1 and 2 (of four); `links` weighs
+    them by its hints."""
     desk = Desk(tmp_path, family)
     chunks = desk.document("d", 20, 3, 17)
     desk.put(*chunks)
@@ -89,9 +92,19 @@ def test_question_takes_what_the_question_attends_to_in_the_middle_layers(tmp_pa
         weights = model(torch.tensor([plan.ids]), output_attentions=True, use_cache=False).attentions
     model.set_attn_implementation(NAME)
     scores = sum(weights[layer][0, :, plan.question_start :].sum(dim=(0, 1)) for layer in (1, 2))
-    expected = (scores[1:41].topk(8).indices + 1).sort().values.tolist()
-    assert selected(blended(desk, plan, "question", 0.2)[0]) == expected
+    expected = {"question": scores, "links": scores * torch.from_numpy(hints(plan))}
+    best = {name: (one[1:41].topk(8).indices + 1).sort().values.tolist() for name, one in expected.items()}
+    assert best["question"] != best["links"]
+    assert selected(blended(desk, plan, strategy, 0.2)[0]) == best[strategy]
     desk.store.close()
+
+
+def test_echo_takes_what_the_words_hint_at(desk):
+    plan = three_documents(desk)
+    expected = torch.from_numpy(hints(plan))
+    blend, _ = blended(desk, plan, "echo", 0.2)
+    rest = [j for j in range(1, 41) if j not in selected(blend)]
+    assert expected[selected(blend)].min() >= expected[rest].max()
 
 
 def test_question_sees_the_stored_keys_not_fresh_ones(desk):
