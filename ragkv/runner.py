@@ -6,6 +6,7 @@ yields; the runner only knows how to run one layer for some rows. Not thread-saf
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,6 +18,9 @@ from ragkv.rows import Rows
 
 if TYPE_CHECKING:
     from ragkv.fused import FusedLayers
+
+
+_SWITCH_S = 5e-4
 
 
 class _Probed(Exception):  # noqa: N818  (not an error: it carries the values out of the library's layer)
@@ -60,6 +64,9 @@ class ModelRunner:
         self.max_positions = int(self.config.max_position_embeddings)
         ends = getattr(model.generation_config, "eos_token_id", None)
         self.eos_ids = frozenset(ends if isinstance(ends, list) else [] if ends is None else [ends])
+        if self.device.type == "cuda":
+            # Who launches kernels must not wait for the interpreter as long as a prefill takes.
+            sys.setswitchinterval(min(sys.getswitchinterval(), _SWITCH_S))
         self.fused: FusedLayers | None = None
         self.plain_because: str | None = "the fused layer loop needs CUDA"
         if fused is False:

@@ -69,6 +69,7 @@ def links(blend: Blend) -> Generator[None, None, Start]:
     all stale ones few matter."""
     if not blend.budget:
         return (yield from none(blend))
+    blend.loader.ensure(0)  # so that loading is under way meanwhile
     weights = torch.from_numpy(hints(blend.plan)).to(blend.runner.device)
     scores = yield from _attended(blend)
     return _selected(blend, scores * weights)

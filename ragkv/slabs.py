@@ -8,6 +8,7 @@ import numpy as np
 
 from ragkv.errors import CorruptEntryError, StoreError
 from ragkv.plan import Span
+from ragkv.store import LayerReader
 
 Slabs = Iterator[list[np.ndarray | StoreError]]
 """For each layer, one uint8 slab per chunk, as stored."""
@@ -23,6 +24,11 @@ class ChunkLostError(Exception):
     def __init__(self, causes: dict[Span, StoreError]) -> None:
         super().__init__("; ".join(map(str, causes.values())))
         self.causes = causes
+
+
+def in_memory(slabs: Slabs) -> bool:
+    """Whether asking for a layer never waits."""
+    return isinstance(slabs, LayerReader) and slabs.in_memory
 
 
 def next_layer(slabs: Slabs, spans: Sequence[Span], sizes: Sequence[int]) -> list[np.ndarray]:

@@ -1,9 +1,11 @@
 """Bringing stored chunks into a request's KV on CUDA: one launch a layer, ahead of whoever computes.
 
-A thread takes layer after layer from the store and launches the kernel that reads the slabs where they are, in
-page-locked memory or on the device, and writes them decoded and rotated into their slots
-(:mod:`ragkv.kernels.slabs`). That runs on a stream of its own, as fast as the tier and the link allow; the stream that
-computes waits for the layers it needs.
+Layer after layer is taken from the store, and a kernel launched that reads the slabs where they are, in page-locked
+memory or on the device, and writes them decoded and rotated into their slots (:mod:`ragkv.kernels.slabs`). That runs on
+a stream of its own, as fast as the tier and the link allow; the stream that computes waits for the layers it needs.
+
+What is in memory already is launched a few layers ahead by the thread that computes; a second one would only take the
+interpreter from it. What has to be read first is waited for by a thread of its own.
 """
 
 from __future__ import annotations
@@ -23,9 +25,10 @@ from ragkv.kv import RequestKV
 from ragkv.pinned import is_page_locked
 from ragkv.plan import Span
 from ragkv.runner import ModelRunner
-from ragkv.slabs import Slabs, next_layer
+from ragkv.slabs import Slabs, in_memory, next_layer
 
 LAYERS_UNDER_WAY = 3
+LAUNCHED_AHEAD = 6
 _STAGE_ALIGNMENT = 64
 # One thread copies 5 GB/s; a host's memory gives several times that, and a link to the device wants it.
 _COPIERS = ThreadPoolExecutor(6, thread_name_prefix="ragkv-copier")
@@ -55,11 +58,13 @@ class Streaming:
         self._sizes = [self._placer.slab_bytes[i] for i in self._read]
         self._ready: SimpleQueue[Any] = SimpleQueue()
         self._under_way: deque[tuple[torch.cuda.Event, list[Any]]] = deque()
-        self._stop = False
+        self._stop, self._launched = False, 0
         self._stream: Any = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
-        self._thread = threading.Thread(target=self._feed, name="ragkv-loader", daemon=True)
-        self._thread.start()
+        self._thread: threading.Thread | None = None
+        if not in_memory(slabs):
+            self._thread = threading.Thread(target=self._feed, name="ragkv-loader", daemon=True)
+            self._thread.start()
 
     def place_next(self) -> None:
         """Have the current stream wait until the next layer is placed.
@@ -67,6 +72,10 @@ class Streaming:
         Raises:
             ChunkLostError: a slab is unreadable; nothing of it was placed.
         """
+        if self._thread is None:
+            with torch.cuda.stream(self._stream):
+                while self._launched < self._layers and self._ready.qsize() < LAUNCHED_AHEAD:
+                    self._launch(self._launched)
         placed = self._ready.get()
         if isinstance(placed, BaseException):
             raise placed
@@ -75,7 +84,8 @@ class Streaming:
     def close(self) -> None:
         """Stop. No slab is read and no slot written afterwards."""
         self._stop = True
-        self._thread.join()
+        if self._thread is not None:
+            self._thread.join()
         for placed, _ in self._under_way:
             placed.synchronize()
         self._under_way.clear()
@@ -99,9 +109,10 @@ class Streaming:
         self._placer.place(self._sources[layer], k, v, rotated=self._rotates[layer], copies=copies)
         placed = self._stream.record_event()
         self._ready.put(placed)
+        self._launched += 1
+        # What a kernel reads must stay where it is until then. What is in memory stays there for nothing.
         self._under_way.append((placed, held))
-        while len(self._under_way) > LAYERS_UNDER_WAY:
-            # What a kernel reads must stay where it is until then.
+        while self._thread is not None and len(self._under_way) > LAYERS_UNDER_WAY:
             self._under_way[0][0].synchronize()
             self._under_way.popleft()
 
@@ -132,7 +143,7 @@ def _addresses(
 def _readable(slabs: Sequence[np.ndarray]) -> tuple[list[Any], list[int]]:
     """Where a kernel can read these slabs, and what must be held meanwhile: they, or page-locked copies of them."""
     held: list[Any] = list(slabs)
-    addresses = [slab.ctypes.data for slab in slabs]
+    addresses = [slab.__array_interface__["data"][0] for slab in slabs]
     far = [i for i, slab in enumerate(slabs) if not is_page_locked(addresses[i], slab.nbytes)]
     if not far:
         return held, addresses

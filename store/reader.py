@@ -226,6 +226,11 @@ class LayerReader(Iterator[list[SlabOrError]]):
     def __enter__(self) -> LayerReader:
         return self
 
+    @property
+    def in_memory(self) -> bool:
+        """All of it lies in RAM: nothing is read, and asking for a layer never waits."""
+        return not self._tasks
+
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
