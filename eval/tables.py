@@ -1,0 +1,95 @@
+"""Tables in the docs, made of result files: ``python -m ragkv.eval.tables docs/*.md`` writes them anew.
+
+In a page a table stands between ``<!-- quality FILE field=value … -->`` or ``<!-- ttft FILE field=value … -->`` and
+``<!-- end -->``; rows with other values are left out. Files are looked for from the folder one works in.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+Row = dict[str, Any]
+_TABLE = re.compile(r"(<!-- (quality|ttft) (\S+)((?: \w+=\S+)*) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def rendered(page: str, root: Path = Path()) -> str:
+    """``page`` with its tables made anew from the result files under ``root``."""
+
+    def table(found: re.Match[str]) -> str:
+        head, kind, file, wanted, end = found.groups()
+        fields = dict(part.split("=", 1) for part in wanted.split())
+        rows = json.loads((root / file).read_text(encoding="utf-8"))["rows"]
+        kept = [row for row in rows if all(str(row[name]) == value for name, value in fields.items())]
+        return head + "\n" + "\n".join(_KINDS[kind](kept)) + "\n\n" + end
+
+    return _TABLE.sub(table, page)
+
+
+def _quality(rows: Sequence[Row]) -> list[str]:
+    kinds = list(rows[0]["by_kind"])
+    lines = [_line(["method", "recomputed", "exact match", "to full", *kinds]), "|" + "---|" * (4 + len(kinds))]
+    for row in rows:
+        interval = _percent(row["exact_match_interval"])
+        to_full = "" if row["method"] == "full" else f"{100 * row['difference_to_full']:+.1f}"
+        if to_full:
+            to_full += f" {_percent(row['difference_interval'])}"
+        cells = [
+            _method(row),
+            f"{row['recomputed_share']:.0%}",
+            f"{100 * row['exact_match']:.1f} {interval}",
+            to_full,
+            *(f"{100 * row['by_kind'][kind]:.0f}" for kind in kinds),
+        ]
+        lines.append(_line(cells))
+    return lines
+
+
+def _ttft(rows: Sequence[Row]) -> list[str]:
+    contexts = sorted({row["context_tokens"] for row in rows})
+    cells: dict[tuple[str, ...], dict[int, str]] = {}
+    for row in rows:
+        place = ("", "") if row["method"] == "full" else (row["tier"], row["codec"])
+        text = f"{row['ttft_ms']:.0f} ms"
+        if row["method"] == "full":
+            text += f", {row['full_prefill_of_matrix_rate']:.0%} of the matrix rate"
+        else:
+            way = f" ({row['chose']})" if row.get("chose") not in (None, "blend") else ""
+            text += f"{way}, **{row['speedup']:.1f}×**, {row['over_floor']:.1f}"
+        # A full prefill is measured again for every tier: the first will do.
+        cells.setdefault((*place, _method(row)), {}).setdefault(row["context_tokens"], text)
+    lines = [
+        _line(["from", "codec", "method", *(f"{n:,}" for n in contexts)]),
+        "|" + "---|" * (3 + len(contexts)),
+    ]
+    return lines + [_line([*key, *(by.get(n, "") for n in contexts)]) for key, by in cells.items()]
+
+
+_KINDS: dict[str, Callable[[Sequence[Row]], list[str]]] = {"quality": _quality, "ttft": _ttft}
+
+
+def _method(row: Row) -> str:
+    name = f"`{row['method']}`"
+    return name if row["method"] in ("full", "none") else f"{name} {row['ratio']:.0%}"
+
+
+def _percent(interval: Sequence[float]) -> str:
+    return f"[{100 * interval[0]:.1f}, {100 * interval[1]:.1f}]"
+
+
+def _line(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def main() -> None:
+    for name in sys.argv[1:]:
+        path = Path(name)
+        path.write_text(rendered(path.read_text(encoding="utf-8")), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

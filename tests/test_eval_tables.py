@@ -1,0 +1,50 @@
+"""Tables in the docs say what the result files say."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from ragkv.eval.tables import rendered
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.mark.parametrize("page", sorted((ROOT / "docs").glob("*.md")), ids=lambda page: page.name)
+def test_tables_of_the_docs_are_those_of_the_result_files(page):
+    text = page.read_text(encoding="utf-8")
+    assert rendered(text, ROOT) == text, "python -m ragkv.eval.tables docs/*.md"
+
+
+def test_a_table_holds_the_rows_asked_for_and_replaces_what_was_there(tmp_path):
+    row = {
+        "method": "links", "ratio": 0.1, "context_policy": "alone", "recomputed_share": 0.1, "exact_match": 0.9,
+        "exact_match_interval": [0.8, 0.95], "difference_to_full": -0.1, "difference_interval": [-0.2, 0.0],
+        "by_kind": {"direct": 1.0, "update": 0.8},
+    }  # fmt: skip
+    rows = [row, {**row, "context_policy": "document", "exact_match": 0.5}]
+    (tmp_path / "rows.json").write_text(json.dumps({"rows": rows}))
+    page = "before\n<!-- quality rows.json context_policy=alone -->\nold\n<!-- end -->\nafter"
+    made = rendered(page, tmp_path)
+    assert "| `links` 10% | 10% | 90.0 [80.0, 95.0] | -10.0 [-20.0, 0.0] | 100 | 80 |" in made
+    assert "old" not in made
+    assert "50.0" not in made
+    assert made.startswith("before\n")
+    assert made.endswith("\nafter")
+    assert rendered(made, tmp_path) == made
+
+
+def test_times_stand_by_length_with_what_the_default_chose(tmp_path):
+    row = {
+        "method": "default", "ratio": 0.1, "tier": "ssd", "codec": "raw", "ttft_ms": 90.4, "speedup": 1.06,
+        "over_floor": 1.18, "chose": "full", "full_prefill_of_matrix_rate": 0.8,
+    }  # fmt: skip
+    full = {**row, "method": "full", "ttft_ms": 96.0}
+    rows = [{**row, "context_tokens": 8192}, {**row, "context_tokens": 4096}, {**full, "context_tokens": 4096}]
+    (tmp_path / "rows.json").write_text(json.dumps({"rows": rows}))
+    made = rendered("<!-- ttft rows.json -->\n<!-- end -->", tmp_path)
+    assert "| from | codec | method | 4,096 | 8,192 |" in made
+    assert "| ssd | raw | `default` 10% | 90 ms (full), **1.1×**, 1.2 | 90 ms (full), **1.1×**, 1.2 |" in made
+    assert "|  |  | `full` | 96 ms, 80% of the matrix rate |  |" in made
