@@ -12,7 +12,7 @@ import torch
 
 from ragkv import engine
 from ragkv.engine import Engine
-from ragkv.pinned import PageLocking
+from ragkv.pinned import PageLocking, is_page_locked
 from ragkv.store import ChunkStore
 from tests.store_kit import holds, put
 
@@ -27,7 +27,7 @@ class Runtime:
 
     def cudaHostRegister(self, address: int, nbytes: int, flags: int) -> int:  # noqa: N802 - CUDA's name
         self.calls += 1
-        assert flags == 1
+        assert flags == 1 | 2  # portable, and mapped: kernels read it
         assert address % 4096 == 0
         assert not any(start < address + nbytes and address < start + size for start, size in self.locked.items())
         if sum(self.locked.values()) + nbytes > self.limit:
@@ -66,6 +66,19 @@ def test_exactly_what_is_asked_for_is_locked_and_unlocked_with_its_last_view(all
     del view
     gc.collect()
     assert runtime.locked == {}
+
+
+def test_a_kernel_may_read_whole_huge_pages_as_long_as_they_are_locked(allocate, runtime):
+    memory, small = allocate(4 * MIB), allocate(4096)
+    start = memory.ctypes.data
+    assert is_page_locked(start, 4 * MIB)
+    assert is_page_locked(start + MIB, 2 * MIB)
+    assert not is_page_locked(start - 1, 2)
+    assert not is_page_locked(start + 3 * MIB, MIB + 1)
+    assert not is_page_locked(small.ctypes.data, 4096)  # not known of: it is copied first
+    del memory
+    gc.collect()
+    assert not is_page_locked(start, 1)
 
 
 def test_memory_that_cannot_be_locked_is_ordinary_and_said_once(allocate, runtime, caplog):
