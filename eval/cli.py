@@ -31,7 +31,11 @@ app = typer.Typer(
 out = Console()
 err = Console(stderr=True)
 
-ALL_METHODS = "full,none,hkvd,epic,question,random,default"
+ALL_METHODS = "full,none,hkvd,epic,question,random,echo,links,default"
+Ratio = Annotated[
+    str,
+    typer.Option(help="Ratios, comma-separated, for every method but `full`, `none` and `default`, which has its own."),
+]
 File = Annotated[Path, typer.Argument(help="Questions in the MuSiQue style: a JSON list of question, answers, ctxs.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
 
@@ -99,9 +103,7 @@ def quality(
         str, typer.Option(help="For --data: f1, em, rouge-l, agreement (with full prefill), or auto.")
     ] = "auto",
     methods: Annotated[str, typer.Option(help="Names, comma-separated.")] = ALL_METHODS,
-    ratio: Annotated[
-        str, typer.Option(help="Ratios, comma-separated, for hkvd, epic, question and random; `default` has its own.")
-    ] = "0.15",
+    ratio: Ratio = "0.15",
     context_policy: Annotated[str, typer.Option(help="`alone`, `document`, or both, comma-separated.")] = "document",
     condition: Annotated[
         str | None,
@@ -185,10 +187,8 @@ def ttft(
     tiers: Annotated[
         str, typer.Option(help="Where chunks come from: device, ram, ssd, remote, comma-separated.")
     ] = "ram,ssd",
-    methods: Annotated[str, typer.Option(help="Names, comma-separated.")] = "full,none,question,epic,hkvd,default",
-    ratio: Annotated[
-        str, typer.Option(help="Ratios, comma-separated, for hkvd, epic, question and random; `default` has its own.")
-    ] = "0.05,0.15",
+    methods: Annotated[str, typer.Option(help="Names, comma-separated.")] = "full,none,question,echo,links,default",
+    ratio: Ratio = "0.05,0.15",
     codec: Annotated[str, typer.Option(help="Of the stored KV: raw, int8, fp8, comma-separated.")] = "raw",
     chunk_tokens: Annotated[int, typer.Option(help="Tokens of a chunk.")] = 512,
     question_tokens: Annotated[int, typer.Option(help="Tokens of the question.")] = 32,
@@ -245,11 +245,9 @@ def load(
     context: Annotated[int, typer.Option(min=1, help="Context tokens of a prompt.")] = 8192,
     tier: Annotated[str, typer.Option(help="Where chunks come from: device, ram or ssd.")] = "ram",
     methods: Annotated[str, typer.Option(help="Names, comma-separated; full prefill is always there.")] = (
-        "full,question,default"
+        "full,links,default"
     ),
-    ratio: Annotated[
-        str, typer.Option(help="Ratios, comma-separated, for hkvd, epic, question and random; `default` has its own.")
-    ] = "0.15",
+    ratio: Ratio = "0.15",
     codec: Annotated[str, typer.Option(help="Of the stored KV: raw, int8 or fp8.")] = "raw",
     chunk_tokens: Annotated[int, typer.Option(min=1, help="Tokens of a chunk.")] = 512,
     question_tokens: Annotated[int, typer.Option(help="Tokens of the question.")] = 32,

@@ -28,7 +28,8 @@ class Gathering:
         lease: DeviceLease | None,
     ) -> None:
         self._runner, self._kv, self._spans, self._slabs = runner, kv, spans, slabs
-        self._hits, self._fills = (lease.hits, lease.fills) if lease else ({}, {})
+        self._hits, self._fills = _held(spans, lease)
+        self._read = [i for i in range(len(spans)) if i not in self._hits]
         self._next = 0
         positions = np.concatenate([np.arange(s.start, s.end) for s in spans])
         slots = _as_slice(positions, kv.base)
@@ -52,25 +53,27 @@ class Gathering:
         """Nothing is under way."""
 
     def _gather(self) -> None:
-        sizes = self._unpacker.slab_bytes
-        keys = [span_key(span) if self._hits or self._fills else b"" for span in self._spans]
-        read = [i for i, key in enumerate(keys) if key not in self._hits]
-        found = next_layer(self._slabs, [self._spans[i] for i in read], [sizes[i] for i in read]) if read else []
-        stage, slabs = self._stage.numpy(), dict(zip(read, found, strict=True))
-        for i, key in enumerate(keys):
-            if i not in slabs:
-                slab = self._hits[key][self._next, : sizes[i]].cpu().numpy()
-            else:
-                slab = slabs[i]
-                if key in self._fills:
-                    self._fills[key][self._next, : sizes[i]] = torch.from_numpy(np.array(slab))
+        """Fill the stage with the layer's slabs: the store's, and those that are on the device."""
+        sizes, read = self._unpacker.slab_bytes, self._read
+        slabs = {i: rows[self._next, : sizes[i]].cpu().numpy() for i, rows in self._hits.items()}
+        if read:
+            found = next_layer(self._slabs, [self._spans[i] for i in read], [sizes[i] for i in read])
+            slabs.update(zip(read, found, strict=True))
+        for i, rows in self._fills.items():
+            rows[self._next, : sizes[i]] = torch.from_numpy(np.array(slabs[i]))
+        stage = self._stage.numpy()
+        for i, slab in slabs.items():
             for to, source in self._unpacker.pieces[i]:
                 np.copyto(stage[to], slab[source])
 
 
-def span_key(span: Span) -> bytes:
-    """The key of a chunk's entry."""
-    return span.chunk.tokens.key
+def _held(spans: Sequence[Span], lease: DeviceLease | None) -> tuple[dict[int, torch.Tensor], dict[int, torch.Tensor]]:
+    """What the device has of the spans, and what it wants, by their index."""
+    if lease is None:
+        return {}, {}
+    keys = {i: span.chunk.tokens.key for i, span in enumerate(spans)}
+    hits = {i: lease.hits[key] for i, key in keys.items() if key in lease.hits}
+    return hits, {i: lease.fills[key] for i, key in keys.items() if key in lease.fills}
 
 
 def _as_slice(positions: np.ndarray, base: int) -> slice | None:
