@@ -8,7 +8,7 @@ import tomllib
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, SecretStr, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
 from pydantic_settings import (
     BaseSettings,
     PydanticBaseSettingsSource,
@@ -22,8 +22,18 @@ from ragkv.types import ContextPolicy, Method, RetrievalMode
 
 ENV_PREFIX = "RAGKV_"
 CONFIG_FILE_VARIABLE = "RAGKV_CONFIG"
-_SECRET = ("api_key", "remote_url", "store_salt")
+_SECRET = ("api_key", "remote_url", "store_salt", "tenants")
 DEFAULT_SYSTEM_PROMPT = "Answer the question from the documents. Reply with the answer only."
+
+
+class Tenant(BaseModel):
+    """Somebody who shares the server: recognised by ``key``, served in proportion to ``weight``."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    key: SecretStr = Field(min_length=8)
+    weight: float = Field(1.0, gt=0.0, le=1000.0)
+    priority: int = Field(0, ge=-1000, le=1000)
 
 
 class Settings(BaseSettings):
@@ -93,8 +103,42 @@ class Settings(BaseSettings):
     host: str = Field("127.0.0.1", description="address the server binds")
     port: int = Field(8377, ge=0, le=65535, description="port the server binds; 0 picks a free one")
     api_key: str | None = Field(None, min_length=8, description="bearer key clients must send")
-    max_running: int = Field(8, ge=1, description="requests generating at the same time")
-    max_queued: int = Field(64, ge=1, description="requests waiting before new ones are answered 429")
+    tenants: dict[str, Tenant] = Field(
+        default_factory=dict,
+        description="who shares the server: tables `[tenants.<name>]` with a bearer `key`, a `weight` and a `priority`",
+    )
+
+    scheduler: Literal["fcfs", "priority", "vtc"] = Field(
+        "vtc", description="who is next: `fcfs`, `priority`, or `vtc` (fair shares of computed tokens among tenants)"
+    )
+    max_running: int = Field(64, ge=1, description="requests generating at the same time")
+    max_queued: int = Field(256, ge=1, description="requests waiting before new ones are answered 429")
+    max_queued_tokens: int = Field(
+        4_000_000, ge=1, description="prompt tokens waiting before new ones are answered 429"
+    )
+    max_preemptions: int = Field(8, ge=0, description="how often one request may lose its place to others")
+    aging_s: float = Field(10.0, gt=0, description="seconds of waiting that count as one class of priority")
+    stall_ms: float = Field(50.0, gt=0, description="most time that others' prefills may put between two tokens")
+    pool_bytes: int | None = Field(
+        None,
+        ge=2**20,
+        description="bytes of conversations' KV on the device. Unset: half of what the model leaves free on a GPU, "
+        "a sixteenth of the memory on a CPU",
+    )
+    swap_bytes: int | None = Field(
+        None,
+        ge=0,
+        description="bytes of RAM for KV of preempted and idle conversations. Unset: an eighth of the memory, 16 GiB "
+        "at most",
+    )
+    preemption: Literal["recompute", "blockwise", "groups", "async", "reuse"] = Field(
+        "reuse",
+        description="how a request makes room: thrown away and computed again, or moved to RAM in ever better ways; "
+        "all but `reuse` are there to compare with",
+    )
+    session_bytes: int = Field(
+        2 * 2**30, ge=0, description="most bytes of the chunk store for the KV of idle sessions; 0: none"
+    )
 
     @classmethod
     def settings_customise_sources(

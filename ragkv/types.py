@@ -51,22 +51,26 @@ class Message(Wire):
     content: Text
 
 
-class QueryRequest(Wire):
-    """A question, where its context comes from, and how to answer it.
+class ChatMessage(Wire):
+    """One message of a chat. `system` messages stand first; the last message is the user's."""
+
+    role: Literal["system", "user", "assistant"]
+    content: Text
+
+
+class GenerateRequest(Wire):
+    """What every request may say: where its context comes from, how to answer it, and whose turn it is.
 
     Context comes from ``collection`` (retrieved, ``filters`` applied first) or from ``documents`` (the
     caller's own, best first), not both; with neither, the model answers from the conversation alone.
     ``None`` means: as configured.
     """
 
-    question: Text = Field(min_length=1)
     collection: str | None = None
     documents: list[DocumentIn] | None = None
     filters: dict[str, Any] | None = None
     top_k: int | None = Field(default=None, ge=1, le=1000)
     retrieval: RetrievalMode | None = None
-    history: list[Message] = Field(default_factory=list)
-    system: Text | None = None
     method: Method | None = None
     ratio: float | None = Field(default=None, ge=0.0, le=1.0)
     context_policy: ContextPolicy | None = None
@@ -74,8 +78,34 @@ class QueryRequest(Wire):
     temperature: float = Field(default=0.0, ge=0.0, le=10.0)
     top_p: float = Field(default=1.0, gt=0.0, le=1.0)
     top_k_tokens: int = Field(default=0, ge=0, description="sample among this many tokens; 0 means all")
+    min_p: float = Field(default=0.0, ge=0.0, le=1.0, description="drop tokens below this share of the best one's")
+    repetition_penalty: float = Field(default=1.0, gt=0.0, le=10.0)
+    presence_penalty: float = Field(default=0.0, ge=-2.0, le=2.0)
+    frequency_penalty: float = Field(default=0.0, ge=-2.0, le=2.0)
     seed: int | None = Field(default=None, ge=0, lt=2**63)
     stop: list[Annotated[str, Field(min_length=1)]] = Field(default_factory=list, max_length=16)
+    logprobs: int | None = Field(default=None, ge=0, le=20, description="tell each token's, and of so many best ones")
+    session_id: Annotated[Text, Field(min_length=1, max_length=256)] | None = Field(
+        default=None, description="a conversation, whose KV, retrieved chunks included, is kept between its turns"
+    )
+    priority: int | None = Field(default=None, ge=-1000, le=1000, description="lower is sooner")
+
+
+class QueryRequest(GenerateRequest):
+    """A question. With a ``session_id``, the turns before it are the session's and ``history`` stays empty."""
+
+    question: Text = Field(min_length=1)
+    history: list[Message] = Field(default_factory=list)
+    system: Text | None = None
+
+
+class ChatRequest(GenerateRequest):
+    """A conversation whose last message is to be answered. ``messages`` is all of it, with or without a session."""
+
+    messages: list[ChatMessage] = Field(min_length=1)
+
+
+Request = QueryRequest | ChatRequest
 
 
 class Reply(BaseModel):
@@ -141,13 +171,29 @@ class Forecast(Reply):
     actual_total_ms: float
 
 
+class Alternative(Reply):
+    """A token that could have stood there."""
+
+    token_id: int
+    text: str
+    logprob: float
+
+
+class TokenLogprob(Alternative):
+    """A token of an answer, natural logarithm of its probability, and the most probable ones in its place."""
+
+    top: list[Alternative] = Field(default_factory=list)
+
+
 class Usage(Reply):
-    """Tokens of the request. ``cached_tokens``: context tokens no layer recomputed."""
+    """Tokens of the request. ``cached_tokens``: prompt tokens that no layer computed, ``prefix_tokens`` of them
+    because the KV of an earlier turn or of the same beginning was still there."""
 
     prompt_tokens: int
     context_tokens: int
     cached_tokens: int
     completion_tokens: int
+    prefix_tokens: int = 0
 
 
 class Answer(Reply):
@@ -169,6 +215,8 @@ class Answer(Reply):
     timing: Timing
     usage: Usage
     forecast: Forecast | None = Field(default=None, description="the controller's prediction, where it chose")
+    logprobs: list[TokenLogprob] | None = Field(default=None, description="of each token of the answer, if asked for")
+    preemptions: int = Field(0, description="how often others took its place meanwhile")
 
     @property
     def sources(self) -> list[ChunkReport]:
@@ -200,6 +248,7 @@ class TokenEvent(Reply):
 
     type: Literal["token"] = "token"
     text: str
+    logprobs: list[TokenLogprob] | None = Field(default=None, description="of the tokens it is made of, if asked for")
 
 
 class DoneEvent(Reply):
@@ -355,7 +404,8 @@ def validated(model: type[M], data: dict[str, Any]) -> M:
         raise InputError("; ".join(problems)) from error
 
 
-def make_request(question: str | QueryRequest, fields: Mapping[str, Any]) -> QueryRequest:
+def make_request(question: str | Request, fields: Mapping[str, Any]) -> Request:
     """The request that a question, or a request, and more fields make. Raises InputError naming a bad field."""
-    base = {"question": question} if isinstance(question, str) else question.model_dump(exclude_unset=True)
-    return validated(QueryRequest, base | dict(fields))
+    if isinstance(question, str):
+        return validated(QueryRequest, {"question": question, **fields})
+    return validated(type(question), question.model_dump(exclude_unset=True) | dict(fields))
