@@ -1,7 +1,7 @@
 """Attention of a few query rows over a request's whole KV, with the exact causal limit of every row.
 
 Registered with ``transformers`` under :data:`NAME`; each decoder layer hands the :class:`AttentionStep`
-through as its ``attention_mask``.
+through as its ``attention_mask``. Rows of different requests come with a :class:`~ragkv.paged_step.PagedStep` instead.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from transformers import AttentionInterface
 
 from ragkv import attention_cpu
 from ragkv.kv import RequestKV
+from ragkv.paged_step import PagedStep
 
 NAME = "ragkv"
 
@@ -99,15 +100,17 @@ def attention(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    attention_mask: AttentionStep,
+    attention_mask: AttentionStep | PagedStep,
     scaling: float | None = None,
     sliding_window: int | None = None,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
     """query (1, heads, rows, head_dim), key and value (1, kv_heads, length, head_dim) → (1, rows, heads, head_dim)."""
     step = attention_mask
-    window = sliding_window if sliding_window is not None and sliding_window < step.length else None
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
+    if isinstance(step, PagedStep):
+        return step.attend(query, scale, sliding_window), None
+    window = sliding_window if sliding_window is not None and sliding_window < step.length else None
     kv_heads, group = key.shape[1], query.shape[1] // key.shape[1]
     q = query.reshape(kv_heads, group, *query.shape[2:])
     fused = window is None and (step.contiguous or step.sees_all)

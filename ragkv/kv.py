@@ -54,3 +54,7 @@ class RequestKV:
     def read(self, layer: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Views of the first ``length`` slots: keys, values, each (length, kv_heads, head_dim)."""
         return self._data[layer, 0, :length], self._data[layer, 1, :length]
+
+    def slots(self, first: int, end: int) -> torch.Tensor:
+        """View of slots ``first … end - 1`` of all layers: (layers, 2, slots, kv_heads, head_dim)."""
+        return self._data[:, :, first:end]
