@@ -44,6 +44,7 @@ class Blend:
     Args:
         reused: spans whose stored KV the loader brings; the other spans are computed.
         strategy: chooses the tokens to repair; see :mod:`ragkv.selection`.
+        known: leading tokens whose KV is there already; no reused span begins before their end.
         ratio: share of the repairable context tokens a strategy selects.
         seed: of the ``random`` strategy.
     """
@@ -59,6 +60,7 @@ class Blend:
         strategy: Strategy,
         ratio: float,
         watch: Stopwatch,
+        known: int = 0,
         seed: int = 0,
     ) -> None:
         self.runner, self.plan, self.kv, self.loader = runner, plan, kv, loader
@@ -67,6 +69,7 @@ class Blend:
         self.ids = runner.tensor(plan.ids)
         self.length = len(plan.ids)
         self.required = torch.ones(self.length, dtype=torch.bool)
+        self.required[:known] = False
         self.repairable = torch.zeros(self.length, dtype=torch.bool)
         for span in reused:
             self.required[span.start : span.end] = False

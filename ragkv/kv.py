@@ -1,11 +1,12 @@
-"""The KV cache of one request.
+"""The KV cache that a prefill works in: one piece, in the order of the prompt.
 
-This is the seam behind which a paged pool will stand: everything else asks a ``RequestKV`` for a layer's
-keys and values and writes rows into it, and never knows how they lie in memory.
+Loading, repairing and long attention want it so. What came of it moves into blocks of the pool once, when the prompt
+stands, which costs a thousandth of computing it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -33,9 +34,9 @@ class KvShape:
 
 
 class RequestKV:
-    """Keys and values of one request, all layers, slot ``j`` holding position ``base + j``.
+    """Keys and values of one prompt, all layers, slot ``j`` holding position ``base + j``: where a prefill works.
 
-    Owned by the request from admission to its end; only the thread that owns the model touches it.
+    Owned by the prefill, whose result is copied into blocks of the pool; only the thread that owns the model touches it.
     Slots hold whatever was written last: reading a slot nobody wrote is a bug of the caller, whose masks
     must exclude it.
     """
@@ -58,3 +59,11 @@ class RequestKV:
     def slots(self, first: int, end: int) -> torch.Tensor:
         """View of slots ``first … end - 1`` of all layers: (layers, 2, slots, kv_heads, head_dim)."""
         return self._data[:, :, first:end]
+
+
+@dataclass(frozen=True)
+class Known:
+    """The first ``tokens`` tokens of a prompt, whose KV ``fill`` writes into the first slots of a prefill's KV."""
+
+    tokens: int = 0
+    fill: Callable[[RequestKV], None] = lambda _: None

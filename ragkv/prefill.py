@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from typing import cast
@@ -15,9 +15,10 @@ from ragkv.controller import Controller
 from ragkv.costs import Piece, Work
 from ragkv.device_tier import DeviceTier
 from ragkv.errors import MissingEntryError, RagkvError, StoreError
-from ragkv.kv import RequestKV
+from ragkv.kv import Known, RequestKV
 from ragkv.loading import ChunkLostError, LayerLoader, Slabs
 from ragkv.plan import PromptPlan, Span
+from ragkv.rows import Rows
 from ragkv.runner import ModelRunner
 from ragkv.selection import STRATEGIES
 from ragkv.store import ChunkStore, EntryHeader, OpenEntry
@@ -25,6 +26,7 @@ from ragkv.trial import Trial, read_beside
 from ragkv.types import Forecast, KvSource
 
 FULL = "full"
+KNOWN = "the KV of an earlier turn, or of the same beginning, was still there"
 
 
 @dataclass
@@ -40,11 +42,15 @@ class SpanOutcome:
 
 @dataclass
 class PrefillResult:
-    """``outcomes`` stand in the order of the plan's spans; ``to_encode`` are spans the store should get."""
+    """``outcomes`` stand in the order of the plan's spans; ``to_encode`` are spans the store should get.
+
+    ``exact``: leading tokens whose KV was computed, or known, and not taken from the store.
+    """
 
     logits: torch.Tensor
     kv: RequestKV
     outcomes: list[SpanOutcome]
+    exact: int
     to_encode: list[Span] = field(default_factory=list)
     forecast: Forecast | None = None
 
@@ -55,7 +61,9 @@ class Prefill:
     Args:
         strategy: a name of :data:`ragkv.selection.STRATEGIES`, or ``full``.
         blending_off: why nothing may be blended, or None.
-        room: tokens that will be generated; the KV gets slots for them.
+        room: slots to leave behind the prompt, for whoever goes on in the same KV.
+        known: the beginning of the prompt whose KV need not be computed.
+        tail: tokens behind the prompt, computed exactly once it stands: what was generated before a preemption.
         device_tier: has hot entries on the device, and keeps those that are brought there.
         controller: may compute more than is asked for, where that is faster; None does exactly what is asked for.
     """
@@ -68,15 +76,18 @@ class Prefill:
         *,
         strategy: str,
         ratio: float,
-        room: int,
         watch: Stopwatch,
+        known: Known = Known(),
+        tail: Sequence[int] = (),
+        room: int = 0,
         blending_off: str | None = None,
         seed: int = 0,
         controller: Controller | None = None,
         device_tier: DeviceTier | None = None,
     ) -> None:
         self._runner, self._store, self._plan = runner, store, plan
-        self._strategy, self._ratio, self._seed, self._room = strategy, ratio, seed, room
+        self._strategy, self._ratio, self._seed = strategy, ratio, seed
+        self._known, self._tail, self._room = known, tail, room
         self._watch, self._off, self._controller = watch, blending_off, controller
         self._device_tier = DeviceTier(0, runner.device) if device_tier is None else device_tier
         self._why: dict[Span, str] = {}
@@ -85,9 +96,10 @@ class Prefill:
 
     def run(self) -> Generator[None, None, PrefillResult]:
         """Yields between layers. Leases on stored entries end with the generator, however it ends."""
-        if self._strategy == FULL or self._off or not self._plan.spans:
+        self._chosen = {span: KNOWN for span in self._plan.spans if span.end <= self._known.tokens}
+        if self._strategy == FULL or self._off or len(self._chosen) == len(self._plan.spans):
             why = "full prefill was asked for" if self._strategy == FULL else self._off or "no documents"
-            self._why = dict.fromkeys(self._plan.spans, why)
+            self._why = {span: why for span in self._plan.spans if span not in self._chosen}
             return (yield from self._full())
         while True:
             with ExitStack() as leases:
@@ -134,7 +146,7 @@ class Prefill:
         return self._controller.learn(trial.choice, trial.actual(self._watch, self._runner.device.type == "cuda"))
 
     def _open(self, leases: ExitStack) -> dict[Span, OpenEntry]:
-        wanted = [span for span in self._plan.spans if span not in self._why]
+        wanted = [span for span in self._plan.spans if span not in self._why and self._chosen.get(span) != KNOWN]
         opened = self._store.open([span.chunk.tokens.key for span in wanted])
         entries: dict[Span, OpenEntry] = {}
         for span, entry in zip(wanted, opened, strict=True):
@@ -162,7 +174,7 @@ class Prefill:
         return f"another {' and '.join(wrong)}" if wrong else None
 
     def _blend(self, entries: dict[Span, OpenEntry], trial: Trial | None) -> Generator[None, None, PrefillResult]:
-        kv = self._runner.new_kv(len(self._plan.ids) + self._room)
+        kv = self._workspace()
         spans = list(entries)
         [codec] = {span.chunk.tokens.codec for span in spans}
         with (
@@ -179,6 +191,7 @@ class Prefill:
                 spans,
                 strategy=STRATEGIES[self._strategy],
                 ratio=self._ratio,
+                known=self._known.tokens,
                 seed=self._seed,
                 watch=self._watch,
             )
@@ -188,13 +201,13 @@ class Prefill:
                 loader.close()
                 yield from self._read_on(slabs, [s for s in spans if entries[s].key not in lease.hits], lost)
                 raise
-            logits = self._runner.logits(rows)
             if trial:
                 trial.reader = slabs
             lease.commit()
         tiers = {span: "device" if entry.key in lease.hits else entry.tier for span, entry in entries.items()}
         outcomes = [self._outcome(span, tiers.get(span), blend) for span in self._plan.spans]
-        return PrefillResult(logits, kv, outcomes)
+        rows = (yield from self._rest(kv, len(self._plan.ids))) or rows
+        return PrefillResult(self._runner.logits(rows), kv, outcomes, exact=min(span.start for span in spans))
 
     def _read_on(self, slabs: Slabs, spans: list[Span], lost: ChunkLostError) -> Generator[None, None, None]:
         """Find what else is lost, lest every chunk cost an attempt. The sound ones are then in RAM for the next."""
@@ -218,18 +231,35 @@ class Prefill:
         )
 
     def _full(self) -> Generator[None, None, PrefillResult]:
-        plan, layers = self._plan, self._runner.shape.layers
-        kv = self._runner.new_kv(len(plan.ids) + self._room)
-        rows = self._runner.start_prefill(self._runner.tensor(plan.ids), kv)
-        for layer in range(layers):
+        kv = self._workspace()
+        rows = yield from self._rest(kv, self._known.tokens)
+        if rows is None:
+            raise RuntimeError("nothing is left to compute, so nothing to choose a token by")
+        outcomes = [self._computed(span) for span in self._plan.spans]
+        return PrefillResult(self._runner.logits(rows), kv, outcomes, exact=len(self._plan.ids) + len(self._tail))
+
+    def _workspace(self) -> RequestKV:
+        kv = self._runner.new_kv(len(self._plan.ids) + len(self._tail) + self._room)
+        self._known.fill(kv)
+        return kv
+
+    def _rest(self, kv: RequestKV, done: int) -> Generator[None, None, Rows | None]:
+        """Compute all tokens behind the first ``done``, on top of them; None where there are none."""
+        done = max(done, self._known.tokens)
+        ids = [*self._plan.ids, *self._tail][done:]
+        if not ids:
+            return None
+        rows = self._runner.start_prefill(self._runner.tensor(ids), kv, done)
+        for layer in range(self._runner.shape.layers):
             self._runner.run_layer(layer, rows)
             self._watch.lap("recompute")
             yield
             self._watch.lap("queue")
-        logits = self._runner.logits(rows)
-        return PrefillResult(logits, kv, [self._computed(span) for span in plan.spans])
+        return rows
 
     def _computed(self, span: Span) -> SpanOutcome:
+        if self._chosen.get(span) == KNOWN:
+            return SpanOutcome("prefix", KNOWN)
         why = self._why.get(span) or self._chosen[span]
         return SpanOutcome("computed", why, span.length, span.length * self._runner.shape.layers)
 

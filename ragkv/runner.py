@@ -137,11 +137,11 @@ class ModelRunner:
         last = self.decoder.norm(rows.hidden[:, -1:])
         return self.model.lm_head(last)[0, 0].float()  # type: ignore[no-any-return]
 
-    def start_prefill(self, ids: torch.Tensor, kv: RequestKV) -> Rows:
-        """Rows of a plain full prefill of ``ids`` (n,) into the slots of an empty ``kv``."""
-        n = int(ids.shape[0])
-        positions = torch.arange(kv.base, kv.base + n, device=self.device)
-        return self.rows(ids, AttentionStep(kv, positions, n, contiguous=True))
+    def start_prefill(self, ids: torch.Tensor, kv: RequestKV, done: int = 0) -> Rows:
+        """Rows of a plain prefill of ``ids`` (n,) into ``kv``, behind the ``done`` slots that it has."""
+        end = done + int(ids.shape[0])
+        positions = torch.arange(kv.base + done, kv.base + end, device=self.device)
+        return self.rows(ids, AttentionStep(kv, positions, end, contiguous=not done))
 
     def prefill(self, ids: torch.Tensor, kv: RequestKV) -> Rows:
         """:meth:`start_prefill` through all layers."""

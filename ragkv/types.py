@@ -17,7 +17,7 @@ Method = Literal["default", "none", "hkvd", "epic", "question", "echo", "links",
 ContextPolicy = Literal["document", "alone"]
 RetrievalMode = Literal["fused", "bm25", "dense"]
 FinishReason = Literal["stop", "length", "cancelled"]
-KvSource = Literal["device", "ram", "ssd", "remote", "computed", "dropped"]
+KvSource = Literal["prefix", "device", "ram", "ssd", "remote", "computed", "dropped"]
 
 
 def _valid(text: str) -> str:
@@ -124,7 +124,10 @@ class ChunkReport(Reply):
     rank: int
     score: float
     tokens: int
-    kv: KvSource = Field(description="where its KV came from; `computed`: prefilled here; `dropped`: left out")
+    kv: KvSource = Field(
+        description="where its KV came from; `computed`: prefilled here; `prefix`: it stood there already; `dropped`: "
+        "left out"
+    )
     why: str | None = Field(description="why it was computed or dropped, or was not repaired")
     context_tokens: int = Field(description="tokens of its own document its stored KV was encoded behind")
     position: int | None = Field(description="index of its first token in the prompt")

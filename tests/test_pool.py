@@ -1,0 +1,266 @@
+"""The pool's bookkeeping: sharing, moving, losing and finding blocks again, with real memory under it."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+
+from ragkv.kv import KvShape, RequestKV
+from ragkv.lineage import Lineage
+from ragkv.pool import KvPool, Table, blocks_for
+
+SHAPE = KvShape(layers=2, kv_heads=1, head_dim=4, dtype=torch.float32)
+CPU = torch.device("cpu")
+MODES = ["recompute", "blockwise", "groups", "async", "reuse"]
+
+
+def make_pool(blocks=16, host=16, preemption="reuse"):
+    return KvPool(SHAPE, CPU, blocks, host, preemption)
+
+
+def ids_of(text):
+    return [ord(letter) for letter in text]
+
+
+def fill(pool: KvPool, table: Table, ids: list[int]) -> None:
+    """Write KV that tells every token's id and position, as a prefill and its decode steps would."""
+    kv = RequestKV(SHAPE, len(ids), CPU)
+    pool.memory.gather(table.places, kv, table.tokens)
+    for layer in range(SHAPE.layers):
+        new = slice(table.tokens, len(ids))
+        values = torch.tensor(ids[new], dtype=torch.float32)[:, None, None].expand(-1, 1, 4)
+        kv.write(layer, new, values + layer, values * 2 + layer)
+    pool.place(table, kv, len(ids))
+    pool.wrote(table, ids, len(ids))
+
+
+def assert_holds(pool: KvPool, table: Table, ids: list[int]) -> None:
+    kv = RequestKV(SHAPE, len(ids), CPU)
+    pool.memory.gather(table.places, kv, len(ids))
+    want = torch.tensor(ids, dtype=torch.float32)[:, None, None].expand(-1, 1, 4)
+    for layer in range(SHAPE.layers):
+        k, v = kv.read(layer, len(ids))
+        assert torch.equal(k, want + layer)
+        assert torch.equal(v, want * 2 + layer)
+
+
+def started(pool, ids, lineage=None, room=0):
+    table = pool.open(ids, lineage or Lineage())
+    assert pool.bring(table, len(ids) + room)
+    pool.settle()
+    fill(pool, table, ids)
+    return table
+
+
+def sound(pool):
+    pool.settle()
+    assert pool.check() == []
+
+
+def test_a_second_conversation_shares_whole_blocks():
+    pool = make_pool()
+    ids = list(range(40))
+    one = started(pool, ids)
+    two = pool.open([*range(36), 99, 98], Lineage())
+    assert two.tokens == 32
+    assert two.blocks == one.blocks[:2]
+    assert pool.bring(two, 40)
+    fill(pool, two, [*range(36), 99, 98])
+    assert_holds(pool, one, ids)
+    assert_holds(pool, two, [*range(36), 99, 98])
+    sound(pool)
+
+
+def test_the_last_token_is_computed_even_if_all_are_known():
+    pool = make_pool()
+    ids = list(range(32))
+    started(pool, ids)
+    assert pool.open(ids, Lineage()).tokens == 16
+
+
+def test_what_was_blended_is_found_by_its_own_conversation_alone():
+    pool = make_pool()
+    ids = list(range(64))
+    mine = Lineage().until(20)
+    table = started(pool, ids, mine)
+    pool.close(table)
+    assert pool.open([*ids, 5], mine).tokens == 64
+    assert pool.open([*ids, 5], Lineage()).tokens == 16
+    assert pool.open([*ids, 5], Lineage().until(20)).tokens == 16
+
+
+def test_other_roots_share_nothing():
+    pool = make_pool()
+    ids = list(range(64))
+    started(pool, ids, Lineage(root=b"a"))
+    assert pool.open(ids, Lineage(root=b"b")).tokens == 0
+
+
+@pytest.mark.parametrize("preemption", MODES[1:])
+def test_parked_comes_back_from_ram(preemption):
+    pool = make_pool(blocks=8, preemption=preemption)
+    ids = list(range(70))
+    table = started(pool, ids)
+    pool.park(table)
+    pool.settle()
+    other = started(pool, [7] * 120)
+    assert not pool.bring(table, 71)
+    pool.close(other)
+    pool.settle()
+    assert pool.bring(table, 71)
+    pool.settle()
+    assert table.arrived
+    assert table.tokens == 70
+    assert_holds(pool, table, ids)
+    sound(pool)
+
+
+def test_recompute_keeps_what_nobody_took():
+    pool = make_pool(blocks=8, preemption="recompute")
+    table = started(pool, list(range(70)))
+    pool.park(table)
+    other = started(pool, [7] * 64)
+    pool.close(other)
+    pool.settle()
+    assert pool.survey(table) == 64
+    assert pool.bring(table, 71)
+    assert table.tokens == 64  # the tail went first, then there was room
+    sound(pool)
+
+
+def test_a_second_preemption_moves_only_what_changed():
+    pool = make_pool()
+    ids = list(range(100))
+    table = started(pool, ids, room=8)
+    pool.park(table)
+    pool.settle()
+    moved = pool.out.blocks
+    assert moved == 7
+    assert pool.bring(table, 108)
+    ids += [3] * 8
+    fill(pool, table, ids)
+    pool.park(table)
+    pool.settle()
+    assert pool.out.blocks == moved + 1
+    assert pool.back.blocks == 0  # nobody took its place: it never left
+
+
+def test_without_reuse_everything_moves_again():
+    pool = make_pool(preemption="async")
+    table = started(pool, list(range(100)), room=8)
+    for round_ in (1, 2):
+        pool.park(table)
+        pool.settle()
+        assert pool.out.blocks == 7 * round_
+        assert pool.bring(table, 108)
+        pool.settle()
+        assert pool.back.blocks == 7 * round_
+
+
+def test_what_has_no_room_in_ram_is_lost_and_said_to_be():
+    pool = make_pool(blocks=8, host=2)
+    table = started(pool, list(range(70)))
+    pool.park(table)
+    pool.settle()
+    pool.close(started(pool, [7] * 128))
+    pool.settle()
+    assert pool.survey(table) == 32
+    assert pool.bring(table, 71)
+    sound(pool)
+
+
+def test_a_finished_conversation_is_found_in_ram():
+    pool = make_pool(blocks=8)
+    ids = list(range(70))
+    pool.close(started(pool, ids))
+    pool.settle()
+    pool.close(started(pool, [7] * 128))
+    pool.settle()
+    again = pool.open([*ids, 1], Lineage())
+    assert again.tokens == 64
+    assert pool.bring(again, 80)
+    pool.settle()
+    fill(pool, again, [*ids, 1])
+    assert_holds(pool, again, [*ids, 1])
+
+
+def test_closing_twice_frees_once():
+    pool = make_pool()
+    table = started(pool, list(range(40)))
+    pool.close(table)
+    pool.close(table)
+    sound(pool)
+
+
+def test_cut_leaves_shared_blocks_alone():
+    pool = make_pool()
+    ids = list(range(64))
+    one = started(pool, ids)
+    two = pool.open([*ids, 1], Lineage())
+    pool.cut(two, 32)
+    assert two.tokens == 32
+    assert pool.bring(two, 70)
+    fill(pool, two, [*range(32), *[9] * 33])
+    assert_holds(pool, one, ids)
+    sound(pool)
+
+
+def test_freeing_counts_what_is_on_its_way():
+    pool = make_pool(blocks=8, preemption="async")
+    table = started(pool, list(range(100)))
+    before = pool.available
+    pool.park(table)
+    assert pool.available + pool.freeing >= before
+    pool.settle()
+    assert pool.freeing == 0
+    assert pool.available == 8
+
+
+@pytest.mark.parametrize("preemption", MODES)
+def test_any_life_of_many_conversations(preemption):
+    chooser = random.Random(3)
+    pool = make_pool(blocks=24, host=20, preemption=preemption)
+    live: dict[Table, list[int]] = {}
+    for step in range(1500):
+        act = chooser.choice(["open", "open", "grow", "grow", "park", "bring", "close", "poll"])
+        if act == "open":
+            ids = [*range(chooser.choice([0, 32, 48])), *(chooser.randrange(9) for _ in range(chooser.randrange(1, 60)))]
+            table = pool.open(ids, Lineage(exact=chooser.choice([16, 10**6])))
+            if not pool.bring(table, len(ids)):
+                pool.close(table)
+                continue
+            pool.settle()
+            fill(pool, table, ids)
+            live[table] = ids
+        elif act == "poll":
+            pool.poll()
+        elif live:
+            table = chooser.choice(list(live))
+            ids = live[table]
+            if act == "close":
+                pool.close(table)
+                del live[table]
+            elif act == "park" and table.resident:
+                pool.park(table)
+            elif act == "bring" and not table.resident and pool.survey(table) >= 0 and pool.bring(table, len(ids)):
+                pool.settle()
+                fill(pool, table, ids)
+            elif act == "grow" and table.resident and pool.grow(table, len(ids) + 5):
+                ids += [chooser.randrange(9) for _ in range(5)]
+                fill(pool, table, ids)
+        if step % 10 == 0:
+            sound(pool)
+            for table, ids in live.items():
+                if table.resident:
+                    assert_holds(pool, table, ids)
+    for table in live:
+        pool.close(table)
+    sound(pool)
+    assert pool.available == 24
+    pool.shut()
+
+
+def test_blocks_for():
+    assert [blocks_for(n) for n in (0, 1, 16, 17)] == [0, 1, 1, 2]
