@@ -17,6 +17,7 @@ from ragkv.eval.steps import drained
 from ragkv.pipeline import Pipeline
 from ragkv.plan import PromptPlan
 from ragkv.retrievers import Catalog, Chunk, Document, Splitter
+from ragkv.sessions import Sessions
 from ragkv.store import ChunkStore
 from ragkv.types import make_request
 
@@ -123,6 +124,6 @@ class Corpus:
                 context_tokens=context_room(settings, checkpoint.runner.max_positions),
                 codec=codec,
             )
-            pipeline = Pipeline(checkpoint, self._catalog, self._splitter, tokenizer, settings)
+            pipeline = Pipeline(checkpoint, self._catalog, self._splitter, tokenizer, settings, Sessions())
             self._ways[codec] = tokenizer, pipeline
         return self._ways[codec]

@@ -8,28 +8,34 @@ from __future__ import annotations
 import logging
 import queue
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
+from ragkv.checkpoint import Checkpoint
 from ragkv.detokenize import Detokenizer
-from ragkv.generation import Generation
+from ragkv.generation import Generation, TokenScores
+from ragkv.lineage import Lineage
 from ragkv.pipeline import Prepared
 from ragkv.plan import PlannedChunk, Span
 from ragkv.prefill import SpanOutcome
 from ragkv.types import (
+    Alternative,
     Answer,
     ChunkReport,
     DoneEvent,
     Event,
     FinishReason,
+    KvSource,
     Source,
     SourcesEvent,
     Timing,
     TokenEvent,
+    TokenLogprob,
     Usage,
 )
 
 log = logging.getLogger("ragkv")
 Emit = Callable[[Event | Exception], None]
+Remember = Callable[[Prepared, Lineage, str, Sequence[int]], None]
 
 
 class OutputThread:
@@ -63,21 +69,23 @@ class Delivery:
         self,
         prepared: Prepared,
         detokenizer: Detokenizer,
-        model: str,
-        layers: int,
+        checkpoint: Checkpoint,
         output: OutputThread,
         emit: Emit,
+        remember: Remember,
     ) -> None:
-        self._prepared, self._detokenizer, self._model, self._layers = prepared, detokenizer, model, layers
-        self._output, self._emit = output, emit
-        self._produced = 0
+        self._prepared, self._detokenizer, self._checkpoint = prepared, detokenizer, checkpoint
+        self._output, self._emit, self._remember = output, emit, remember
+        self._ids: list[int] = []
+        self._logprobs: list[TokenLogprob] = []
+        self._unsaid: list[TokenLogprob] = []
         self.generation: Generation | None = None
 
     def announce(self) -> None:
         self._output.post(self._announce)
 
-    def on_token(self, token: int) -> None:
-        self._output.post(lambda: self._token(token))
+    def on_token(self, token: int, scores: TokenScores | None = None) -> None:
+        self._output.post(lambda: self._token(token, scores))
 
     def on_finish(self, reason: FinishReason) -> None:
         self._output.post(lambda: self._finish(reason))
@@ -86,7 +94,8 @@ class Delivery:
         self._output.post(lambda: self._emit(error))
 
     def _announce(self) -> None:
-        sources = [_source(span.chunk) for span in self._prepared.plan.spans]
+        plan = self._prepared.plan
+        sources = [_source(chunk) for chunk in (*(span.chunk for span in plan.spans), *plan.standing)]
         self._emit(SourcesEvent(id=self._begun().id, sources=sources))
 
     def _begun(self) -> Generation:
@@ -94,22 +103,36 @@ class Delivery:
             raise RuntimeError("nothing was generated for this delivery")
         return self.generation
 
-    def _token(self, token: int) -> None:
+    def _token(self, token: int, scores: TokenScores | None) -> None:
         if self._detokenizer.stopped:
             return
-        self._produced += 1
+        self._ids.append(token)
+        if scores is not None:
+            self._unsaid.append(self._told(token, scores))
         self._say(self._detokenizer.push(token))
         if self._detokenizer.stopped:
             self._begun().stop.set()
 
+    def _told(self, token: int, scores: TokenScores) -> TokenLogprob:
+        tokenizer = self._checkpoint.tokenizer
+        top = [Alternative(token_id=i, text=tokenizer.decode([i]), logprob=value) for i, value in scores.top]
+        return TokenLogprob(token_id=token, text=tokenizer.decode([token]), logprob=scores.logprob, top=top)
+
     def _say(self, text: str) -> None:
         if text:
-            self._emit(TokenEvent(text=text))
+            self._emit(TokenEvent(text=text, logprobs=self._unsaid or None))
+            self._logprobs += self._unsaid
+            self._unsaid = []
 
     def _finish(self, reason: FinishReason) -> None:
         self._say(self._detokenizer.finish())
+        cut = self._detokenizer.stopped or reason == "cancelled"
         reason = "stop" if self._detokenizer.stopped else reason
-        self._emit(DoneEvent(answer=self._answer(self._begun(), reason)))
+        generation, text = self._begun(), self._detokenizer.text
+        # Where the text ends before the tokens do, the next turn must see what was said.
+        ids = self._checkpoint.tokenizer.plain(text) if cut else self._ids
+        self._remember(self._prepared, generation.lineage, text, ids)
+        self._emit(DoneEvent(answer=self._answer(generation, reason)))
 
     def _answer(self, generation: Generation, reason: FinishReason) -> Answer:
         prepared, plan = self._prepared, self._prepared.plan
@@ -120,21 +143,25 @@ class Delivery:
             id=generation.id,
             text=self._detokenizer.text,
             finish_reason=reason,
-            model=self._model,
+            model=self._checkpoint.name,
             method=prepared.strategy,
             ratio=None if prepared.strategy in ("none", "full") else prepared.ratio,
             context_policy=prepared.policy,
-            recomputed_share=recomputed / (context * self._layers) if context else 0.0,
-            chunks=[*chunks, *(_dropped(chunk) for chunk in plan.dropped)],
+            recomputed_share=recomputed / (context * self._checkpoint.runner.shape.layers) if context else 0.0,
+            chunks=[*chunks, *map(_standing, plan.standing), *map(_dropped, plan.dropped)],
             warnings=list(prepared.warnings),
             timing=_timing(generation),
             forecast=generation.forecast,
             usage=Usage(
                 prompt_tokens=len(plan.ids),
                 context_tokens=context,
-                cached_tokens=sum(c.tokens - c.repaired_tokens for c in chunks),
-                completion_tokens=self._produced,
+                cached_tokens=generation.known_tokens
+                + sum(c.tokens - c.repaired_tokens for c in chunks if c.kv != "prefix"),
+                completion_tokens=len(self._ids),
+                prefix_tokens=generation.known_tokens,
             ),
+            logprobs=[*self._logprobs, *self._unsaid] if prepared.request.logprobs is not None else None,
+            preemptions=generation.preemptions,
         )
 
 
@@ -163,11 +190,19 @@ def _report(span: Span, outcome: SpanOutcome) -> ChunkReport:
 
 
 def _dropped(chunk: PlannedChunk) -> ChunkReport:
+    return _unplaced(chunk, "dropped", "the prompt had no room left")
+
+
+def _standing(chunk: PlannedChunk) -> ChunkReport:
+    return _unplaced(chunk, "prefix", "it stands in an earlier turn of the session")
+
+
+def _unplaced(chunk: PlannedChunk, kv: KvSource, why: str) -> ChunkReport:
     return ChunkReport(
         **_source(chunk).model_dump(),
         tokens=len(chunk.tokens.ids),
-        kv="dropped",
-        why="the prompt had no room left",
+        kv=kv,
+        why=why,
         context_tokens=len(chunk.tokens.context),
         position=None,
         repaired_tokens=0,

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import queue
 import threading
+import time
 import uuid
 from collections.abc import AsyncIterator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -18,21 +19,25 @@ from ragkv.calibrated import UNCALIBRATED
 from ragkv.checkpoint import find_device, load_checkpoint
 from ragkv.chunks import ChunkTokenizer
 from ragkv.clock import Stopwatch
-from ragkv.config import Settings, load_settings
+from ragkv.config import Settings, Tenant, load_settings
 from ragkv.controller import Controller
 from ragkv.delivery import Delivery, Emit, OutputThread
 from ragkv.detokenize import Detokenizer
 from ragkv.device_tier import DeviceTier, device_capacity
-from ragkv.errors import CancelledError, ConfigError, NotFoundError
+from ragkv.errors import CancelledError, ConfigError, InputError, NotFoundError
 from ragkv.generation import Generation
 from ragkv.ingest import Encode, Ingestor, Progress
 from ragkv.loop import EngineLoop
 from ragkv.machine import measure_machine
 from ragkv.pinned import PageLocking
 from ragkv.pipeline import Pipeline
+from ragkv.pool import KvPool
+from ragkv.pool_size import pool_sizes
 from ragkv.retrievers import Catalog, Document, Splitter
-from ragkv.sampling import Sampler
+from ragkv.sampling import SamplingParams
+from ragkv.scheduling import Scheduler
 from ragkv.selfcheck import find_fault
+from ragkv.sessions import Sessions
 from ragkv.store import ChunkStore
 from ragkv.types import (
     Answer,
@@ -45,7 +50,7 @@ from ragkv.types import (
     Health,
     IngestEstimate,
     IngestReport,
-    QueryRequest,
+    Request,
     StoreCheck,
     StoreInfo,
     make_request,
@@ -122,11 +127,23 @@ class Engine:
         self._controller = Controller(warms=settings.ram_bytes > 0) if on else None
         device = checkpoint.runner.device
         self._device_tier = DeviceTier(device_capacity(settings.device_bytes, device), device)
+        runner = checkpoint.runner
+        blocks, host_blocks = pool_sizes(settings, runner)
         self._loop = EngineLoop(
-            checkpoint.runner,
+            runner,
             self._store,
+            KvPool(runner.shape, runner.device, blocks, host_blocks, settings.preemption),
+            Scheduler(
+                settings.scheduler,
+                clock=time.monotonic,
+                max_running=settings.max_running,
+                max_queued=settings.max_queued,
+                max_queued_tokens=settings.max_queued_tokens,
+                max_preemptions=settings.max_preemptions,
+                aging_s=settings.aging_s,
+            ),
             max_running=settings.max_running,
-            max_queued=settings.max_queued,
+            stall_s=settings.stall_ms / 1000,
             on_missing=lambda spans: self._ingestor.encode_later(spans),
             blending_off=fault,
             controller=self._controller,
@@ -137,7 +154,7 @@ class Engine:
         # Retrieval and tokenising for asyncio callers; the loop's own few threads are left to whoever else needs them.
         self._callers = ThreadPoolExecutor(8, thread_name_prefix="ragkv-caller")
         self._writer = Writer(checkpoint, self._loop, self._store, settings.kv_codec)
-        self._pipeline = Pipeline(checkpoint, self._catalog, splitter, chunk_tokenizer, settings)
+        self._pipeline = Pipeline(checkpoint, self._catalog, splitter, chunk_tokenizer, settings, Sessions())
         self._ingestor = Ingestor(
             checkpoint, self._catalog, splitter, chunk_tokenizer, self._store, self._writer, settings
         )
@@ -224,21 +241,24 @@ class Engine:
 
     # Answers
 
-    def query(self, request: QueryRequest | str, **fields: Any) -> Answer:
-        """Answer a question; ``fields`` are those of :class:`~ragkv.types.QueryRequest`."""
-        for event in self.stream(request, **fields):
+    def query(self, request: Request | str, *, tenant: str = "", **fields: Any) -> Answer:
+        """Answer a question, or the last message of a chat; ``fields`` are those of the request.
+
+        ``tenant`` is one of the settings', or "": nobody's in particular.
+        """
+        for event in self.stream(request, tenant=tenant, **fields):
             if isinstance(event, DoneEvent):
                 return event.answer
         raise CancelledError("the request ended without an answer")
 
-    def stream(self, request: QueryRequest | str, **fields: Any) -> Iterator[Event]:
+    def stream(self, request: Request | str, *, tenant: str = "", **fields: Any) -> Iterator[Event]:
         """The answer as events: one ``sources``, then ``token`` …, then ``done``.
 
         Closing the iterator cancels the request.
         """
         events: queue.SimpleQueue[Event | Exception] = queue.SimpleQueue()
         stop = threading.Event()
-        self._submit(make_request(request, fields), events.put, stop)
+        self._submit(make_request(request, fields), tenant, events.put, stop)
         try:
             while True:
                 event = events.get()
@@ -250,14 +270,14 @@ class Engine:
         finally:
             stop.set()
 
-    async def aquery(self, request: QueryRequest | str, **fields: Any) -> Answer:
+    async def aquery(self, request: Request | str, *, tenant: str = "", **fields: Any) -> Answer:
         """:meth:`query` for asyncio; cancelling the task cancels the request."""
-        async for event in self.astream(request, **fields):
+        async for event in self.astream(request, tenant=tenant, **fields):
             if isinstance(event, DoneEvent):
                 return event.answer
         raise CancelledError("the request ended without an answer")
 
-    async def astream(self, request: QueryRequest | str, **fields: Any) -> AsyncIterator[Event]:
+    async def astream(self, request: Request | str, *, tenant: str = "", **fields: Any) -> AsyncIterator[Event]:
         """:meth:`stream` for asyncio; closing the iterator or cancelling the task cancels the request."""
         loop = asyncio.get_running_loop()
         events: asyncio.Queue[Event | Exception] = asyncio.Queue()
@@ -270,7 +290,7 @@ class Engine:
         try:
             wanted = make_request(request, fields)
             self._loop.refuse_when_closed()
-            await loop.run_in_executor(self._callers, self._submit, wanted, emit, stop)
+            await loop.run_in_executor(self._callers, self._submit, wanted, tenant, emit, stop)
             while True:
                 event = await events.get()
                 if isinstance(event, Exception):
@@ -280,6 +300,22 @@ class Engine:
                     return
         finally:
             stop.set()
+
+    def cancel(self, request_id: str, *, tenant: str = "") -> None:
+        """End a request of ``tenant``; its stream ends with ``cancelled``.
+
+        Raises:
+            NotFoundError: there is no such request of this tenant's, or it is over.
+        """
+        self._loop.cancel(request_id, tenant)
+
+    def reprioritize(self, request_id: str, priority: int, *, tenant: str = "") -> None:
+        """Give a request of ``tenant`` another priority; lower is sooner.
+
+        Raises:
+            NotFoundError: there is no such request of this tenant's, or it is over.
+        """
+        self._loop.reprioritize(request_id, priority, tenant)
 
     # Upkeep
 
@@ -309,10 +345,15 @@ class Engine:
             "running": health.running,
             "queued": health.queued,
             "encoding": health.encoding,
+            **self._loop.stats(),
             **store_metrics(self._store.stats()),
             **self._device_tier.stats(),
             **(self._controller.stats() if self._controller else {}),
         }
+
+    def tenant_service(self) -> dict[str, float]:
+        """By tenant: prompt tokens computed for it, and twice its tokens of output."""
+        return {tenant: float(service) for tenant, service in self._loop.service().items()}
 
     def cache_stats(self) -> StoreInfo:
         return store_info(self._store)
@@ -339,29 +380,24 @@ class Engine:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _submit(self, request: QueryRequest, emit: Emit, stop: threading.Event) -> None:
+    def _submit(self, request: Request, tenant: str, emit: Emit, stop: threading.Event) -> None:
         """Prepare a request on the caller's thread and hand it to the engine's."""
         self._loop.refuse_when_closed()
+        served = self._tenant(tenant)
         watch = Stopwatch()
-        prepared = self._pipeline.prepare(request, watch)
+        prepared = self._pipeline.prepare(request, watch, tenant)
         if stop.is_set():
             return
         checkpoint = self._checkpoint
         detokenizer = Detokenizer(checkpoint.tokenizer, request.stop)
-        layers = checkpoint.runner.shape.layers
-        delivery = Delivery(prepared, detokenizer, checkpoint.name, layers, self._output, emit)
+        delivery = Delivery(prepared, detokenizer, checkpoint, self._output, emit, self._pipeline.remember)
         delivery.generation = Generation(
             id=f"q-{uuid.uuid4().hex[:16]}",
             plan=prepared.plan,
             strategy=prepared.strategy,
             ratio=prepared.ratio,
             as_asked=prepared.as_asked,
-            sampler=Sampler(
-                temperature=request.temperature,
-                top_p=request.top_p,
-                top_k=request.top_k_tokens,
-                seed=request.seed,
-            ),
+            sampling=_sampling(request),
             max_tokens=prepared.max_tokens,
             stop_ids=checkpoint.tokenizer.eos_ids | checkpoint.runner.eos_ids,
             watch=watch,
@@ -369,10 +405,33 @@ class Engine:
             on_finish=delivery.on_finish,
             on_error=delivery.on_error,
             seed=request.seed or 0,
+            lineage=prepared.lineage,
+            tenant=tenant,
+            weight=served.weight if served else 1.0,
+            priority=request.priority if request.priority is not None else served.priority if served else 0,
             stop=stop,
         )
         # Announced before it is queued, so that no token can come first.
         self._loop.submit(delivery.generation, accepted=delivery.announce)
+
+    def _tenant(self, name: str) -> Tenant | None:
+        if name and name not in self.settings.tenants:
+            raise InputError(f"there is no tenant {name!r}; known: {', '.join(self.settings.tenants) or 'none'}")
+        return self.settings.tenants.get(name)
+
+
+def _sampling(request: Request) -> SamplingParams:
+    return SamplingParams(
+        temperature=request.temperature,
+        top_p=request.top_p,
+        top_k=request.top_k_tokens,
+        min_p=request.min_p,
+        repetition_penalty=request.repetition_penalty,
+        presence_penalty=request.presence_penalty,
+        frequency_penalty=request.frequency_penalty,
+        seed=request.seed,
+        logprobs=request.logprobs,
+    )
 
 
 def _calibration_doubt(settings: Settings, fingerprint: str) -> str | None:

@@ -7,37 +7,53 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from ragkv.clock import Stopwatch
+from ragkv.lineage import Lineage
 from ragkv.plan import PromptPlan
 from ragkv.prefill import SpanOutcome
-from ragkv.sampling import Sampler
+from ragkv.sampling import SamplingParams
 from ragkv.types import FinishReason, Forecast
+
+
+@dataclass(frozen=True)
+class TokenScores:
+    """Log probability of a token that was chosen, and the most probable (token, log probability) in its place."""
+
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
 
 
 @dataclass(eq=False)
 class Generation:
     """A planned request on its way through the engine.
 
-    The engine thread calls ``on_token`` for every token and then exactly one of ``on_finish`` and
-    ``on_error``; these must not block. ``stop`` may be set from any thread at any moment. ``as_asked``: no controller
-    may choose something else than ``strategy`` and ``ratio``.
+    The engine thread calls ``on_token`` for every token, with its log probabilities if they were asked for, and then
+    exactly one of ``on_finish`` and ``on_error``; these must not block. ``stop`` may be set from any thread at any
+    moment. ``as_asked``: no controller may choose something else than ``strategy`` and ``ratio``. ``lineage`` says whose
+    KV it may share, and once the prompt stands, how much of its own is exact.
     """
 
     id: str
     plan: PromptPlan
     strategy: str
     ratio: float
-    sampler: Sampler
+    sampling: SamplingParams
     max_tokens: int
     stop_ids: frozenset[int]
     watch: Stopwatch
-    on_token: Callable[[int], None]
+    on_token: Callable[[int, TokenScores | None], None]
     on_finish: Callable[[FinishReason], None]
     on_error: Callable[[Exception], None]
     seed: int = 0
     as_asked: bool = False
+    lineage: Lineage = field(default_factory=Lineage)
+    tenant: str = ""
+    weight: float = 1.0
+    priority: int = 0
     outcomes: list[SpanOutcome] = field(default_factory=list)
     forecast: Forecast | None = None
     ttft_ms: float = 0.0
+    known_tokens: int = 0
+    preemptions: int = 0
     stop: threading.Event = field(default_factory=threading.Event)
 
     @property

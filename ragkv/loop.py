@@ -1,13 +1,12 @@
 """The engine thread: the only thread that touches the model.
 
-Each turn it advances the prefill in hand for a slice of time, then gives every running request one token, so
-that a long prompt never stalls the others; after each prefill, and whenever there is none, it encodes chunks for
-the store for such a slice. It waits for the disk only to open a prompt's entries and where the layer it needs next
-is still being read; it never writes, tokenises, detokenises or talks to a client.
+A turn: see which blocks have moved, let the scheduler say who is preempted and who starts, advance prefills for a slice
+of time, give every decoding request one token. So a long prompt never stalls the others for longer than that slice;
+after each prefill, and whenever there is none, chunks are encoded for the store for such a slice. It waits for the disk
+only to open a prompt's entries and where the layer it needs next is still being read; it never writes, tokenises,
+detokenises or talks to a client.
 
-Seams: *which* request is next is decided in :meth:`EngineLoop._admit` (today first come, first served; a
-scheduler takes its place); *where KV lies* is hidden in :class:`~ragkv.kv.RequestKV`; *how far* a prefill gets
-before others have their turn is one constant here.
+Who is next is the scheduler's to say (:mod:`ragkv.scheduling`), where KV lies the pool's (:mod:`ragkv.pool`).
 """
 
 from __future__ import annotations
@@ -17,38 +16,43 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Generator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
+from ragkv.active import Active, Phase, admit
 from ragkv.chunks import EncodeGroup
 from ragkv.controller import Controller
 from ragkv.costs import Machine
+from ragkv.decodes import Decodes, scores_of
+from ragkv.decoding import Decoder
 from ragkv.device_tier import DeviceTier
 from ragkv.encode import EncodedChunk, encode
-from ragkv.errors import EngineClosedError, QueueFullError, RagkvError
-from ragkv.generation import Generation
-from ragkv.kv import RequestKV
+from ragkv.errors import EngineClosedError, NotFoundError, PromptTooLongError, RagkvError
+from ragkv.generation import Generation, TokenScores
+from ragkv.kv import Known, RequestKV
+from ragkv.paged import BLOCK_TOKENS
 from ragkv.plan import Span
+from ragkv.pool import KvPool
 from ragkv.prefill import Prefill, PrefillResult
 from ragkv.runner import ModelRunner
+from ragkv.sampling import Sampler, sample
+from ragkv.scheduling import Scheduler, Ticket
 from ragkv.store import ChunkStore
 from ragkv.types import FinishReason
 
-PREFILL_SLICE_S = 0.05
+# In their prefill at once; the best goes first, so a better one that comes later need not wait for it.
+PREFILLS = 2
+# Layers launched ahead of the device while others decode: a clock of the host's that is not fooled.
+LAUNCHED_AHEAD = 2
+_ENCODE_SLICE_S = 0.05
 _IDLE_S = 0.5
+_WAIT_FOR_MOVES_S = 2e-4
+_KEPT_RECORDS = 100_000
 log = logging.getLogger("ragkv")
 
 OnEncoded = Callable[[list[EncodedChunk] | Exception], None]
-
-
-@dataclass(eq=False)
-class _Running:
-    generation: Generation
-    kv: RequestKV
-    position: int
-    token: int
-    produced: int = 1
 
 
 @dataclass
@@ -57,10 +61,37 @@ class _Encoding:
     on_encoded: OnEncoded
 
 
+@dataclass(frozen=True)
+class StepRecord:
+    """What one turn did: decode ``rows`` that saw ``kv_tokens``, and about ``prefill_tokens`` of prompts."""
+
+    rows: int
+    kv_tokens: int
+    prefill_tokens: float
+    seconds: float
+
+
+@dataclass
+class Tally:
+    """What the engine thread did with its time."""
+
+    steps: int = 0
+    step_seconds: float = 0.0
+    scheduler_seconds: float = 0.0
+    idle_seconds: float = 0.0
+    preemptions: int = 0
+    recomputed_tokens: int = 0
+    tokens: int = 0
+    records: deque[StepRecord] = field(default_factory=lambda: deque(maxlen=_KEPT_RECORDS))
+
+
 class EngineLoop:
     """Serves :class:`Generation` requests and encodes chunks, until closed.
 
     Args:
+        pool: has the KV of all conversations; it is closed with the loop.
+        max_running: requests that may run at once; ``scheduler`` was told the same.
+        stall_s: most time that prefills put between two decode steps.
         on_missing: called with the spans of a prefill whose chunks the store lacks.
         controller: chooses for requests that name no method, from when ``measuring`` is through: it is advanced
             while there is nothing else to do.
@@ -70,51 +101,64 @@ class EngineLoop:
         self,
         runner: ModelRunner,
         store: ChunkStore,
+        pool: KvPool,
+        scheduler: Scheduler,
         *,
         max_running: int,
-        max_queued: int,
         on_missing: Callable[[list[Span]], None],
+        stall_s: float = 0.05,
         blending_off: str | None = None,
         controller: Controller | None = None,
         measuring: Generator[None, None, Machine] | None = None,
         device_tier: DeviceTier | None = None,
     ) -> None:
-        self._runner, self._store = runner, store
+        self._runner, self._store, self._pool, self._scheduler = runner, store, pool, scheduler
         self._controller, self._measuring = controller, measuring
         self._device_tier = device_tier
-        self._max_running, self._max_queued = max_running, max_queued
-        self._on_missing = on_missing
+        self._on_missing, self._stall_s = on_missing, stall_s
         self.blending_off = blending_off
+        most = min(runner.max_positions, pool.memory.blocks * BLOCK_TOKENS)
+        decoder = Decoder(runner, pool.memory, lanes=max_running, max_tokens=most)
+        self._decodes = Decodes(decoder, pool, runner.device, max_running, self._deliver)
         self._wake = threading.Condition()
-        self._waiting: deque[Generation] = deque()
+        self._by_id: dict[str, Active] = {}
+        self._by_ticket: dict[Ticket, Active] = {}
+        self._admitted: list[Active] = []
+        self._prefills: list[Active] = []
+        self._served: list[Ticket] = []
         self._encodes: deque[tuple[EncodeGroup, OnEncoded]] = deque()
-        self._running: list[_Running] = []
-        self._prefill: tuple[Generation, Generator[None, None, PrefillResult]] | None = None
         self._encoding: _Encoding | None = None
         self._owes_encoding = False
         self._closed = False
+        self.tally = Tally()
         self.failure: str | None = None
         self._thread = threading.Thread(target=self._run, name="ragkv-engine", daemon=True)
         self._thread.start()
 
     # Called from other threads.
 
-    def submit(self, generation: Generation, accepted: Callable[[], None]) -> None:
+    def submit(self, generation: Generation, accepted: Callable[[], None] = lambda: None) -> None:
         """Queue a request; ``accepted`` is called before anything of it is.
 
         Raises:
-            QueueFullError: as many requests wait as are allowed to.
+            QueueFullError: as many requests, or tokens, wait as are allowed to.
+            PromptTooLongError: its KV would not fit the pool even if it were alone.
             EngineClosedError: the engine was closed or has failed.
         """
+        request = admit(generation)
+        blocks = self._pool.memory.blocks
+        if request.ticket.most > blocks:
+            raise PromptTooLongError(
+                f"prompt and max_tokens are {len(request.ids) + generation.max_tokens} tokens, and the pool holds "
+                f"{blocks * BLOCK_TOKENS}; shorten them, or raise pool_bytes",
+                tokens=len(request.ids) + generation.max_tokens,
+                limit=blocks * BLOCK_TOKENS,
+            )
         with self._wake:
             self.refuse_when_closed()
-            if len(self._waiting) >= self._max_queued:
-                raise QueueFullError(
-                    f"as many requests wait as are let in ({self._max_queued}); try again later",
-                    limit=self._max_queued,
-                )
+            self._scheduler.submit(request.ticket)
+            self._by_id[generation.id] = self._by_ticket[request.ticket] = request
             accepted()
-            self._waiting.append(generation)
             self._wake.notify()
 
     def submit_encode(self, group: EncodeGroup, on_encoded: OnEncoded) -> None:
@@ -124,13 +168,43 @@ class EngineLoop:
             self._encodes.append((group, on_encoded))
             self._wake.notify()
 
+    def reprioritize(self, request_id: str, priority: int, tenant: str = "") -> None:
+        """Give a request another priority; lower is sooner. Raises NotFoundError: it is none of this tenant's, or over."""
+        with self._wake:
+            self._scheduler.set_priority(self._find(request_id, tenant).ticket, priority)
+            self._wake.notify()
+
+    def cancel(self, request_id: str, tenant: str = "") -> None:
+        """End a request. Raises NotFoundError: it is none of this tenant's, or over."""
+        with self._wake:
+            self._find(request_id, tenant).generation.stop.set()
+            self._wake.notify()
+
     @property
     def running(self) -> int:
-        return len(self._running) + (self._prefill is not None)
+        return self._scheduler.stats.running
 
     @property
     def queued(self) -> int:
-        return len(self._waiting)
+        return self._scheduler.stats.waiting
+
+    def service(self) -> dict[str, int]:
+        """By tenant: prompt tokens computed for it, and twice its tokens of output."""
+        with self._wake:
+            return dict(self._scheduler.stats.service)
+
+    def stats(self) -> dict[str, float]:
+        """Numbers by name, of the engine's whole life."""
+        with self._wake:
+            scheduled = self._scheduler.stats
+        numbers = {name: value for name, value in vars(self.tally).items() if name != "records"}
+        waiting = {"queued_tokens": scheduled.waiting_tokens, "preempted": scheduled.preempted}
+        return {**numbers, **waiting, **self._pool.stats()}
+
+    @property
+    def records(self) -> list[StepRecord]:
+        """The last steps."""
+        return list(self.tally.records)
 
     def close(self) -> None:
         """Stop after the current layer; requests in flight get an :class:`EngineClosedError`."""
@@ -143,6 +217,12 @@ class EngineLoop:
         """Raises EngineClosedError when nothing will be served any more."""
         if self._closed:
             raise EngineClosedError(self.failure or "the engine was closed")
+
+    def _find(self, request_id: str, tenant: str) -> Active:
+        request = self._by_id.get(request_id)
+        if request is None or request.generation.tenant != tenant:
+            raise NotFoundError(f"no request {request_id!r} is waiting or running", request_id=request_id)
+        return request
 
     # On the engine thread.
 
@@ -158,146 +238,295 @@ class EngineLoop:
             self._abort_all()
 
     def _wait(self) -> bool:
+        began = time.perf_counter()
         with self._wake:
             while not self._closed and not self._has_work():
                 self._wake.wait(_IDLE_S)
-            return not self._closed
+                self._pool.poll()
+        self.tally.idle_seconds += time.perf_counter() - began
+        return not self._closed
 
     def _has_work(self) -> bool:
-        busy = self._waiting or self._running or self._prefill or self._encodes or self._encoding
-        return bool(busy or self._measuring)
+        return bool(self._by_ticket or self._encodes or self._encoding or self._measuring)
 
     def _turn(self) -> None:
+        began = time.perf_counter()
+        self._pool.poll()
+        self._drop_cancelled()
+        self._schedule()
+        for request in list(self._admitted):
+            self._bring(request)
         encoding = bool(self._encodes or self._encoding)
-        if not (encoding and self._owes_encoding):
-            self._admit()
-        if self._prefill:
-            self._advance_prefill()
-            # A slice of encoding after each prefill: under steady load what is missing would never be stored.
-            self._owes_encoding = self._prefill is None
+        done = 0.0
+        if self._prefills and not (encoding and self._owes_encoding):
+            done = self._advance_prefills()
         elif encoding:
             self._advance_encoding()
             self._owes_encoding = False
-        elif not self._running:
+        elif not self._by_ticket:
             self._advance_measuring()
-        for request in list(self._running):
-            self._decode(request)
+        rows, seen = self._decode()
+        if rows or done:
+            seconds = time.perf_counter() - began
+            self.tally.steps += 1
+            self.tally.step_seconds += seconds
+            self.tally.records.append(StepRecord(rows, seen, done, seconds))
+        elif self._admitted and not encoding:
+            time.sleep(_WAIT_FOR_MOVES_S)  # only moves are waited for
 
-    def _admit(self) -> None:
-        self._drop_cancelled()
-        while self._prefill is None and self._waiting and len(self._running) < self._max_running:
-            generation = self._waiting.popleft()
-            generation.watch.lap("queue")
-            prefill = Prefill(
-                self._runner,
-                self._store,
-                generation.plan,
-                strategy=generation.strategy,
-                ratio=generation.ratio,
-                seed=generation.seed,
-                room=generation.max_tokens,
-                watch=generation.watch,
-                blending_off=self.blending_off,
-                controller=None if generation.as_asked else self._controller,
-                device_tier=self._device_tier,
-            )
-            self._prefill = generation, prefill.run()
+    def _schedule(self) -> None:
+        began = time.perf_counter()
+        for request in self._decodes.requests:
+            table, ticket = request.table, request.ticket
+            if table is not None:
+                ticket.wants = int(request.written >= len(table.blocks) * BLOCK_TOKENS)
+        with self._wake:
+            self._scheduler.charge_many(self._served)
+            self._served.clear()
+            plan = self._scheduler.plan(self._pool.available, self._pool.freeing, starting=PREFILLS)
+        self.tally.scheduler_seconds += time.perf_counter() - began
+        for ticket in plan.preempt:
+            self._preempt(self._by_ticket[ticket])
+        for ticket in plan.start:
+            request = self._by_ticket[ticket]
+            request.generation.watch.lap("queue")
+            request.phase = Phase.ADMITTED
+            self._admitted.append(request)
 
     def _drop_cancelled(self) -> None:
         """At once, not when their turn comes: until then they would take the place of the living."""
         with self._wake:
-            gone = [generation for generation in self._waiting if generation.cancelled]
-            for generation in gone:
-                self._waiting.remove(generation)
-        for generation in gone:
-            generation.watch.lap("queue")
-            generation.on_finish("cancelled")
+            gone = [request for request in self._by_ticket.values() if request.generation.cancelled]
+        for request in gone:
+            self._finish(request, "cancelled")
 
-    def _advance_prefill(self) -> None:
-        if self._prefill is None:
-            return
-        generation, steps = self._prefill
-        deadline = time.perf_counter() + PREFILL_SLICE_S
-        try:
-            while not generation.cancelled:
-                next(steps)
-                if self._closed or (self._running and time.perf_counter() > deadline):
-                    return
-            self._prefill = None
-            steps.close()
-            generation.on_finish("cancelled")
-            return
-        except StopIteration as done:
-            result = done.value
-        except Exception as error:  # one request's failure must not take the others along
-            self._prefill = None
-            self._fail(generation, error)
-            return
-        self._prefill = None
-        self._first_token(generation, result)
+    # Getting KV to the device.
 
-    def _first_token(self, generation: Generation, result: PrefillResult) -> None:
-        try:
-            token = generation.sampler(result.logits)
-        except Exception as error:  # as above
-            self._fail(generation, error)
-            return
-        self._runner.synchronize()
-        generation.watch.lap("first_token")
-        generation.ttft_ms = generation.watch.total_ms
-        generation.outcomes, generation.forecast = result.outcomes, result.forecast
-        request = _Running(generation, result.kv, len(generation.plan.ids), token)
-        self._running.append(request)
-        self._deliver(request)
-        if result.to_encode:
-            self._on_missing(result.to_encode)
+    def _bring(self, request: Active) -> None:
+        """Have its blocks on the device, as soon as there is room and they have arrived."""
+        pool, ticket = self._pool, request.ticket
+        if request.phase is Phase.ADMITTED:
+            if request.table is None:
+                request.table = pool.open(request.ids, request.lineage)
+            pool.survey(request.table)
+            if not request.complete and request.table.tokens != request.usable:
+                pool.cut(request.table, request.usable)
+            if not pool.bring(request.table, len(request.ids) + 1):
+                return
+            ticket.wants, ticket.blocks = 0, pool.exclusive(request.table)
+            request.phase = Phase.LOADING
+        if request.table is not None and request.table.arrived:
+            self._admitted.remove(request)
+            self._begin(request)
 
-    def _decode(self, request: _Running) -> None:
+    def _begin(self, request: Active) -> None:
+        if request.complete:
+            self._decodes.enter(request)
+            return
+        generation, table = request.generation, request.table
+        if table is None:
+            raise RuntimeError("a request without a table cannot begin")
+
+        def fill(kv: RequestKV) -> None:
+            self._pool.memory.gather(table.places, kv, table.tokens)
+
+        if not request.sampled:
+            generation.known_tokens = table.tokens
+        else:
+            self.tally.recomputed_tokens += len(request.ids) - table.tokens
+        prefill = Prefill(
+            self._runner,
+            self._store,
+            generation.plan,
+            strategy=generation.strategy,
+            ratio=generation.ratio,
+            seed=generation.seed,
+            known=Known(table.tokens, fill),
+            tail=request.ids[len(generation.plan.ids) :],
+            watch=generation.watch,
+            blending_off=self.blending_off,
+            controller=None if generation.as_asked else self._controller,
+            device_tier=self._device_tier,
+        )
+        request.prefill, request.phase = prefill.run(), Phase.PREFILL
+        self._prefills.append(request)
+        self._prefills.sort(key=lambda r: r.ticket.place)
+
+    def _preempt(self, request: Active) -> None:
+        """Give its room to others. What it was to deliver is delivered first; then the host knows all its tokens."""
+        self._decodes.collect()
+        if request.over:
+            return
+        self.tally.preemptions += 1
+        request.generation.preemptions += 1
+        self._withdraw(request)
+        if request.table is not None and request.table.resident:
+            self._pool.park(request.table)
+        request.phase = Phase.OUTSIDE
+        request.ticket.blocks, request.ticket.wants = 0, -(-(len(request.ids) + 1) // BLOCK_TOKENS)
+
+    def _withdraw(self, request: Active) -> None:
+        """Out of whatever phase it is in."""
+        if request in self._admitted:
+            self._admitted.remove(request)
+        if request in self._prefills:
+            self._prefills.remove(request)
+        if request.prefill is not None:
+            request.prefill.close()
+            request.prefill = None
+        if request.phase is Phase.DECODE:
+            self._decodes.leave(request)
+            if request.table is not None:
+                self._pool.wrote(request.table, request.ids, len(request.ids) - 1)
+
+    # Computing.
+
+    def _advance_prefills(self) -> float:
+        """Advance the best prefill, and the next ones, for a slice of time. Returns about how many tokens of prompts."""
+        deadline, ahead, done = time.perf_counter() + self._stall_s, deque[Any](), 0.0
+        while self._prefills:
+            request = self._prefills[0]
+            done += self._prefill_layer(request)
+            if request.prefill is None:
+                self._owes_encoding = True
+                break
+            if not self._decodes.requests:
+                if time.perf_counter() > deadline:
+                    break
+                continue
+            self._pace(ahead)
+            if self._closed or time.perf_counter() > deadline:
+                break
+        return done
+
+    def _pace(self, ahead: deque[Any]) -> None:
+        """Do not launch further ahead of the device than the slice can be kept to."""
+        if self._runner.device.type == "cuda":
+            ahead.append(torch.cuda.current_stream(self._runner.device).record_event())
+            if len(ahead) > LAUNCHED_AHEAD:
+                ahead.popleft().synchronize()
+
+    def _prefill_layer(self, request: Active) -> float:
+        """One step of its prefill; ``request.prefill`` is None once it is over, whichever way."""
+        if request.prefill is None or request.table is None:
+            raise RuntimeError("it is not in its prefill")
         generation = request.generation
         if generation.cancelled:
             self._finish(request, "cancelled")
-            return
+            return 0.0
         try:
-            logits = self._runner.decode(request.token, request.position, request.kv)
-            request.token = generation.sampler(logits)
+            next(request.prefill)
+            return (len(request.ids) - request.table.tokens) / self._runner.shape.layers
+        except StopIteration as done:
+            result: PrefillResult = done.value
+        except Exception as error:  # one request's failure must not take the others along
+            self._fail(request, error)
+            return 0.0
+        self._prefills.remove(request)
+        request.prefill = None
+        try:
+            self._first_token(request, result)
         except Exception as error:  # as above
-            self._running.remove(request)
-            self._fail(generation, error)
-            return
-        request.position += 1
-        request.produced += 1
-        self._deliver(request)
+            self._fail(request, error)
+        return 0.0
 
-    def _deliver(self, request: _Running) -> None:
-        generation = request.generation
-        if request.token in generation.stop_ids:
+    def _first_token(self, request: Active, result: PrefillResult) -> None:
+        generation, table = request.generation, request.table
+        if table is None:
+            raise RuntimeError("a request without a table has no room for its KV")
+        known = table.tokens
+        generation.lineage = table.lineage = table.lineage.until(max(result.exact, known))
+        self._pool.place(table, result.kv, len(request.ids))
+        self._pool.wrote(table, request.ids, len(request.ids))
+        if request.sampler is None:
+            request.sampler = Sampler(
+                generation.sampling, generation.plan.ids, self._runner.vocab_size, self._runner.device
+            )
+        sampled = sample(result.logits[None], [request.sampler])
+        token = int(sampled.tokens[0])
+        first = not request.sampled
+        request.sampled += 1
+        request.ids.append(token)
+        if first:
+            generation.watch.lap("first_token")
+            generation.ttft_ms = generation.watch.total_ms
+            generation.outcomes, generation.forecast = result.outcomes, result.forecast
+            with self._wake:
+                self._scheduler.charge(request.ticket, self._computed(generation, result, known), 0)
+        self._decodes.enter(request)
+        self._deliver(request, token, scores_of(sampled, 0, request.sampler))
+        if first and result.to_encode:
+            self._on_missing(result.to_encode)
+
+    def _computed(self, generation: Generation, result: PrefillResult, known: int) -> int:
+        """Prompt tokens that were computed: what the tenant is charged."""
+        layers, plan = self._runner.shape.layers, generation.plan
+        outside = len(plan.ids) - plan.context_tokens - known
+        outside += sum(span.length for span in plan.spans if span.end <= known)
+        return max(0, outside) + round(sum(outcome.token_layers for outcome in result.outcomes) / layers)
+
+    def _decode(self) -> tuple[int, int]:
+        try:
+            return self._decodes.step()
+        except Exception as error:  # these requests' failure, not that of those who wait
+            for request in list(self._decodes.requests):
+                self._fail(request, error)
+            return 0, 0
+
+    def _deliver(self, request: Active, token: int, scores: TokenScores | None) -> None:
+        generation, table = request.generation, request.table
+        self._served.append(request.ticket)
+        self.tally.tokens += 1
+        if token in generation.stop_ids:
             self._finish(request, "stop")
             return
-        generation.on_token(request.token)
-        if request.produced >= generation.max_tokens:
+        generation.on_token(token, scores)
+        if len(request.ids) - len(generation.plan.ids) >= generation.max_tokens:
             self._finish(request, "length")
+        elif table is not None and (len(request.ids) - 1) % BLOCK_TOKENS == 0:
+            self._pool.wrote(table, request.ids, len(request.ids) - 1)
+            request.ticket.blocks = len(table.blocks)
 
-    def _finish(self, request: _Running, reason: FinishReason) -> None:
-        self._running.remove(request)
-        request.generation.watch.lap("decode")
-        request.generation.on_finish(reason)
+    # Ends.
 
-    def _fail(self, generation: Generation, error: Exception) -> None:
+    def _finish(self, request: Active, reason: FinishReason) -> None:
+        if self._release(request):
+            request.generation.watch.lap("decode" if request.sampled else "queue")
+            request.generation.on_finish(reason)
+
+    def _fail(self, request: Active, error: Exception) -> None:
+        if not self._release(request):
+            return
         if not isinstance(error, RagkvError):
-            log.error("request %s failed", generation.id, exc_info=error)
+            log.error("request %s failed", request.generation.id, exc_info=error)
         # Its frames would keep the request's KV alive for as long as the caller keeps the error.
-        generation.on_error(error.with_traceback(None))
+        request.generation.on_error(error.with_traceback(None))
+
+    def _release(self, request: Active) -> bool:
+        """Give back all that it holds, whatever it was doing; False where that was done before."""
+        if request.over:
+            return False
+        self._withdraw(request)
+        if request.table is not None:
+            self._pool.close(request.table)
+        request.phase = Phase.DONE
+        with self._wake:
+            self._scheduler.finish(request.ticket)
+            del self._by_id[request.generation.id], self._by_ticket[request.ticket]
+        return True
+
+    # Beside serving.
 
     def _advance_encoding(self) -> None:
         if self._encoding is None:
             group, on_encoded = self._encodes.popleft()
             self._encoding = _Encoding(encode(self._runner, group), on_encoded)
         job = self._encoding
-        deadline = time.perf_counter() + PREFILL_SLICE_S
+        deadline = time.perf_counter() + _ENCODE_SLICE_S
         try:
             while True:
                 next(job.steps)
-                if self._closed or ((self._running or self._waiting) and time.perf_counter() > deadline):
+                if self._closed or (self._by_ticket and time.perf_counter() > deadline):
                     return
         except StopIteration as done:
             self._encoding = None
@@ -322,23 +551,22 @@ class EngineLoop:
     def _abort_all(self) -> None:
         with self._wake:
             self._closed = True
-            waiting, encodes = list(self._waiting), list(self._encodes)
-            self._waiting.clear()
+            encodes = list(self._encodes)
             self._encodes.clear()
         why = self.failure or "the engine was closed while the request ran"
-        if self._prefill:
-            generation, steps = self._prefill
-            steps.close()
-            waiting.append(generation)
-        for generation in [*waiting, *(request.generation for request in self._running)]:
-            generation.on_error(EngineClosedError(why))  # one each: they are raised in different threads
+        for request in list(self._by_ticket.values()):
+            try:
+                self._fail(request, EngineClosedError(why))  # one each: they are raised in different threads
+            except Exception:  # what has failed may be what it holds; everybody must hear of it
+                log.exception("ending request %s failed", request.generation.id)
+                request.generation.on_error(EngineClosedError(why))
         jobs = [on_encoded for _, on_encoded in encodes]
         if self._encoding:
             jobs.append(self._encoding.on_encoded)
         for on_encoded in jobs:
             _tell(on_encoded, EngineClosedError(why))
-        self._running.clear()
-        self._prefill = self._encoding = None
+        self._encoding = None
+        self._pool.shut()
 
 
 def _tell(on_encoded: OnEncoded, result: list[EncodedChunk] | Exception) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from ragkv.checkpoint import Checkpoint
 from ragkv.chunks import ChunkTokenizer
@@ -12,10 +14,12 @@ from ragkv.clock import Stopwatch
 from ragkv.config import Settings
 from ragkv.documents import checked, to_document
 from ragkv.errors import InputError, NotFoundError
+from ragkv.lineage import Lineage
 from ragkv.plan import PlannedChunk, PromptPlan, make_plan
 from ragkv.retrievers import Catalog, Chunk, Hit, Splitter
+from ragkv.sessions import Session, Sessions
 from ragkv.tokenizer import question_text
-from ragkv.types import ContextPolicy, DocumentIn, Method, QueryRequest
+from ragkv.types import ChatRequest, ContextPolicy, DocumentIn, Message, Method, QueryRequest, Request
 
 # What `default` means until a calibration on the user's own model and documents says better; see docs/blending.md.
 DEFAULT_STRATEGY: Method = "links"
@@ -26,11 +30,25 @@ def resolve_method(method: Method) -> Method:
     return DEFAULT_STRATEGY if method == "default" else method
 
 
+class Conversation(NamedTuple):
+    """What was said: the system text, the turns before, and what is to be answered; ``prompt`` is its text for the
+    model. ``session`` holds the turns before, where they are remembered."""
+
+    system: str
+    history: tuple[Message, ...]
+    last: str
+    prompt: str
+    session: Session | None = None
+
+
 @dataclass(frozen=True)
 class Prepared:
     """A request with everything decided but the answer. ``as_asked``: the request itself names a method."""
 
-    request: QueryRequest
+    request: Request
+    conversation: Conversation
+    tenant: str
+    lineage: Lineage
     plan: PromptPlan
     strategy: Method
     ratio: float
@@ -50,11 +68,12 @@ class Pipeline:
         splitter: Splitter,
         chunk_tokenizer: ChunkTokenizer,
         settings: Settings,
+        sessions: Sessions,
     ) -> None:
         self._checkpoint, self._catalog, self._splitter = checkpoint, catalog, splitter
-        self._chunk_tokenizer, self._settings = chunk_tokenizer, settings
+        self._chunk_tokenizer, self._settings, self._sessions = chunk_tokenizer, settings, sessions
 
-    def prepare(self, request: QueryRequest, watch: Stopwatch) -> Prepared:
+    def prepare(self, request: Request, watch: Stopwatch, tenant: str = "") -> Prepared:
         """Retrieve and plan.
 
         Raises:
@@ -64,33 +83,85 @@ class Pipeline:
         policy = request.context_policy or settings.context_policy
         method = request.method or settings.method
         max_tokens = request.max_tokens or settings.max_tokens
-        hits, siblings = self._context(request)
+        conversation = self._conversation(request, tenant)
+        hits, siblings = self._context(request, conversation.last)
         watch.lap("retrieve")
         chunks = self._planned(hits, siblings, policy)
-        prefix, suffix = self._frame(request)
-        question = (*self._checkpoint.tokenizer.plain(question_text(request.question)), *suffix)
+        session, tokenizer = conversation.session, self._checkpoint.tokenizer
+        prefix, suffix = tokenizer.frame(conversation.system, conversation.history)
+        if session is not None:
+            prefix = (*session.ids, *tokenizer.between(conversation.system))
+        question = (*tokenizer.plain(conversation.prompt), *suffix)
         budget = self._checkpoint.runner.max_positions - max_tokens
-        plan = make_plan(prefix, chunks, question, budget=budget)
+        plan = make_plan(prefix, chunks, question, budget=budget, standing=session.chunks if session else ())
         watch.lap("plan")
         return Prepared(
             request=request,
+            conversation=conversation,
+            tenant=tenant,
+            lineage=session.lineage if session else self._lineage(request, tenant),
             plan=plan,
             strategy=resolve_method(method),
             ratio=settings.ratio if request.ratio is None else request.ratio,
             policy=policy,
             max_tokens=max_tokens,
             warnings=_warnings(request, hits, plan),
-            as_asked=request.method not in (None, "default"),
+            as_asked=_names_method(request),
         )
 
-    def _frame(self, request: QueryRequest) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        system = self._settings.system_prompt if request.system is None else request.system
-        return self._checkpoint.tokenizer.frame(system, request.history)
+    def _lineage(self, request: Request, tenant: str) -> Lineage:
+        """A request that names a method gets just that, so it may not find what another one has computed."""
+        return Lineage(secrets.token_bytes(16) if _names_method(request) else tenant.encode())
 
-    def _context(self, request: QueryRequest) -> tuple[list[Hit], dict[str, list[Chunk]]]:
-        """Hits, best first, and all chunks of their documents in order."""
+    def remember(self, prepared: Prepared, lineage: Lineage, answer: str, ids: Sequence[int]) -> None:
+        """Keep the conversation for its next turn, with the ``ids`` of its ``answer``; where it has no name, nothing."""
+        name, said = prepared.request.session_id, prepared.conversation
+        if name is None:
+            return
+        before = said.session.chunks if said.session else frozenset()
+        session = Session(
+            system=said.system,
+            turns=(*said.history, Message(role="user", content=said.last), Message(role="assistant", content=answer)),
+            ids=(*prepared.plan.ids, *ids),
+            lineage=lineage,
+            chunks=before.union(span.chunk.tokens.key for span in prepared.plan.spans),
+        )
+        self._sessions.put(prepared.tenant, name, session)
+
+    def _conversation(self, request: Request, tenant: str) -> Conversation:
+        session = self._sessions.get(tenant, request.session_id) if request.session_id is not None else None
+        said = self._chat(request) if isinstance(request, ChatRequest) else self._asked(request, session)
+        if session is not None and (session.system, session.turns) == (said.system, said.history):
+            return said._replace(session=session)
+        return said
+
+    def _asked(self, request: QueryRequest, session: Session | None) -> Conversation:
         if not request.question.strip():
             raise InputError("the question is blank; ask something")
+        if request.session_id is not None and request.history:
+            raise InputError("give `session_id` or `history`, not both: a session has its own history")
+        system = self._settings.system_prompt if request.system is None else request.system
+        history = session.turns if session else tuple(request.history)
+        return Conversation(system, history, request.question, question_text(request.question))
+
+    def _chat(self, request: ChatRequest) -> Conversation:
+        """With context but no system message, the configured one says what the documents are for."""
+        leading = next((i for i, m in enumerate(request.messages) if m.role != "system"), len(request.messages))
+        turns = request.messages[leading:]
+        if any(message.role == "system" for message in turns):
+            raise InputError("`messages`: system messages stand before all others")
+        if not turns or turns[-1].role != "user":
+            raise InputError("`messages`: the last one must be the user's; it is what gets answered")
+        if not turns[-1].content.strip():
+            raise InputError("`messages`: the last one is blank; ask something")
+        history = tuple(Message(role=m.role, content=m.content) for m in turns[:-1] if m.role != "system")
+        system = "\n\n".join(message.content for message in request.messages[:leading])
+        if not leading and (request.collection is not None or request.documents is not None):
+            system = self._settings.system_prompt
+        return Conversation(system, history, turns[-1].content, turns[-1].content)
+
+    def _context(self, request: Request, question: str) -> tuple[list[Hit], dict[str, list[Chunk]]]:
+        """Hits, best first, and all chunks of their documents in order."""
         if request.collection is not None and request.documents is not None:
             raise InputError("give `collection` or `documents`, not both")
         if request.filters is not None and request.collection is None:
@@ -101,7 +172,7 @@ class Pipeline:
             return [], {}
         collection = self._catalog.open(request.collection)
         hits = collection.retrieve(
-            request.question,
+            question,
             request.top_k or self._settings.top_k,
             mode=request.retrieval or self._settings.retrieval,
             filters=request.filters,
@@ -139,7 +210,11 @@ class Pipeline:
         return planned
 
 
-def _warnings(request: QueryRequest, hits: Sequence[Hit], plan: PromptPlan) -> tuple[str, ...]:
+def _names_method(request: Request) -> bool:
+    return request.method not in (None, "default")
+
+
+def _warnings(request: Request, hits: Sequence[Hit], plan: PromptPlan) -> tuple[str, ...]:
     warnings = []
     if request.collection is not None and not hits:
         warnings.append(f"nothing in {request.collection!r} matches the question; answered without documents")

@@ -8,7 +8,7 @@ plan are also what a full prefill means in every comparison.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from ragkv.chunks import ChunkTokens
@@ -46,12 +46,14 @@ class Span:
 
 @dataclass(frozen=True)
 class PromptPlan:
-    """``ids`` is the whole prompt; ``dropped`` are chunks that did not fit, lowest-ranked first to go."""
+    """``ids`` is the whole prompt; ``dropped`` are chunks that did not fit, lowest-ranked first to go; ``standing``
+    those that an earlier turn put there."""
 
     ids: tuple[int, ...]
     spans: tuple[Span, ...]
     question_start: int
     dropped: tuple[PlannedChunk, ...]
+    standing: tuple[PlannedChunk, ...] = ()
 
     @property
     def context_tokens(self) -> int:
@@ -59,9 +61,14 @@ class PromptPlan:
 
 
 def make_plan(
-    prefix: Sequence[int], chunks: Sequence[PlannedChunk], question: Sequence[int], *, budget: int
+    prefix: Sequence[int],
+    chunks: Sequence[PlannedChunk],
+    question: Sequence[int],
+    *,
+    budget: int,
+    standing: Collection[bytes] = (),
 ) -> PromptPlan:
-    """Lay out a prompt of at most ``budget`` tokens.
+    """Lay out a prompt of at most ``budget`` tokens. Chunks whose key is in ``standing`` are in ``prefix`` already.
 
     Documents stand in the order of their best-ranked chunk, chunks of one document together and in document
     order, so that a reference to the chunk before finds it before. The lowest-ranked chunks are dropped
@@ -83,7 +90,7 @@ def make_plan(
         )
     kept: list[PlannedChunk] = []
     dropped: list[PlannedChunk] = []
-    for chunk in sorted(chunks, key=lambda c: c.rank):
+    for chunk in sorted((c for c in chunks if c.tokens.key not in standing), key=lambda c: c.rank):
         if not dropped and len(chunk.tokens.ids) <= room:
             kept.append(chunk)
             room -= len(chunk.tokens.ids)
@@ -94,7 +101,8 @@ def make_plan(
     for chunk in _prompt_order(kept):
         spans.append(Span(chunk, len(ids), len(ids) + len(chunk.tokens.ids), _context_present(chunk, spans)))
         ids += chunk.tokens.ids
-    return PromptPlan((*ids, *question), tuple(spans), len(ids), tuple(dropped))
+    there = tuple(chunk for chunk in chunks if chunk.tokens.key in standing)
+    return PromptPlan((*ids, *question), tuple(spans), len(ids), tuple(dropped), there)
 
 
 def _prompt_order(chunks: list[PlannedChunk]) -> list[PlannedChunk]:

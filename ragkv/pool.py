@@ -107,7 +107,9 @@ class KvPool:
         self._swaps = preemption != "recompute"
         self._waits = preemption in ("blockwise", "groups")
         self._reuses = preemption == "reuse"
-        self._host = PagedKV(shape, host_blocks if self._swaps else 0, torch.device("cpu"), pinned=device.type == "cuda")
+        self._host = PagedKV(
+            shape, host_blocks if self._swaps else 0, torch.device("cpu"), pinned=device.type == "cuda"
+        )
         piecewise = preemption == "blockwise"
         self.out = Mover(self.memory, self._host, piecewise=piecewise)
         self.back = Mover(self._host, self.memory, piecewise=piecewise)

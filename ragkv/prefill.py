@@ -16,6 +16,7 @@ from ragkv.costs import Piece, Work
 from ragkv.device_tier import DeviceTier
 from ragkv.errors import MissingEntryError, RagkvError, StoreError
 from ragkv.kv import Known, RequestKV
+from ragkv.lineage import ALL
 from ragkv.loading import ChunkLostError, LayerLoader, Slabs
 from ragkv.plan import PromptPlan, Span
 from ragkv.rows import Rows
@@ -44,7 +45,7 @@ class SpanOutcome:
 class PrefillResult:
     """``outcomes`` stand in the order of the plan's spans; ``to_encode`` are spans the store should get.
 
-    ``exact``: leading tokens whose KV was computed, or known, and not taken from the store.
+    ``exact``: leading tokens whose KV was computed, or known, and not taken from the store, nor rests on such.
     """
 
     logits: torch.Tensor
@@ -236,7 +237,7 @@ class Prefill:
         if rows is None:
             raise RuntimeError("nothing is left to compute, so nothing to choose a token by")
         outcomes = [self._computed(span) for span in self._plan.spans]
-        return PrefillResult(self._runner.logits(rows), kv, outcomes, exact=len(self._plan.ids) + len(self._tail))
+        return PrefillResult(self._runner.logits(rows), kv, outcomes, exact=ALL)
 
     def _workspace(self) -> RequestKV:
         kv = self._runner.new_kv(len(self._plan.ids) + len(self._tail) + self._room)

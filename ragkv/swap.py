@@ -33,7 +33,7 @@ class Mover:
     def __init__(self, source: PagedKV, target: PagedKV, *, piecewise: bool = False) -> None:
         self._source, self._target, self._piecewise = source, target, piecewise
         self.blocks, self.seconds = 0, 0.0
-        [cuda] = {kv.data.device for kv in (source, target) if kv.data.is_cuda} or {None}
+        cuda = next((kv.data.device for kv in (source, target) if kv.data.is_cuda), None)
         self._stream: Any = torch.cuda.Stream(cuda) if cuda is not None else None  # type: ignore[no-untyped-call]
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="ragkv-mover")
 
@@ -83,5 +83,3 @@ def stretches(pairs: Sequence[Pair]) -> list[tuple[int, int, int]]:
     ordered = sorted(pairs)
     cuts = [0, *(i + 1 for i, (p, q) in enumerate(pairwise(ordered)) if (p[0] + 1, p[1] + 1) != q), len(ordered)]
     return [(*ordered[a], b - a) for a, b in pairwise(cuts) if b > a]
-
-

@@ -96,6 +96,21 @@ class Tokenizer:
         head, _, tail = rendered.rpartition(_LAST)
         return self._fill(head, contents), self.special(tail)
 
+    def between(self, system: str) -> tuple[int, ...]:
+        """The ids between an answer, as it was generated, and the next user message.
+
+        Raises:
+            InputError: as :meth:`frame`.
+        """
+        if not self._inner.chat_template:
+            return self.plain("\n")
+        turn = [Message(role="user", content=""), Message(role="assistant", content="")]
+        try:
+            rendered, _ = self._render(system, turn)
+        except TemplateError as error:
+            raise InputError(f"the model's chat template refuses a second turn: {error}") from error
+        return self.special(_SLOTS.split(rendered.rpartition(_LAST)[0])[-1])
+
     def _render(self, system: str, history: Sequence[Message]) -> tuple[str, dict[str, str]]:
         """The template's text around sentinels, and what each sentinel stands for."""
         turns = [{"role": m.role, "content": _SLOT.format(i)} for i, m in enumerate(history)]
