@@ -28,8 +28,8 @@ class Generation:
 
     The engine thread calls ``on_token`` for every token, with its log probabilities if they were asked for, and then
     exactly one of ``on_finish`` and ``on_error``; these must not block. ``stop`` may be set from any thread at any
-    moment. ``as_asked``: no controller may choose something else than ``strategy`` and ``ratio``. ``lineage`` says whose
-    KV it may share, and once the prompt stands, how much of its own is exact.
+    moment. ``as_asked``: no controller may choose something else than ``strategy`` and ``ratio``. ``lineage`` says
+    whose KV it may share, and once the prompt stands, how much of its own is exact.
     """
 
     id: str

@@ -36,7 +36,8 @@ class KvShape:
 class RequestKV:
     """Keys and values of one prompt, all layers, slot ``j`` holding position ``base + j``: where a prefill works.
 
-    Owned by the prefill, whose result is copied into blocks of the pool; only the thread that owns the model touches it.
+    Owned by the prefill, whose result is copied into blocks of the pool; only the thread that owns the model touches
+    it.
     Slots hold whatever was written last: reading a slot nobody wrote is a bug of the caller, whose masks
     must exclude it.
     """
@@ -67,3 +68,6 @@ class Known:
 
     tokens: int = 0
     fill: Callable[[RequestKV], None] = lambda _: None
+
+
+NOTHING = Known()

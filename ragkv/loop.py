@@ -169,7 +169,11 @@ class EngineLoop:
             self._wake.notify()
 
     def reprioritize(self, request_id: str, priority: int, tenant: str = "") -> None:
-        """Give a request another priority; lower is sooner. Raises NotFoundError: it is none of this tenant's, or over."""
+        """Give a request another priority; lower is sooner.
+
+        Raises:
+            NotFoundError: it is none of this tenant's, or over.
+        """
         with self._wake:
             self._scheduler.set_priority(self._find(request_id, tenant).ticket, priority)
             self._wake.notify()
@@ -281,8 +285,7 @@ class EngineLoop:
             if table is not None:
                 ticket.wants = int(request.written >= len(table.blocks) * BLOCK_TOKENS)
         with self._wake:
-            self._scheduler.charge_many(self._served)
-            self._served.clear()
+            self._charge()
             plan = self._scheduler.plan(self._pool.available, self._pool.freeing, starting=PREFILLS)
         self.tally.scheduler_seconds += time.perf_counter() - began
         for ticket in plan.preempt:
@@ -292,6 +295,11 @@ class EngineLoop:
             request.generation.watch.lap("queue")
             request.phase = Phase.ADMITTED
             self._admitted.append(request)
+
+    def _charge(self) -> None:
+        """Tell the scheduler of the tokens delivered since. Under the lock."""
+        self._scheduler.charge_many(self._served)
+        self._served.clear()
 
     def _drop_cancelled(self) -> None:
         """At once, not when their turn comes: until then they would take the place of the living."""
@@ -382,7 +390,7 @@ class EngineLoop:
     # Computing.
 
     def _advance_prefills(self) -> float:
-        """Advance the best prefill, and the next ones, for a slice of time. Returns about how many tokens of prompts."""
+        """Advance the best prefill for a slice of time. Returns about how many tokens of its prompt that was."""
         deadline, ahead, done = time.perf_counter() + self._stall_s, deque[Any](), 0.0
         while self._prefills:
             request = self._prefills[0]
@@ -511,6 +519,7 @@ class EngineLoop:
             self._pool.close(request.table)
         request.phase = Phase.DONE
         with self._wake:
+            self._charge()
             self._scheduler.finish(request.ticket)
             del self._by_id[request.generation.id], self._by_ticket[request.ticket]
         return True

@@ -114,7 +114,7 @@ class Pipeline:
         return Lineage(secrets.token_bytes(16) if _names_method(request) else tenant.encode())
 
     def remember(self, prepared: Prepared, lineage: Lineage, answer: str, ids: Sequence[int]) -> None:
-        """Keep the conversation for its next turn, with the ``ids`` of its ``answer``; where it has no name, nothing."""
+        """Keep a conversation that has a name for its next turn, with the ``ids`` of its ``answer``."""
         name, said = prepared.request.session_id, prepared.conversation
         if name is None:
             return

@@ -171,7 +171,7 @@ class KvPool:
         return table
 
     def bring(self, table: Table, tokens: int) -> bool:
-        """Have the table on the device, with room for ``tokens`` tokens; False where there is none, and nothing is done.
+        """Have the table on the device, with room for ``tokens`` tokens. Where there is none: False, nothing is done.
 
         Nothing of it may be lost (:meth:`survey`). Blocks that were in RAM arrive later (:attr:`Table.arrived`).
         """
@@ -217,7 +217,7 @@ class KvPool:
             self._store(fresh)
 
     def survey(self, table: Table) -> int:
-        """How many tokens of a table that is not resident are still somewhere, from its first on; forgets the others."""
+        """How many tokens of a table that is not resident are still there, from its first on; forgets the others."""
         kept = next((i for i, block in enumerate(table.blocks) if block.lost), len(table.blocks))
         if kept < len(table.blocks):
             self.cut(table, kept * BLOCK_TOKENS)

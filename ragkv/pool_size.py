@@ -42,8 +42,8 @@ def pool_sizes(settings: Settings, runner: ModelRunner) -> tuple[int, int]:
     blocks = wanted // size
     if blocks < 2:
         raise ConfigError(
-            f"setting 'pool_bytes': {wanted} hold no conversation of this model, whose {BLOCK_TOKENS} tokens take {size} "
-            f"bytes in {shape.layers} layers",
+            f"setting 'pool_bytes': {wanted} hold no conversation of this model, whose {BLOCK_TOKENS} tokens take "
+            f"{size} bytes in {shape.layers} layers",
             setting="pool_bytes",
             value=wanted,
         )

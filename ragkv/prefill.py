@@ -15,7 +15,7 @@ from ragkv.controller import Controller
 from ragkv.costs import Piece, Work
 from ragkv.device_tier import DeviceTier
 from ragkv.errors import MissingEntryError, RagkvError, StoreError
-from ragkv.kv import Known, RequestKV
+from ragkv.kv import NOTHING, Known, RequestKV
 from ragkv.lineage import ALL
 from ragkv.loading import ChunkLostError, LayerLoader, Slabs
 from ragkv.plan import PromptPlan, Span
@@ -78,7 +78,7 @@ class Prefill:
         strategy: str,
         ratio: float,
         watch: Stopwatch,
-        known: Known = Known(),
+        known: Known = NOTHING,
         tail: Sequence[int] = (),
         room: int = 0,
         blending_off: str | None = None,

@@ -1,4 +1,4 @@
-"""Moving blocks of KV between the device and the host, on threads and streams of their own (FastSwitch, Shen et al. 2024).
+"""Moving blocks of KV between the device and the host, on threads and streams of their own (FastSwitch, 2024).
 
 Blocks that lie side by side on both sides go in one copy. Who asks is not kept waiting: a move is a future, and on CUDA
 the copy is ordered behind what the asking thread had launched by then.

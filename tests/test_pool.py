@@ -226,7 +226,10 @@ def test_any_life_of_many_conversations(preemption):
     for step in range(1500):
         act = chooser.choice(["open", "open", "grow", "grow", "park", "bring", "close", "poll"])
         if act == "open":
-            ids = [*range(chooser.choice([0, 32, 48])), *(chooser.randrange(9) for _ in range(chooser.randrange(1, 60)))]
+            ids = [
+                *range(chooser.choice([0, 32, 48])),
+                *(chooser.randrange(9) for _ in range(chooser.randrange(1, 60))),
+            ]
             table = pool.open(ids, Lineage(exact=chooser.choice([16, 10**6])))
             if not pool.bring(table, len(ids)):
                 pool.close(table)
