@@ -12,6 +12,7 @@ from tests.scheduler_kit import Engine, make_scheduler, make_ticket
 
 AGING = 25.0
 CLASSES = 4
+CREDIT = 40
 
 
 def overtakers(policy: str, seed: int) -> int:
@@ -66,7 +67,7 @@ def test_vtc_does_not_look_at_priority_between_tenants():
 
 
 def test_who_was_away_saves_nothing_up():
-    engine = Engine(make_scheduler("vtc"), 40)
+    engine = Engine(make_scheduler("vtc", credit=50), 40)
     for _ in range(40):
         engine.submit(make_ticket(tenant="busy"))
     for _ in range(40):
@@ -74,7 +75,7 @@ def test_who_was_away_saves_nothing_up():
     engine.submit(make_ticket(tenant="late"))
     accounts = engine.scheduler._ranking.accounts
     assert accounts["busy"].counter > 100
-    assert accounts["late"].counter == accounts["busy"].counter
+    assert accounts["late"].counter == accounts["busy"].counter - 50
 
 
 def test_cache_hits_are_free_and_weights_divide():
@@ -100,7 +101,7 @@ def test_starts_of_one_plan_are_spread_over_tenants():
 
 
 def test_a_tenant_ahead_by_more_than_the_quantum_loses_a_running_request():
-    scheduler = make_scheduler("vtc", max_running=1, quantum=50)
+    scheduler = make_scheduler("vtc", max_running=1, quantum=50, credit=0)
     ahead, behind = make_ticket(tenant="ahead"), make_ticket(tenant="behind")
     scheduler.submit(ahead)
     scheduler.plan(100, 0)
@@ -120,7 +121,9 @@ def gap(policy: str, seed: int, requests: int) -> tuple[float, float]:
     """
     rng = random.Random(seed)
     longest, running, prefills = 24, 6, rng.choice([1, 2, 6])
-    scheduler = make_scheduler(policy, max_running=running, max_queued=10**6, quantum=rng.choice([0, 30, 1e9]))
+    scheduler = make_scheduler(
+        policy, max_running=running, max_queued=10**6, quantum=rng.choice([0, 30, 1e9]), credit=CREDIT
+    )
     engine = Engine(scheduler, rng.choice([30, 60, 200]), starting=prefills)
     weights = {"short": 1.0, "long": 1.0, "heavy": 3.0, "sometimes": 1.0}
     scale = {"short": 6, "long": longest, "heavy": longest, "sometimes": 12}
@@ -138,7 +141,9 @@ def gap(policy: str, seed: int, requests: int) -> tuple[float, float]:
         waiting = {ticket.tenant for ticket in engine.made if ticket.state in (State.WAITING, State.PREEMPTED)}
         counters = [scheduler._ranking.accounts[tenant].counter for tenant in waiting]
         widest = max([widest, *(abs(a - b) for a, b in combinations(counters, 2))])
-    return widest, service_bound(running=running, prefills=prefills, prompt_tokens=longest, output_tokens=longest) / 2
+    return widest, service_bound(
+        running=running, prefills=prefills, prompt_tokens=longest, output_tokens=longest, credit=CREDIT
+    ) / 2
 
 
 @pytest.mark.parametrize("seed", range(10))

@@ -3,25 +3,26 @@ OSDI 2024), with weights, over computed tokens, for an engine that preempts.
 
 A tenant's service is 1 for every prompt token computed for it and 2 for every output token (cache hits are free, and
 what is computed again after a preemption is not the tenant's doing and not charged). Its *counter* c is service ÷
-weight, plus lifts: a tenant whose line was empty and fills again is lifted to the least counter of the lines that are
-not, or, where all were empty, to that of the one that was emptied last. So nobody saves up service by staying away. Its
+weight, plus lifts: with V the highest that the least counter of all lines that are not empty has ever been, a tenant
+whose line was empty and fills again is lifted to V − C at least. So nobody saves up more than the *credit* C by
+staying away (VTC is the case C = 0), and who asks for less than its share has enough to go before those that flood. Its
 *level* e is c plus what its running requests' prompts still promise to cost, known when they start and gone when their
 first token is there. The tenant of least level is next, and nobody passes it.
 
 **Bound.** With at most B requests running, S of them in their prefill, prompts of at most I and outputs of at most O
 tokens, and fixed weights of at least w, any two tenants whose lines are not empty have
 
-    |cᵢ − cⱼ| ≤ U = (I · (1 + S) + 2 · O · B) / w
+    |cᵢ − cⱼ| ≤ U = (I · (1 + S) + 2 · O · B) / w + C
 
 and so, over any time in which both stay backlogged, services ÷ weight that differ by at most 2U.
 
-*Proof.* Let v be the least counter of the lines that are not empty (of the line emptied last where all are). Counters
-never fall, and lifts put whoever enters at v or above, so v never falls, and every backlogged tenant has c ≥ v. Let
-tenant i last have started or resumed a request at time s. Then it had the least level: eᵢ(s) ≤ min e ≤ v(s) + S·I/w,
-the promises of the tenant at v. From then on cᵢ grows by no more than what it had promised already, which eᵢ(s) holds,
-the prompt just started, I/w, and the outputs of at most B running requests, 2·O·B/w; with v not falling, cᵢ ≤ v + U at
-all times until its next start. A lift instead of a start puts cᵢ at v, and leaves at most S·I/w + 2·O·B/w to come.
-So v ≤ cᵢ, cⱼ ≤ v + U for any two backlogged tenants. ∎
+*Proof.* V never falls, counters never fall, and lifts put whoever becomes backlogged at V − C or above. A tenant that
+stays backlogged does not fall below that either: V rises only where the least counter of all, and so its own, is as
+high. So every backlogged tenant has c ≥ V − C. Let tenant i last have started or resumed a request at time s. Then it
+had the least level: eᵢ(s) ≤ V(s) + S·I/w, where S·I/w are the promises of the tenant with the least counter. From then
+on cᵢ grows by no more than what it had promised already, which eᵢ(s) holds, the prompt just started, I/w, and the
+outputs of at most B running requests, 2·O·B/w; so cᵢ ≤ V + U − C until its next start. A lift since then puts cᵢ at
+V − C and leaves at most S·I/w + 2·O·B/w to come. So V − C ≤ cᵢ, cⱼ ≤ V − C + U for any two backlogged tenants. ∎
 
 Preempting (by more than ``quantum``) is not needed for the bound; it only keeps what is seen far below it.
 """
@@ -35,10 +36,12 @@ from ragkv.scheduling.ticket import State, Ticket
 INPUT_PRICE, OUTPUT_PRICE = 1, 2
 
 
-def service_bound(*, running: int, prefills: int, prompt_tokens: int, output_tokens: int, weight: float = 1.0) -> float:
+def service_bound(
+    *, running: int, prefills: int, prompt_tokens: int, output_tokens: int, credit: float, weight: float = 1.0
+) -> float:
     """2U of this module's bound: by how much service ÷ weight of two backlogged tenants may differ over any time."""
     u = INPUT_PRICE * prompt_tokens * (1 + min(prefills, running)) + OUTPUT_PRICE * output_tokens * running
-    return 2 * u / weight
+    return 2 * (u / weight + credit)
 
 
 class Account:
@@ -82,6 +85,10 @@ class Line:
     @property
     def level(self) -> float:
         return 0.0 if self.account is None else self.account.level
+
+    @property
+    def counter(self) -> float:
+        return 0.0 if self.account is None else self.account.counter
 
     def add(self, ticket: Ticket) -> None:
         insort(self.tickets, (ticket.place, ticket))  # no two have the same place

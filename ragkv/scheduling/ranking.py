@@ -14,13 +14,14 @@ class Ranking:
 
     Args:
         quantum: by how much service ÷ weight a tenant must be ahead of another before it loses a running request to it.
+        credit: how much of it a tenant may have saved up when its line fills again.
     """
 
-    def __init__(self, policy: Policy, *, aging_s: float, quantum: float) -> None:
-        self._policy, self._aging_s, self._quantum = policy, aging_s, quantum
+    def __init__(self, policy: Policy, *, aging_s: float, quantum: float, credit: float) -> None:
+        self._policy, self._aging_s, self._quantum, self._credit = policy, aging_s, quantum, credit
         self.accounts: dict[str, Account] = {}
         self._lines: dict[str, Line] = {}  # those that are not empty, by the name of the tenant, or ""
-        self._left: Account | None = None  # whose line was emptied last
+        self._floor = 0.0  # the highest that the least counter of those lines ever was
 
     def account(self, ticket: Ticket) -> Account:
         account = self.accounts.get(ticket.tenant)
@@ -39,7 +40,8 @@ class Ranking:
         if line is None:
             account = self.account(ticket) if self._policy.by_tenant else None
             if account is not None:
-                self._lift(account)
+                self._raise_floor()
+                account.counter = max(account.counter, self._floor - self._credit)
             line = self._lines[name] = Line(account)
         line.add(ticket)
 
@@ -49,10 +51,10 @@ class Ranking:
         line.remove(ticket)
         if not line.tickets:
             del self._lines[name]
-            self._left = line.account
 
     def head(self) -> Ticket | None:
         """The best of those that wait."""
+        self._raise_floor()
         best, rank = None, None
         for line in self._lines.values():
             place, ticket = line.tickets[0]
@@ -63,7 +65,7 @@ class Ranking:
 
     def promise(self, ticket: Ticket, sign: int) -> None:
         """What is left of a prompt begins (1) or ceases (-1) to count as if it were served."""
-        self.account(ticket).promised += sign * INPUT_PRICE * ticket.unpaid
+        self.accounts[ticket.tenant].promised += sign * INPUT_PRICE * ticket.unpaid
 
     def order(self, ticket: Ticket) -> tuple[float, tuple[float, int]]:
         """Sorts running requests, best first."""
@@ -78,8 +80,7 @@ class Ranking:
         ahead = {name for name, account in self.accounts.items() if account.level > limit}
         return lambda other: place < other.place if other.tenant == mine else other.tenant in ahead
 
-    def _lift(self, account: Account) -> None:
-        others = [line.account.counter for line in self._lines.values() if line.account is not None]
-        if not others and self._left is not None:
-            others = [self._left.counter]
-        account.counter = max(account.counter, min(others, default=0.0))
+    def _raise_floor(self) -> None:
+        if self._policy.by_tenant and self._lines:
+            least = min([line.counter for line in self._lines.values()])
+            self._floor = max(self._floor, least)

@@ -13,7 +13,7 @@ from ragkv.scheduling.policies import POLICIES
 from ragkv.scheduling.ranking import Ranking
 from ragkv.scheduling.ticket import State, Ticket
 
-QUANTUM = 1024
+QUANTUM, CREDIT = 1024.0, 8192.0
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,7 @@ class Scheduler:
         max_preemptions: of one request.
         aging_s: seconds since arrival that count as one class of priority.
         quantum: under ``vtc``, by how much service ÷ weight a tenant must be ahead to lose a running request.
+        credit: of service ÷ weight that a tenant keeps at most while nothing of it waits.
 
     Raises:
         ConfigError: an unknown policy, or a number out of range.
@@ -57,18 +58,20 @@ class Scheduler:
         max_preemptions: int,
         aging_s: float,
         quantum: float = QUANTUM,
+        credit: float = CREDIT,
     ) -> None:
         if policy not in POLICIES:
             raise ConfigError(f"scheduler must be one of {', '.join(POLICIES)}, not {policy!r}", setting="scheduler")
         _at_least("max_running", max_running, 1)
         _at_least("max_preemptions", max_preemptions, 0)
         _at_least("quantum", quantum, 0)
+        _at_least("credit", credit, 0)
         if not aging_s > 0:
             raise ConfigError(f"aging_s must be more than 0, not {aging_s}", setting="aging_s", value=aging_s)
         self._clock, self._numbers = clock, count()
         self._max_running, self._max_preemptions = max_running, max_preemptions
         self._max_queued, self._max_queued_tokens = max_queued, max_queued_tokens
-        self._ranking = Ranking(POLICIES[policy], aging_s=aging_s, quantum=quantum)
+        self._ranking = Ranking(POLICIES[policy], aging_s=aging_s, quantum=quantum, credit=credit)
         self._running: dict[Ticket, None] = {}
         self._waiting = self._waiting_tokens = self._preempted = 0
 
