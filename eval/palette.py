@@ -26,6 +26,13 @@ _LOOKS = {
     "full": Look("#333333", "#BDBDBD", "o"),
 }
 _OTHERS = (Look("#A3242B", "#F2777E", "p"), Look("#00707A", "#5FD3DC", "p"))
+_PREEMPTIONS = {
+    "recompute": Look("#D55E00", "#F08A4B", "s"),
+    "blockwise": Look("#999999", "#8C8C8C", "v"),
+    "groups": Look("#CC79A7", "#E39BC3", "D"),
+    "async": Look("#0072B2", "#56B4E9", "o"),
+    "reuse": Look("#009E73", "#3CC79A", "^"),
+}
 FLOOR = Look("#E69F00", "#FFB92E", "|")
 METRIC_NAMES = {
     "exact_match": "exact match",
@@ -41,9 +48,14 @@ def look(method: str) -> Look:
     return _LOOKS.get(method) or _OTHERS[sum(map(ord, method)) % len(_OTHERS)]
 
 
+def preemption_look(way: str) -> Look:
+    """How a way to preempt is drawn."""
+    return _PREEMPTIONS.get(way, _OTHERS[0])
+
+
 def looks() -> list[Look]:
     """Every look there is, in one order."""
-    return [*_LOOKS.values(), *_OTHERS]
+    return [*_LOOKS.values(), *_OTHERS, *_PREEMPTIONS.values()]
 
 
 def in_turn(methods: set[str]) -> list[str]:

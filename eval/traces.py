@@ -60,7 +60,9 @@ class Trace:
         }
 
 
-class _Request(BaseModel):
+class TraceRequest(BaseModel):
+    """A line of a conversation trace; ``timestamp`` in ms."""
+
     model_config = ConfigDict(extra="ignore")
     timestamp: float
     input_length: int = Field(ge=1)
@@ -68,11 +70,10 @@ class _Request(BaseModel):
     hash_ids: list[int] = Field(min_length=1)
 
 
-def read_trace(path: Path) -> Trace:
-    """A conversation trace: JSON lines of ``timestamp``, ``input_length``, ``output_length``, ``hash_ids``.
+def read_requests(path: Path) -> list[TraceRequest]:
+    """A conversation trace, by time: JSON lines of ``timestamp``, ``input_length``, ``output_length``, ``hash_ids``.
 
     The ids stand for blocks of 512 tokens, each together with all before it (the format of Mooncake, FAST 2025).
-    A block counts as a chunk encoded behind up to 1,024 tokens of those before it.
 
     Raises:
         InputError: the file cannot be read, or a line is no such request.
@@ -80,7 +81,16 @@ def read_trace(path: Path) -> Trace:
     requests = [_parse(path, number, line) for number, line in enumerate(_lines(path), 1) if line.strip()]
     if not requests:
         raise InputError(f"{path} holds no request; give a JSONL conversation trace", path=str(path))
-    requests.sort(key=lambda request: request.timestamp)
+    return sorted(requests, key=lambda request: request.timestamp)
+
+
+def read_trace(path: Path) -> Trace:
+    """The same as chunks: a block counts as a chunk encoded behind up to 1,024 tokens of those before it.
+
+    Raises:
+        InputError: as :func:`read_requests`.
+    """
+    requests = read_requests(path)
     ids: dict[int, int] = {}
     context: list[int] = []
     chunks: list[int] = []
@@ -131,10 +141,10 @@ def _lines(path: Path) -> list[str]:
         raise InputError(f"{path} cannot be read as a trace: {error}", path=str(path)) from error
 
 
-def _parse(path: Path, number: int, line: str) -> _Request:
+def _parse(path: Path, number: int, line: str) -> TraceRequest:
     try:
         fields: Any = json.loads(line)
-        return _Request.model_validate(fields)
+        return TraceRequest.model_validate(fields)
     except (ValueError, ValidationError) as error:
         raise InputError(
             f"{path}, line {number} is no request; it wants timestamp, input_length, output_length and hash_ids",
