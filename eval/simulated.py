@@ -84,7 +84,8 @@ class SimResult:
     @property
     def throughput(self) -> float:
         """Tokens of output a second."""
-        return sum(n for outcome in self.outcomes for _, n in outcome.spans) / float(self.step_ends[-1])
+        tokens = sum(n for outcome in self.outcomes for _, n in outcome.spans)
+        return tokens / float(self.step_ends[-1]) if tokens else 0.0
 
     def largest_gap(self) -> float:
         """By how much service ÷ weight of any two tenants differed over any time in which both were backlogged."""

@@ -151,6 +151,11 @@ def test_who_finds_the_queue_full_is_refused():
     assert len(result.ttft()) == 12
 
 
+def test_nothing_to_do_takes_no_time():
+    result = simulate([], SETTINGS, StepCosts(), ENGINE)
+    assert (result.throughput, result.largest_gap(), result.jain(), len(result.ttft())) == (0.0, 0.0, None, 0)
+
+
 def test_a_request_that_never_fits_is_an_error():
     with pytest.raises(ConfigError, match="does not fit"):
         simulate([SimRequest(0.0, 10_000, 10)], SETTINGS, StepCosts(), ENGINE)
