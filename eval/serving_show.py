@@ -110,9 +110,9 @@ def footnote(row: Row) -> str:
     how = f"; priorities change ({updates}) every {1 / row['update_frequency']:.0f} steps" if updates else ""
     return (
         f"{row['model']} on {row['device']}: {row['offered']} requests, {row['offered_per_s']:g} a second; the pool "
-        f"holds {row['pool_tokens']:,} tokens, RAM {row['host_bytes'] / 1e9:.1f} GB{how}. Times in ms; preempted: times "
-        f"a request; good/s: requests within {row['slo_ttft_ms']:g} ms to the first token and {row['slo_tbt_ms']:g} ms "
-        "between tokens on average; gap: of service over weight, of two backlogged tenants"
+        f"holds {row['pool_tokens']:,} tokens, RAM {row['host_bytes'] / 1e9:.1f} GB{how}. Times in ms; preempted: "
+        f"times a request; good/s: requests within {row['slo_ttft_ms']:g} ms to the first token and "
+        f"{row['slo_tbt_ms']:g} ms between tokens on average; gap: of service over weight, of two backlogged tenants"
     )
 
 
