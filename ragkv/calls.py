@@ -119,6 +119,14 @@ def stream(question: str | QueryRequest, fields: Mapping[str, Any]) -> Call[None
     return Call("POST", "/v1/query", _nothing, _json(body))
 
 
+def cancel(request_id: str) -> Call[None]:
+    return Call("DELETE", _request(request_id), _nothing)
+
+
+def reprioritize(request_id: str, priority: int) -> Call[None]:
+    return Call("PATCH", _request(request_id), _nothing, _json({"priority": priority}))
+
+
 def cache_stats() -> Call[StoreInfo]:
     return Call("GET", "/v1/cache", StoreInfo.model_validate)
 
@@ -248,10 +256,14 @@ def _document(collection: str, document_id: str) -> str:
     return f"{_collection(collection)}/documents/{_segment(document_id)}"
 
 
+def _request(request_id: str) -> str:
+    return f"/v1/requests/{_segment(request_id)}"
+
+
 def _segment(name: str) -> str:
     """One path segment. Dots alone would be taken for a relative path, so they are escaped too."""
     if not name:
-        raise InputError("a collection name or document id is empty")
+        raise InputError("a name or id is empty")
     return quote(name, safe="") if name.strip(".") else name.replace(".", "%2E")
 
 

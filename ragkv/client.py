@@ -85,13 +85,22 @@ class Client:
         return self._send(calls.delete_document(collection, document_id))
 
     def query(self, question: str | QueryRequest, **fields: Any) -> Answer:
-        """The finished answer. ``fields`` are those of QueryRequest: ``collection="docs", top_k=5, …``."""
+        """The finished answer. ``fields`` are those of QueryRequest: ``collection="docs", top_k=5,
+        session_id="visitor-17", …``. For OpenAI's chat route there is OpenAI's own client."""
         return self._send(calls.query(question, fields))
 
     def stream(self, question: str | QueryRequest, **fields: Any) -> Generator[Event, None, None]:
         """The answer's events as they come: sources, tokens, done. Closing the generator stops the model."""
         call = calls.stream(question, fields)
         return self._events(call)
+
+    def cancel(self, request_id: str) -> None:
+        """End a request, by the id in its stream's first event. Raises NotFoundError when it is over."""
+        self._send(calls.cancel(request_id))
+
+    def reprioritize(self, request_id: str, priority: int) -> None:
+        """Lower is sooner. Raises NotFoundError when the request is over."""
+        self._send(calls.reprioritize(request_id, priority))
 
     def cache_stats(self) -> StoreInfo:
         """Needs the server's api_key, like all ``cache_`` calls."""
@@ -180,6 +189,12 @@ class AsyncClient:
         """Like Client.stream. Wrap it in ``contextlib.aclosing`` to leave the loop early."""
         call = calls.stream(question, fields)
         return self._events(call)
+
+    async def cancel(self, request_id: str) -> None:
+        await self._send(calls.cancel(request_id))
+
+    async def reprioritize(self, request_id: str, priority: int) -> None:
+        await self._send(calls.reprioritize(request_id, priority))
 
     async def cache_stats(self) -> StoreInfo:
         return await self._send(calls.cache_stats())

@@ -1,8 +1,7 @@
-"""Who may ask: bearer key, admin routes, and the guard of a server without a key against web pages."""
+"""Who may ask, and what: bearer keys, admin routes, and the guard of a server without a key against web pages."""
 
 from __future__ import annotations
 
-import hmac
 import ipaddress
 from urllib.parse import urlsplit
 
@@ -11,22 +10,26 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from ragkv.server.errors import error_response
+from ragkv.server.keys import ADMIN, Keys
 
 OPEN_PATHS = frozenset({"/health", "/metrics", "/openapi.json"})
 ADMIN_PREFIX = "/v1/cache"
+# Collections are everybody's: what one tenant removed, or added to them, all would see.
+SHARED_PREFIX = "/v1/collections"
 
 
 class Access:
-    """ASGI middleware; it answers before a body is read.
+    """ASGI middleware; it answers before a body is read, and tells routes who asks in ``request.state.tenant``.
 
-    With a key, everything but OPEN_PATHS needs ``Authorization: Bearer <key>``. Without one the server only
-    listens on a loopback address; admin routes are closed, and requests that a web page in a local browser
-    could forge (foreign ``Origin``, or ``Host`` rebound by DNS) are refused.
+    With keys, everything but OPEN_PATHS needs ``Authorization: Bearer <key>``; admin routes, and changes of
+    collections where there are tenants, need the ``api_key``. Without any, the server only listens on a
+    loopback address, admin routes are closed, and requests that a web page in a local browser could forge
+    (foreign ``Origin``, or ``Host`` rebound by DNS) are refused.
     """
 
-    def __init__(self, app: ASGIApp, *, api_key: str | None) -> None:
+    def __init__(self, app: ASGIApp, *, keys: Keys) -> None:
         self._app = app
-        self._key = api_key.encode() if api_key is not None else None
+        self._keys = keys
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         refusal = self._refusal(scope) if scope["type"] == "http" else None
@@ -34,22 +37,30 @@ class Access:
 
     def _refusal(self, scope: Scope) -> Response | None:
         headers = Headers(scope=scope)
-        if self._key is None:
-            return _foreign(headers) or _admin(scope["path"])
-        if scope["path"] in OPEN_PATHS or self._knows_key(headers):
+        owner = self._keys.owner(headers) if self._keys else ADMIN
+        scope.setdefault("state", {})["tenant"] = owner or ADMIN
+        if not self._keys:
+            return _foreign(scope, headers) or self._admin(scope)
+        if scope["path"] in OPEN_PATHS:
             return None
-        return error_response(
-            401,
-            "unauthorized",
-            "this server needs its api_key: send 'Authorization: Bearer <key>'",
-            headers={"WWW-Authenticate": "Bearer"},
-        )
+        if owner is None:
+            return _unknown(scope)
+        return self._admin(scope) if owner != ADMIN else None
 
-    def _knows_key(self, headers: Headers) -> bool:
-        scheme, _, key = headers.get("authorization", "").partition(" ")
-        # Header values are latin-1 on the wire.
-        sent = key.strip().encode("latin-1")
-        return scheme.lower() == "bearer" and hmac.compare_digest(sent, self._key or b"")
+    def _admin(self, scope: Scope) -> Response | None:
+        """What needs the ``api_key``, asked for without it."""
+        changes = scope["method"] not in ("GET", "HEAD") and _below(scope["path"], SHARED_PREFIX)
+        if not (_below(scope["path"], ADMIN_PREFIX) or (changes and self._keys.tenants)):
+            return None
+        if self._keys.admin:
+            message = "this route needs the server's api_key, not a tenant's: what it does concerns all tenants"
+        else:
+            message = (
+                "admin routes are closed while the server has no api_key; set RAGKV_API_KEY (or api_key in "
+                "ragkv.toml), restart it and send the key, or use `ragkv cache` and `ragkv ingest` on the server's "
+                "machine"
+            )
+        return error_response(scope, 403, "forbidden", message, {"setting": "api_key"})
 
 
 def is_loopback(host: str) -> bool:
@@ -60,30 +71,24 @@ def is_loopback(host: str) -> bool:
         return host.lower() == "localhost" or host.lower().endswith(".localhost")
 
 
-def _admin(path: str) -> Response | None:
-    if path != ADMIN_PREFIX and not path.startswith(ADMIN_PREFIX + "/"):
-        return None
-    return error_response(
-        403,
-        "forbidden",
-        "admin routes are closed while the server has no api_key; set RAGKV_API_KEY (or api_key in "
-        "ragkv.toml), restart it and send the key, or use `ragkv cache` on the server's machine",
-        setting="api_key",
-    )
+def _unknown(scope: Scope) -> Response:
+    message = "this server needs its api_key, or a tenant's key: send 'Authorization: Bearer <key>'"
+    return error_response(scope, 401, "unauthorized", message, headers={"WWW-Authenticate": "Bearer"})
 
 
-def _foreign(headers: Headers) -> Response | None:
+def _below(path: str, prefix: str) -> bool:
+    return path == prefix or path.startswith(prefix + "/")
+
+
+def _foreign(scope: Scope, headers: Headers) -> Response | None:
     for header in ("host", "origin"):
         value = headers.get(header)
         if value is not None and not is_loopback(_hostname(value, header)):
-            return error_response(
-                403,
-                "forbidden",
+            message = (
                 f"without an api_key this server only answers local requests, not {header} {value!r}; set "
-                "RAGKV_API_KEY and send it as bearer key",
-                header=header,
-                setting="api_key",
+                "RAGKV_API_KEY and send it as bearer key"
             )
+            return error_response(scope, 403, "forbidden", message, {"header": header, "setting": "api_key"})
     return None
 
 

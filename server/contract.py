@@ -8,14 +8,13 @@ from typing import Literal, Protocol
 from ragkv.config import Settings
 from ragkv.retrievers import Document
 from ragkv.types import (
-    Answer,
     CollectionInfo,
     DocumentInfo,
     DocumentOut,
     Event,
     Health,
     IngestReport,
-    QueryRequest,
+    Request,
     StoreCheck,
     StoreInfo,
 )
@@ -26,10 +25,10 @@ EncodeMode = Literal["eager", "lazy"]
 class EngineAPI(Protocol):
     """An engine as the server sees it.
 
-    Plain methods block and are thread-safe; the server calls them from worker threads. ``aquery`` and
-    ``astream`` run on the event loop and never block it. Cancelling the task that awaits them, or closing the
-    iterator, stops the generation. ``astream`` raises what is wrong with a request (unknown collection, full
-    queue, …) before its first event.
+    Plain methods block and are thread-safe; the server calls them from worker threads. ``astream`` runs on the
+    event loop and never blocks it: ``sources``, ``token`` …, ``done``. Cancelling the task that iterates it, or
+    closing the iterator, stops the generation. It raises what is wrong with a request (unknown collection, full
+    queue, …) before its first event. ``tenant`` is one of the settings', or "".
     """
 
     @property
@@ -44,11 +43,19 @@ class EngineAPI(Protocol):
     def document(self, collection: str, document_id: str) -> DocumentOut: ...
     def delete_document(self, collection: str, document_id: str) -> None: ...
 
-    async def aquery(self, request: QueryRequest) -> Answer: ...
-    def astream(self, request: QueryRequest) -> AsyncIterator[Event]: ...
+    def astream(self, request: Request, *, tenant: str = "") -> AsyncIterator[Event]: ...
+    def cancel(self, request_id: str, *, tenant: str = "") -> None:
+        """Raises NotFoundError when it is not this tenant's, or over; its stream ends with ``cancelled``."""
+
+    def reprioritize(self, request_id: str, priority: int, *, tenant: str = "") -> None:
+        """Lower is sooner. Raises NotFoundError when it is not this tenant's, or over."""
 
     def health(self) -> Health: ...
     def metrics(self) -> dict[str, float]: ...
+    def tenant_service(self) -> dict[str, float]:
+        """Computed tokens served to each tenant, priced as the scheduler does."""
+        ...
+
     def cache_stats(self) -> StoreInfo: ...
     def cache_check(self, *, fix: bool = False) -> StoreCheck: ...
     def cache_clear(self) -> int: ...

@@ -1,9 +1,10 @@
-"""Errors as HTTP answers: one table of statuses, one body ``{"error": {"code", "message", "context"}}``."""
+"""Errors as HTTP answers: one table of statuses, one body ``{"error": {"code", "message", "context"}}``, and
+OpenAI's on OpenAI's routes."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fastapi import FastAPI
@@ -13,8 +14,10 @@ from pydantic_core import to_json
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
+from starlette.types import Scope
 
 from ragkv import errors as e
+from ragkv.server import openai_form
 
 logger = logging.getLogger("ragkv.server")
 
@@ -56,31 +59,57 @@ def status_of(error: Exception) -> int:
     return next((STATUS[kind] for kind in type(error).__mro__ if kind in STATUS), 500)
 
 
-def error_body(error: Exception) -> bytes:
-    """The JSON body of an error. Of an unexpected one it tells nothing: its text may be private."""
+def told(error: Exception) -> tuple[str, str, dict[str, Any]]:
+    """Code, message and context of an error. Of an unexpected one it tells nothing: its text may be private."""
     if isinstance(error, e.RagkvError):
-        return _body(error.code, error.message, error.context)
-    return _body("internal", "the server failed on this request; its log has the details", {})
+        return error.code, error.message, error.context
+    return "internal", "the server failed on this request; its log has the details", {}
+
+
+def error_body(error: Exception) -> bytes:
+    """The JSON body of an error."""
+    code, message, context = told(error)
+    return as_json({"error": {"code": code, "message": message, "context": context}})
+
+
+def openai_body(error: Exception) -> bytes:
+    """The same in OpenAI's form."""
+    return as_json({"error": openai_form.error_of(status_of(error), *told(error))})
+
+
+def as_json(value: object) -> bytes:
+    return to_json(value, fallback=str, inf_nan_mode="null")
 
 
 def error_response(
-    status: int, code: str, message: str, *, headers: dict[str, str] | None = None, **context: object
+    scope: Scope,
+    status: int,
+    code: str,
+    message: str,
+    context: Mapping[str, Any] | None = None,
+    headers: Mapping[str, str] | None = None,
 ) -> Response:
-    return Response(_body(code, message, context), status, headers, media_type="application/json")
+    """The answer to a request that cannot be served, in the form of the route it was sent to."""
+    error: dict[str, Any] = {"code": code, "message": message, "context": context or {}}
+    if openai_form.covers(scope["path"]):
+        error = dict(openai_form.error_of(status, code, message, context or {}))
+        status = openai_form.status_of(status)
+    return Response(as_json({"error": error}), status, headers, media_type="application/json")
 
 
-def respond(error: Exception) -> Response:
+def respond(scope: Scope, error: Exception) -> Response:
     """The answer to an error; unexpected ones are logged with their traceback."""
     status = status_of(error)
     if not isinstance(error, e.RagkvError):
         logger.error("unexpected error", exc_info=error)
     headers = {"Retry-After": str(RETRY_AFTER_SECONDS)} if status == 429 else None
-    return Response(error_body(error), status, headers, media_type="application/json")
+    return error_response(scope, status, *told(error), headers)
 
 
-def invalid(error: ValidationError | RequestValidationError) -> e.InputError:
-    """A validation error as InputError that names every field that is wrong, without echoing its value."""
-    fields = [{"field": _field(item["loc"]), "problem": _problem(item)} for item in error.errors()]
+def invalid(error: ValidationError | RequestValidationError, names: Mapping[Any, str] | None = None) -> e.InputError:
+    """A validation error as InputError that names every field that is wrong, without echoing its value.
+    ``names``: what the caller calls a field, where that differs."""
+    fields = [{"field": _field(item["loc"], names or {}), "problem": _problem(item)} for item in error.errors()]
     message = "; ".join(f"{f['field']}: {f['problem']}" for f in fields[:5])
     if len(fields) > 5:
         message += f"; and {len(fields) - 5} more"
@@ -90,14 +119,14 @@ def invalid(error: ValidationError | RequestValidationError) -> e.InputError:
 def install(app: FastAPI) -> None:
     """Give every error that leaves a route, and the framework's own, the one body."""
 
-    async def on_ragkv(_: Request, error: Exception) -> Response:
-        return respond(error)
+    async def on_ragkv(request: Request, error: Exception) -> Response:
+        return respond(request.scope, error)
 
-    async def on_validation(_: Request, error: Exception) -> Response:
-        return respond(invalid(error) if isinstance(error, RequestValidationError) else error)
+    async def on_validation(request: Request, error: Exception) -> Response:
+        return respond(request.scope, invalid(error) if isinstance(error, RequestValidationError) else error)
 
-    async def on_hang_up(_: Request, __: Exception) -> Response:
-        return respond(e.CancelledError("the client hung up while sending the request"))
+    async def on_hang_up(request: Request, _: Exception) -> Response:
+        return respond(request.scope, e.CancelledError("the client hung up while sending the request"))
 
     app.add_exception_handler(e.RagkvError, on_ragkv)
     app.add_exception_handler(RequestValidationError, on_validation)
@@ -106,27 +135,23 @@ def install(app: FastAPI) -> None:
 
 
 async def _on_http(request: Request, error: Exception) -> Response:
+    scope = request.scope
     if not isinstance(error, HTTPException):
-        return respond(error)
+        return respond(scope, error)
     headers = dict(error.headers or {})
     if error.status_code == 404:
-        return error_response(404, "no_route", f"there is no route {request.url.path}; see /openapi.json")
+        return error_response(scope, 404, "no_route", f"there is no route {request.url.path}; see /openapi.json")
     if error.status_code == 405:
         allowed = headers.get("allow") or headers.get("Allow") or "other methods"
         message = f"{request.url.path} does not take {request.method}; it takes {allowed}"
-        return error_response(405, "method_not_allowed", message, headers=headers)
-    return error_response(error.status_code, "http", str(error.detail), headers=headers)
+        return error_response(scope, 405, "method_not_allowed", message, headers=headers)
+    return error_response(scope, error.status_code, "http", str(error.detail), headers=headers)
 
 
-def _body(code: str, message: str, context: dict[str, Any]) -> bytes:
-    error = {"code": code, "message": message, "context": context}
-    return to_json({"error": error}, fallback=str, inf_nan_mode="null")
-
-
-def _field(location: Sequence[str | int]) -> str:
+def _field(location: Sequence[str | int], names: Mapping[Any, str]) -> str:
     parts = location[1:] if location and location[0] in ("body", "query", "path") else location
-    return ".".join(str(part) for part in parts) or "body"
+    return ".".join([*(names.get(part, str(part)) for part in parts[:1]), *map(str, parts[1:])]) or "body"
 
 
 def _problem(item: Any) -> str:
-    return "unknown field" if item["type"] == "extra_forbidden" else str(item["msg"])
+    return "unknown field" if item["type"] == "extra_forbidden" else str(item["msg"]).removeprefix("Value error, ")

@@ -1,11 +1,16 @@
-"""The outermost layer: counts every request, and turns what nobody handled into a 500 without a traceback."""
+"""What is counted: every request in the outermost layer, which turns what nobody handled into a 500 without a
+traceback, and every answer on its way out."""
 
 from __future__ import annotations
+
+from collections.abc import AsyncGenerator, AsyncIterator
+from time import perf_counter
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ragkv.server.errors import respond
 from ragkv.server.metrics import Metrics
+from ragkv.types import DoneEvent, Event, TokenEvent
 
 
 class Observe:
@@ -33,7 +38,25 @@ class Observe:
         except Exception as error:
             if status is not None:
                 raise
-            await respond(error)(scope, receive, watched)
+            await respond(scope, error)(scope, receive, watched)
         finally:
             route = getattr(scope.get("route"), "path", "unmatched")
             self._metrics.requests.labels(route, scope["method"], str(status or 499)).inc()
+
+
+async def observed(events: AsyncIterator[Event], metrics: Metrics, tenant: str) -> AsyncGenerator[Event, None]:
+    """``events``, with the times between tokens, and in the end the answer, counted. Closing it closes them."""
+    last: float | None = None
+    try:
+        async for event in events:
+            if isinstance(event, TokenEvent):
+                now = perf_counter()
+                if last is not None:
+                    metrics.tbt.labels(tenant).observe(now - last)
+                last = now
+            elif isinstance(event, DoneEvent):
+                metrics.observe(event.answer, tenant)
+            yield event
+    finally:
+        if isinstance(events, AsyncGenerator):
+            await events.aclose()

@@ -9,9 +9,11 @@ from fastapi.openapi.utils import get_openapi
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
-from ragkv.server.wire import CheckBody, DocumentsBody, QueryBody
+from ragkv.server.chat import ChatBody
+from ragkv.server.wire import CheckBody, DocumentsBody, PriorityBody, QueryBody
 
 _REF = "#/components/schemas/{model}"
+_BODIES = (QueryBody, ChatBody, PriorityBody, DocumentsBody, CheckBody)
 _FILES = {
     "type": "object",
     "required": ["files"],
@@ -41,7 +43,7 @@ def install(app: FastAPI, *, bearer: bool) -> None:
     def describe() -> dict[str, Any]:
         if app.openapi_schema is None:
             schema = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
-            bodies = [(model, "validation") for model in (QueryBody, DocumentsBody, CheckBody)]
+            bodies = [(model, "validation") for model in _BODIES]
             definitions = models_json_schema(bodies, ref_template=_REF)[1]["$defs"]  # type: ignore[arg-type]
             schema["components"]["schemas"] = definitions | schema["components"]["schemas"]
             if bearer:

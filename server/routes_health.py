@@ -31,8 +31,9 @@ async def health(service: ServiceDep, response: Response) -> Health:
 @router.get("/metrics", response_class=Response)
 async def metrics(service: ServiceDep) -> Response:
     """Prometheus text."""
-    numbers = await _probe(service, service.engine.metrics)
-    return Response(service.metrics.render(numbers), media_type=CONTENT_TYPE)
+    engine = service.engine
+    numbers, served = await _probe(service, lambda: (engine.metrics(), engine.tenant_service()))
+    return Response(service.metrics.render(numbers, served), media_type=CONTENT_TYPE)
 
 
 async def _probe(service: Service, call: Callable[[], T]) -> T:

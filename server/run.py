@@ -16,6 +16,7 @@ from ragkv.errors import ConfigError
 from ragkv.server.access import is_loopback
 from ragkv.server.app import create_app
 from ragkv.server.contract import EngineAPI
+from ragkv.server.keys import Keys
 
 GRACE_SECONDS = 10
 # Longer than HTTP clients keep idle connections, so that the server never closes one just being reused.
@@ -26,15 +27,15 @@ _BACKLOG = 2048
 def bind(settings: Settings) -> socket.socket:
     """A listening socket at ``settings.host`` and ``port``; do it before the model is loaded, so that a port
        in use is told at once.
-    Raises ConfigError: the address is not loopback and there is no api_key, is not this machine's, or is in
-    use.
+    Raises ConfigError: the address is not loopback and there is no key, is not this machine's, or is in use;
+    or keys cannot tell tenants apart.
     """
     host, port = settings.host, settings.port
     family, address = _resolve(host, port)
-    if settings.api_key is None and not is_loopback(address[0]):
+    if not Keys(settings) and not is_loopback(address[0]):
         raise ConfigError(
             f"host {host!r} is reachable from other machines, and there is no api_key; set RAGKV_API_KEY "
-            "(at least 8 characters) or bind 127.0.0.1",
+            "(at least 8 characters), give tenants keys, or bind 127.0.0.1",
             setting="api_key",
             host=host,
         )

@@ -17,6 +17,14 @@ class QueryBody(QueryRequest):
         return QueryRequest.model_validate(self.model_dump(exclude={"stream"}, exclude_unset=True))
 
 
+class PriorityBody(Wire):
+    priority: int = Field(ge=-1000, le=1000, description="lower is sooner")
+
+
+class Prioritized(PriorityBody):
+    id: str
+
+
 class DocumentsBody(Wire):
     """Documents to add. Each is validated on its own, so that a bad one does not keep the others out."""
 

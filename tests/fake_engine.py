@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import threading
 import time
 from collections.abc import AsyncIterator, Iterable, Iterator
@@ -16,6 +17,7 @@ from ragkv.retrievers import Document
 from ragkv.server import bind, create_app, url_of
 from ragkv.server.run import server_for
 from ragkv.types import (
+    Alternative,
     Answer,
     ChunkReport,
     CollectionInfo,
@@ -23,15 +25,18 @@ from ragkv.types import (
     DocumentOut,
     DoneEvent,
     Event,
+    FinishReason,
     Health,
     IngestReport,
     QueryRequest,
+    Request,
     Source,
     SourcesEvent,
     StoreCheck,
     StoreInfo,
     Timing,
     TokenEvent,
+    TokenLogprob,
     Usage,
 )
 
@@ -52,7 +57,10 @@ class FakeEngine:
     def __init__(self, **fields: object) -> None:
         self.settings = settings(**fields)
         self.store: dict[str, dict[str, Document]] = {}
-        self.requests: list[QueryRequest] = []
+        self.requests: list[Request] = []
+        self.tenants: list[str] = []
+        self.finish_reason: FinishReason = "stop"
+        self.priorities: dict[str, int] = {}
         self.encode: list[str | None] = []
         self.fail: Exception | None = None
         self.fail_after: tuple[int, Exception] | None = None
@@ -113,14 +121,10 @@ class FakeEngine:
         self._document(collection, document_id)
         del self.store[collection][document_id]
 
-    async def aquery(self, request: QueryRequest) -> Answer:
-        async for event in self.astream(request):
-            if isinstance(event, DoneEvent):
-                return event.answer
-        raise AssertionError("no done event")
-
-    async def astream(self, request: QueryRequest) -> AsyncIterator[Event]:
+    async def astream(self, request: Request, *, tenant: str = "") -> AsyncIterator[Event]:
         self.requests.append(request)
+        self.tenants.append(tenant)
+        words = request.question if isinstance(request, QueryRequest) else request.messages[-1].content
         if self.fail is not None:
             raise self.fail
         if request.collection is not None:
@@ -129,15 +133,30 @@ class FakeEngine:
         try:
             await asyncio.sleep(self.think)
             yield SourcesEvent(id="q-1", sources=[_SOURCE])
-            for number, word in enumerate(self._words(request.question)):
+            for number, word in enumerate(self._words(words)):
                 if self.fail_after is not None and number == self.fail_after[0]:
                     raise self.fail_after[1]
-                yield TokenEvent(text=word)
+                yield TokenEvent(text=word, logprobs=_logprobs(word, request))
                 await asyncio.sleep(self.pace)
-            yield DoneEvent(answer=answer(request.question))
+            yield DoneEvent(answer=answer(words, self.finish_reason, request.logprobs))
         except (asyncio.CancelledError, GeneratorExit):
             self.cancelled.set()
             raise
+
+    def cancel(self, request_id: str, *, tenant: str = "") -> None:
+        """Knows the request q-1, which is the first one's tenant's."""
+        if (request_id, tenant) != ("q-1", self.tenants[0]):
+            raise NotFoundError(f"no request {request_id!r} of yours", request_id=request_id)
+        self.endless = False
+        self.finish_reason = "cancelled"
+
+    def reprioritize(self, request_id: str, priority: int, *, tenant: str = "") -> None:
+        if (request_id, tenant) != ("q-1", self.tenants[0]):
+            raise NotFoundError(f"no request {request_id!r} of yours", request_id=request_id)
+        self.priorities[request_id] = priority
+
+    def tenant_service(self) -> dict[str, float]:
+        return {tenant: 10.0 * self.tenants.count(tenant) for tenant in sorted(set(self.tenants))}
 
     def health(self) -> Health:
         self.hung.wait(10)
@@ -186,12 +205,14 @@ class FakeEngine:
         return kept[document_id]
 
 
-def answer(text: str) -> Answer:
+def answer(text: str, finish_reason: FinishReason = "stop", logprobs: int | None = None) -> Answer:
     chunk = {"tokens": 10, "why": None, "context_tokens": 0, "position": 5, "repaired_tokens": 1}
     return Answer(
         id="q-1",
         text=text,
-        finish_reason="stop",
+        finish_reason=finish_reason,
+        logprobs=None if logprobs is None else [_scored(word, logprobs) for word in _pieces(text)],
+        preemptions=1,
         model="fake",
         method="default",
         ratio=0.15,
@@ -207,10 +228,48 @@ def answer(text: str) -> Answer:
     )
 
 
+def _logprobs(word: str, request: Request) -> list[TokenLogprob] | None:
+    return None if request.logprobs is None else [_scored(word, request.logprobs)]
+
+
+def _scored(word: str, alternatives: int) -> TokenLogprob:
+    others = [Alternative(token_id=i, text=f"other{i}", logprob=-2.0 - i) for i in range(alternatives)]
+    return TokenLogprob(token_id=7, text=word, logprob=-0.5, top=others)
+
+
 def local(engine: FakeEngine, **fields: object) -> httpx.AsyncClient:
     """A client of the app in process, without sockets."""
     transport = httpx.ASGITransport(create_app(engine))
     return httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1", **fields)  # type: ignore[arg-type]
+
+
+class HangUp:
+    """An ASGI client that disconnects once so many body pieces were sent to it."""
+
+    def __init__(self, body, after):
+        self._requests = [{"type": "http.request", "body": json.dumps(body).encode(), "more_body": False}]
+        self._after = after
+        self._gone = asyncio.Event()
+        self.messages = []
+        self._check()
+
+    async def receive(self):
+        if self._requests:
+            return self._requests.pop()
+        await self._gone.wait()
+        return {"type": "http.disconnect"}
+
+    async def send(self, message):
+        self.messages.append(message)
+        self._check()
+
+    def _check(self):
+        if sum(m["type"] == "http.response.body" for m in self.messages) >= self._after:
+            self._gone.set()
+
+    def scope(self, path):
+        headers = [(b"host", b"localhost"), (b"content-type", b"application/json")]
+        return {"type": "http", "method": "POST", "path": path, "query_string": b"", "headers": headers}
 
 
 @contextlib.contextmanager

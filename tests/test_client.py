@@ -351,3 +351,15 @@ def test_the_sdk_and_the_server_import_no_torch():
     program = program.replace(", ragkv.server", "")
     output = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, check=True).stdout
     assert not set(json.loads(output)) & {"torch", "transformers", "fastapi", "faiss", "sklearn"}
+
+
+def test_a_request_is_reached_by_its_id(client, engine):
+    request_id = client.query("who was it", session_id="s-1", priority=4).id
+    assert (engine.requests[0].session_id, engine.requests[0].priority) == ("s-1", 4)
+    client.reprioritize(request_id, -1)
+    assert engine.priorities == {request_id: -1}
+    client.cancel(request_id)
+    assert engine.finish_reason == "cancelled"
+    for call in (lambda: client.cancel("q-2"), lambda: client.reprioritize("q-2", 1)):
+        with pytest.raises(errors.NotFoundError):
+            call()

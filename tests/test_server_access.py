@@ -115,11 +115,15 @@ async def test_metrics_count_requests_queries_and_the_engines_numbers():
     route = "/v1/collections/{collection}/documents/{document_id:path}"
     assert f'ragkv_http_requests_total{{method="GET",route="{route}",status="404"}} 1.0' in lines
     assert 'ragkv_http_requests_total{method="GET",route="unmatched",status="404"} 1.0' in lines
-    assert "ragkv_ttft_seconds_count 2.0" in lines
-    assert "ragkv_ttft_seconds_sum 0.5" in lines
+    assert 'ragkv_ttft_seconds_count{tenant=""} 2.0' in lines
+    assert 'ragkv_ttft_seconds_sum{tenant=""} 0.5' in lines
     assert "ragkv_recomputed_share_sum 0.2" in lines
     assert {f'ragkv_chunks_total{{kv="{kv}"}} 2.0' for kv in ("ram", "ssd", "computed", "dropped")} <= lines
     assert 'ragkv_tokens_total{kind="cached"} 18.0' in lines
+    assert 'ragkv_queue_seconds_sum{tenant=""} 0.5' in lines
+    assert 'ragkv_tbt_seconds_count{tenant=""} 2.0' in lines
+    assert 'ragkv_preemptions_sum{tenant=""} 2.0' in lines
+    assert 'ragkv_tenant_service{tenant=""} 20.0' in lines
     assert {"ragkv_engine_store_bytes 4096.0", "ragkv_engine_queued 2.0"} <= lines
     assert "special" not in response.text
 
@@ -162,7 +166,7 @@ def routes():
 def test_every_route_is_documented():
     text = DOCS.read_text()
     listed = routes()
-    assert len(listed) == 12
+    assert len(listed) == 17
     for method, path in listed:
         assert f"`{method} {path}`" in text, f"{method} {path} is not in docs/rest.md"
 
@@ -171,6 +175,6 @@ def test_every_error_status_and_metric_is_documented():
     text = DOCS.read_text()
     for code in {kind.code for kind in STATUS}:
         assert f"`{code}`" in text
-    exposition = Metrics().render({}).decode()
+    exposition = Metrics().render({}, {}).decode()
     for name in re.findall(r"^# TYPE (\w+) (?!gauge)", exposition, re.M):
         assert f"`{name}`" in text

@@ -23,7 +23,7 @@ from ragkv.errors import (
 from ragkv.server import create_app, events
 from ragkv.sse import Decoder
 from ragkv.types import Answer
-from tests.fake_engine import FakeEngine, local, serving, wait_for
+from tests.fake_engine import FakeEngine, HangUp, local, serving, wait_for
 
 pytestmark = pytest.mark.anyio
 QUESTION = {"question": "who was it"}
@@ -197,45 +197,13 @@ async def test_a_body_over_the_limit_is_413(announced):
     assert response.json()["error"]["context"]["limit"] == 4000
 
 
-class HangUp:
-    """An ASGI client that disconnects once so many body pieces were sent to it."""
-
-    def __init__(self, body, after):
-        self._requests = [{"type": "http.request", "body": json.dumps(body).encode(), "more_body": False}]
-        self._after = after
-        self._gone = asyncio.Event()
-        self.messages = []
-        self._check()
-
-    async def receive(self):
-        if self._requests:
-            return self._requests.pop()
-        await self._gone.wait()
-        return {"type": "http.disconnect"}
-
-    async def send(self, message):
-        self.messages.append(message)
-        self._check()
-
-    def _check(self):
-        if sum(m["type"] == "http.response.body" for m in self.messages) >= self._after:
-            self._gone.set()
-
-
 @pytest.mark.parametrize(("stream", "after"), [(False, 0), (True, 0), (True, 1), (True, 3)])
 async def test_a_client_that_hangs_up_stops_the_generation(engine, stream, after):
     engine.endless, engine.pace = True, 0.001
     engine.think = 0 if after else 60
     client = HangUp({**QUESTION, "stream": stream}, after)
-    scope = {
-        "type": "http",
-        "method": "POST",
-        "path": "/v1/query",
-        "query_string": b"",
-        "headers": [(b"host", b"localhost"), (b"content-type", b"application/json")],
-    }
     async with asyncio.timeout(5):
-        await create_app(engine)(scope, client.receive, client.send)
+        await create_app(engine)(client.scope("/v1/query"), client.receive, client.send)
     assert engine.cancelled.is_set() or not engine.started.is_set()
     assert client.messages[0]["status"] == (200 if after else 499)
 
