@@ -137,7 +137,7 @@ class Settings(BaseSettings):
         "all but `reuse` are there to compare with",
     )
     session_bytes: int = Field(
-        2 * 2**30, ge=0, description="most bytes of the chunk store for the KV of idle sessions; 0: none"
+        4 * 2**30, ge=0, description="most bytes on disk for the KV of idle conversations; 0: none"
     )
 
     @classmethod

@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import torch
 
+from ragkv.archive import Archive
 from ragkv.calibrated import UNCALIBRATED
 from ragkv.checkpoint import find_device, load_checkpoint
 from ragkv.chunks import ChunkTokenizer
@@ -132,7 +133,7 @@ class Engine:
         self._loop = EngineLoop(
             runner,
             self._store,
-            KvPool(runner.shape, runner.device, blocks, host_blocks, settings.preemption),
+            KvPool(runner.shape, runner.device, blocks, host_blocks, settings.preemption, self._archive(settings)),
             Scheduler(
                 settings.scheduler,
                 clock=time.monotonic,
@@ -413,6 +414,18 @@ class Engine:
         )
         # Announced before it is queued, so that no token can come first.
         self._loop.submit(delivery.generation, accepted=delivery.announce)
+
+    def _archive(self, settings: Settings) -> Archive | None:
+        """Where idle conversations' KV goes that RAM has no room for."""
+        if not settings.session_bytes or settings.preemption != "reuse":
+            return None
+        store = ChunkStore(
+            settings.data_dir.expanduser() / "sessions",
+            capacity_bytes=settings.session_bytes,
+            policy="lru",
+            ram_bytes=0,
+        )
+        return Archive(store, f"{self._checkpoint.model_fingerprint} {self._dtype}")
 
     def _tenant(self, name: str) -> Tenant | None:
         if name and name not in self.settings.tenants:

@@ -316,6 +316,8 @@ class EngineLoop:
         if request.phase is Phase.ADMITTED:
             if request.table is None:
                 request.table = pool.open(request.ids, request.lineage)
+            if not request.table.in_memory:
+                return
             pool.survey(request.table)
             if not request.complete and request.table.tokens != request.usable:
                 pool.cut(request.table, request.usable)

@@ -11,13 +11,16 @@ its way back. One function, :meth:`KvPool._settle`, decides after every change w
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Literal
+from itertools import islice, takewhile
+from typing import Any, Literal
 
 import torch
 
+from ragkv.archive import Archive
 from ragkv.blocks import FreeBlocks
 from ragkv.kv import KvShape, RequestKV
 from ragkv.lineage import Lineage
@@ -27,6 +30,8 @@ from ragkv.swap import Mover
 Preemption = Literal["recompute", "blockwise", "groups", "async", "reuse"]
 # Taken at once when a request outgrows its blocks, where there is plenty: what lies together moves together.
 GROWTH = 8
+# Blocks written to disk in one go.
+KEPT_AT_ONCE = 64
 
 
 def blocks_for(tokens: int) -> int:
@@ -43,7 +48,8 @@ class Block:
         device, host: where it lies in the pool and in RAM.
         filled: its tokens that are written; ``copied``: those of them that the copy in RAM has.
         tables: it stands in; ``users``: those of them that need it on the device.
-        storing, loading: the move under way.
+        storing, loading: the move under way, to RAM (from the device, or from disk) and to the device.
+        keeping: being written to disk; ``kept``: it was, as far as the disk took it.
     """
 
     name: bytes | None = None
@@ -53,8 +59,10 @@ class Block:
     copied: int = 0
     tables: int = 0
     users: int = 0
-    storing: Future[None] | None = None
+    storing: Future[Any] | None = None
     loading: Future[None] | None = None
+    keeping: bool = False
+    kept: bool = False
 
     @property
     def has_copy(self) -> bool:
@@ -63,7 +71,7 @@ class Block:
     @property
     def lost(self) -> bool:
         """Its KV is nowhere any more."""
-        return self.device is None and not self.has_copy and self.loading is None
+        return self.device is None and not self.has_copy and self.storing is None and self.loading is None
 
 
 @dataclass(eq=False)
@@ -86,6 +94,11 @@ class Table:
         return [block.device for block in self.blocks if block.device is not None]
 
     @property
+    def in_memory(self) -> bool:
+        """Nothing of it is still being read from disk."""
+        return all(block.device is not None or block.storing is None for block in self.blocks)
+
+    @property
     def arrived(self) -> bool:
         """Nothing of it is still being loaded."""
         return all(block.loading is None for block in self.blocks)
@@ -98,10 +111,17 @@ class KvPool:
         blocks: on the device.
         host_blocks: in RAM.
         preemption: how a table that is parked gives up its blocks; see docs/scheduling.md.
+        archive: where blocks go that RAM has no room for; closed with the pool.
     """
 
     def __init__(
-        self, shape: KvShape, device: torch.device, blocks: int, host_blocks: int, preemption: Preemption = "reuse"
+        self,
+        shape: KvShape,
+        device: torch.device,
+        blocks: int,
+        host_blocks: int,
+        preemption: Preemption = "reuse",
+        archive: Archive | None = None,
     ) -> None:
         self.memory = PagedKV(shape, blocks, device)
         self._swaps = preemption != "recompute"
@@ -118,9 +138,13 @@ class KvPool:
         self._tables: set[Table] = set()
         # The least recently used first. What is idle in RAM belongs to no table.
         self._idle: dict[Block, None] = {}
-        self._host_idle: dict[Block, None] = {}
+        self._host_idle: OrderedDict[Block, None] = OrderedDict()
         self._leaving: set[Block] = set()
         self._moves: list[tuple[Future[None], list[Block]]] = []
+        self._archive = archive if self._reuses else None
+        self._fetches: list[tuple[Future[list[bool]], list[Block]]] = []
+        self._keep: tuple[Future[None], list[Block]] | None = None
+        self.fetched = 0
         self.hit_tokens = 0
 
     # What the scheduler counts with.
@@ -149,6 +173,7 @@ class KvPool:
             "host_free_blocks": self._host_free.free,
             "prefix_hit_tokens": self.hit_tokens,
             "swap_out_bytes": self.out.blocks * self.memory.block_bytes,
+            "fetched_blocks": self.fetched,
             "swap_in_bytes": self.back.blocks * self.memory.block_bytes,
         }
 
@@ -156,8 +181,8 @@ class KvPool:
 
     def open(self, ids: Sequence[int], lineage: Lineage) -> Table:
         """A table with the longest beginning of ``ids`` whose KV is somewhere; the last token's is not looked for."""
-        table = Table(lineage)
-        for name in lineage.names(ids[:-1], BLOCK_TOKENS):
+        table, names = Table(lineage), lineage.names(ids[:-1], BLOCK_TOKENS)
+        for name in names:
             block = self._named.get(name)
             if block is None or block.lost:
                 break
@@ -165,6 +190,8 @@ class KvPool:
             table.names.append(name)
             block.tables += 1
             self._settle(block)
+        if self._archive is not None:
+            self._fetch(table, names[len(table.blocks) :], self._archive)
         table.tokens = len(table.blocks) * BLOCK_TOKENS
         self.hit_tokens += table.tokens
         self._tables.add(table)
@@ -173,7 +200,8 @@ class KvPool:
     def bring(self, table: Table, tokens: int) -> bool:
         """Have the table on the device, with room for ``tokens`` tokens. Where there is none: False, nothing is done.
 
-        Nothing of it may be lost (:meth:`survey`). Blocks that were in RAM arrive later (:attr:`Table.arrived`).
+        Nothing of it may be lost (:meth:`survey`), and all of it is in memory (:attr:`Table.in_memory`). Blocks that
+        were in RAM arrive later (:attr:`Table.arrived`).
         """
         away = [block for block in table.blocks if block.device is None]
         needed = len(away) + max(0, blocks_for(tokens) - len(table.blocks))
@@ -272,17 +300,26 @@ class KvPool:
             else:
                 pending.append((move, blocks))
         self._moves = pending
+        self._fetches = [pair for pair in self._fetches if not self._has_come(*pair)]
+        if self._archive is not None:
+            self._keep_idle(self._archive)
 
     def settle(self) -> None:
         """Wait for all moves."""
         for move, _ in self._moves:
             move.exception()
+        for fetch, _ in self._fetches:
+            fetch.exception()
+        if self._keep is not None:
+            self._keep[0].exception()
         self.poll()
 
     def shut(self) -> None:
         """Finish what is under way; the pool is not used afterwards."""
         self.out.close()
         self.back.close()
+        if self._archive is not None:
+            self._archive.close()
 
     def check(self) -> list[str]:
         """What does not fit together; for tests, and when idle. Call it with no move under way."""
@@ -315,10 +352,10 @@ class KvPool:
         self._host_idle.pop(block, None)
         self._leaving.discard(block)
         if block.storing is not None or block.loading is not None:
-            if not block.users:
+            if not block.users and block.device is not None:
                 self._leaving.add(block)
             return
-        if not block.tables and block.name is None:
+        if not block.tables and block.name is None and not block.keeping:
             self._release(block)
             self._release_copy(block)
             return
@@ -327,7 +364,7 @@ class KvPool:
                 self._release(block)
             else:
                 self._idle[block] = None
-        if not block.tables and block.host is not None:
+        if not block.tables and block.host is not None and not block.keeping:
             self._host_idle[block] = None
         if block.lost:
             self._forget(block)
@@ -340,7 +377,7 @@ class KvPool:
     def _release_copy(self, block: Block) -> None:
         if block.host is not None:
             self._host_free.give([block.host])
-            block.host, block.copied = None, 0
+            block.host, block.copied, block.kept = None, 0, False
 
     def _forget(self, block: Block) -> None:
         if block.name is not None:
@@ -428,3 +465,56 @@ class KvPool:
             if came and not self._reuses:
                 self._release_copy(block)
         self._settle_all(blocks)
+
+    # Disk.
+
+    def _fetch(self, table: Table, names: Sequence[bytes], archive: Archive) -> None:
+        """Begin to read the blocks of ``names``, as far as they are there and RAM has room."""
+        wanted = list(takewhile(archive.__contains__, names))
+        places = self._take_host(len(wanted))
+        if not places:
+            return
+        wanted = wanted[: len(places)]
+        move = archive.fetch(wanted, self._host, places)
+        blocks = [
+            Block(name, host=place, filled=BLOCK_TOKENS, copied=BLOCK_TOKENS, tables=1, storing=move, kept=True)
+            for name, place in zip(wanted, places, strict=True)
+        ]
+        self._named.update(zip(wanted, blocks, strict=True))
+        table.blocks += blocks
+        table.names += wanted
+        self._fetches.append((move, blocks))
+
+    def _has_come(self, fetch: Future[list[bool]], blocks: list[Block]) -> bool:
+        if not fetch.done():
+            return False
+        for block, whole in zip(blocks, fetch.result(), strict=True):
+            block.storing = None
+            self.fetched += whole
+            if not whole:
+                block.copied = 0
+        self._settle_all(blocks)
+        return True
+
+    def _keep_idle(self, archive: Archive) -> None:
+        """Write the blocks that are next to lose their place in RAM, before they do."""
+        if self._keep is not None:
+            if not self._keep[0].done():
+                return
+            blocks, self._keep = self._keep[1], None
+            for block in reversed(blocks):
+                block.keeping, block.kept = False, True
+                self._settle(block)
+                if block in self._host_idle:
+                    self._host_idle.move_to_end(block, last=False)
+        if self._host_free.free >= self._host_free.count // 4:
+            return
+        going = list(islice((block for block in self._host_idle if not block.kept), KEPT_AT_ONCE))
+        named = [(block.name, block.host) for block in going if block.name is not None and block.host is not None]
+        if not named:
+            return
+        for block in going:
+            block.keeping = True
+            del self._host_idle[block]
+        names, places = zip(*named, strict=True)
+        self._keep = archive.keep(names, self._host, places), going

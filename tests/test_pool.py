@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import random
+from pathlib import Path
 
 import pytest
 import torch
 
+from ragkv.archive import Archive
 from ragkv.kv import KvShape, RequestKV
 from ragkv.lineage import Lineage
 from ragkv.pool import KvPool, Table, blocks_for
+from ragkv.store import ChunkStore
 
 SHAPE = KvShape(layers=2, kv_heads=1, head_dim=4, dtype=torch.float32)
 CPU = torch.device("cpu")
@@ -267,3 +270,72 @@ def test_any_life_of_many_conversations(preemption):
 
 def test_blocks_for():
     assert [blocks_for(n) for n in (0, 1, 16, 17)] == [0, 1, 1, 2]
+
+
+def archived(tmp_path, capacity=2**24):
+    store = ChunkStore(tmp_path, capacity_bytes=capacity, policy="lru", ram_bytes=0, threads=1)
+    return Archive(store, "model float32")
+
+
+def sunk(pool, ids):
+    """A conversation whose blocks are on disk alone."""
+    pool.close(started(pool, ids))
+    for number in range(4):
+        pool.settle()
+        pool.close(started(pool, [number, *[7] * 110]))
+    pool.settle()
+    assert not any(name in pool._named for name in Lineage().names(ids, 16))
+
+
+def test_an_idle_conversation_comes_back_from_disk(tmp_path):
+    pool = KvPool(SHAPE, CPU, 8, 10, "reuse", archived(tmp_path))
+    ids = list(range(100, 164))
+    sunk(pool, ids)
+    again = pool.open([*ids, 1], Lineage())
+    assert not again.in_memory
+    pool.settle()
+    assert pool.survey(again) == 64
+    assert pool.bring(again, 65)
+    pool.settle()
+    assert_holds(pool, again, ids)
+    sound(pool)
+    pool.shut()
+
+
+def test_a_damaged_block_on_disk_is_lost_and_nothing_else(tmp_path):
+    pool = KvPool(SHAPE, CPU, 8, 10, "reuse", archived(tmp_path))
+    ids = list(range(100, 164))
+    sunk(pool, ids)
+    third = pool._archive._key(Lineage().names(ids, 16)[2])
+    path = Path(pool._archive._store.folder.entry_path(third))
+    data = bytearray(path.read_bytes())
+    data[4096:4196] = bytes(100)
+    path.write_bytes(data)
+    again = pool.open([*ids, 1], Lineage())
+    pool.settle()
+    assert pool.survey(again) == 32
+    assert pool.bring(again, 65)
+    pool.settle()
+    assert_holds(pool, again, ids[:32])
+    sound(pool)
+    pool.shut()
+
+
+def test_a_full_disk_only_forgets(tmp_path):
+    pool = KvPool(SHAPE, CPU, 8, 10, "reuse", archived(tmp_path, 4096))
+    sunk(pool, list(range(100, 164)))
+    assert pool.open(list(range(100, 170)), Lineage()).tokens == 0
+    sound(pool)
+    pool.shut()
+
+
+def test_another_process_finds_what_was_exact(tmp_path):
+    ids = list(range(100, 164))
+    pool = KvPool(SHAPE, CPU, 8, 10, "reuse", archived(tmp_path))
+    sunk(pool, ids)
+    pool.shut()
+    later = KvPool(SHAPE, CPU, 8, 10, "reuse", archived(tmp_path))
+    table = later.open([*ids, 1], Lineage())
+    later.settle()
+    assert later.survey(table) == 64
+    later.shut()
