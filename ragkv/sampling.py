@@ -8,7 +8,7 @@ Nothing waits for the device, and nothing depends on the host knowing what was c
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -69,8 +69,9 @@ class Sampler:
         self.prompted: torch.Tensor | None = None
         if params.penalized:
             self.counts = torch.zeros(vocab_size, dtype=torch.int32, device=device)
-            self.prompted = torch.zeros(vocab_size, dtype=torch.bool, device=device)
-            self.prompted[torch.tensor(sorted(set(prompt_ids)), device=device)] = True
+            prompted = torch.zeros(vocab_size, dtype=torch.bool)
+            prompted[torch.tensor(sorted(set(prompt_ids)), dtype=torch.int64)] = True
+            self.prompted = _on_device(prompted, device)
 
     def uniform(self) -> float:
         """The next number in [0, 1)."""
@@ -101,7 +102,7 @@ def sample(logits: torch.Tensor, samplers: Sequence[Sampler]) -> Sampled:
     tokens = logits.argmax(dim=-1)
     chance = [row for row, p in enumerate(params) if not p.greedy]
     if chance:
-        rows = torch.tensor(chance, device=logits.device)
+        rows = _on_device(torch.tensor(chance), logits.device)
         tokens[rows] = _drawn(logits[rows], [samplers[row] for row in chance])
     for row, sampler in enumerate(samplers):
         if sampler.counts is not None:
@@ -125,26 +126,28 @@ def _penalized(logits: torch.Tensor, samplers: Sequence[Sampler]) -> torch.Tenso
 
 def _drawn(logits: torch.Tensor, samplers: Sequence[Sampler]) -> torch.Tensor:
     """Inverse of the distribution function at each row's uniform, over tokens from the most probable down."""
-    params, device = [sampler.params for sampler in samplers], logits.device
-
-    def column(value: Callable[[SamplingParams], float]) -> torch.Tensor:
-        return torch.tensor([[value(p)] for p in params], dtype=torch.float64, device=device)
+    device, size = logits.device, logits.shape[1]
+    table = [
+        (p.temperature, p.top_k or size, p.min_p, p.top_p, sampler.uniform())
+        for sampler in samplers
+        for p in [sampler.params]
+    ]
+    columns = _on_device(torch.tensor(table, dtype=torch.float64), device)[:, :, None]
+    temperature, top_k, min_p, top_p, uniforms = columns.unbind(1)
 
     values, tokens = logits.sort(dim=-1, descending=True, stable=True)
     # From the highest down, in float64: a temperature near 0 must end in the greedy token, not in infinities.
-    values = (values.double() - values[:, :1].double()) / column(lambda p: p.temperature)
-    rank = torch.arange(values.shape[1], device=device)
-    size = values.shape[1]
-    values = values.nan_to_num(nan=0.0).masked_fill(rank >= column(lambda p: p.top_k or size), float("-inf"))
-    values = values.masked_fill(values < column(lambda p: p.min_p).log(), float("-inf"))
+    values = (values.double() - values[:, :1].double()) / temperature
+    rank = torch.arange(size, device=device)
+    values = values.nan_to_num(nan=0.0).masked_fill(rank >= top_k, float("-inf"))
+    values = values.masked_fill(values < min_p.log(), float("-inf"))
     probabilities = values.softmax(dim=-1)
     # A token is kept while the mass before it is below top_p, so the first always is.
     before = probabilities.cumsum(dim=-1) - probabilities
-    kept = probabilities.masked_fill(before >= column(lambda p: p.top_p), 0.0)
+    kept = probabilities.masked_fill(before >= top_p, 0.0)
     mass = kept.cumsum(dim=-1)
-    uniforms = torch.tensor([[sampler.uniform()] for sampler in samplers], dtype=torch.float64, device=device)
     place = (mass <= uniforms * mass[:, -1:]).sum(dim=-1, keepdim=True)
-    # Rounding must not choose what was not kept.
+    # Rounding must not choose what was not kept: sums of a parallel scan need not grow.
     place = place.minimum((kept > 0).sum(dim=-1, keepdim=True) - 1)
     return tokens.gather(-1, place)[:, 0]
 
@@ -158,3 +161,8 @@ def _scores(logits: torch.Tensor, tokens: torch.Tensor, best: int) -> tuple[torc
 def _on_host(part: torch.Tensor) -> torch.Tensor:
     host = torch.empty(part.shape, dtype=part.dtype, pin_memory=True)
     return host.copy_(part, non_blocking=True)
+
+
+def _on_device(part: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """From page-locked memory: copies from ordinary memory wait for the stream."""
+    return part.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else part.to(device)

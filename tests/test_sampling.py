@@ -234,3 +234,22 @@ def test_logprobs_are_the_models_own():
 def test_more_logprobs_than_tokens():
     sampled = sample(LOGITS[None], [sampler(SamplingParams(logprobs=20))])
     assert sampled.top_ids.tolist() == [[1, 4, 2, 0, 3]]
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_nothing_waits_and_the_tokens_are_the_same():
+    device, logits = torch.device("cuda"), some_logits(20, len(SETTINGS), 1000)
+    params = [replace(p, seed=row, logprobs=2) for row, p in enumerate(SETTINGS.values())]
+    expected = walks(params, logits, [[1, 2]] * len(params))
+    samplers, steps = [Sampler(p, [1, 2], 1000, device) for p in params], logits.to(device)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        sampled = [sample(step, samplers).to_host() for step in steps]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    torch.cuda.synchronize()
+    assert torch.stack([step.tokens for step in sampled], dim=1).tolist() == expected
+
+
+def test_penalties_need_no_prompt():
+    assert walks([SamplingParams(presence_penalty=1.0)], LOGITS.expand(2, 1, -1), [[]]) == [[1, 4]]
