@@ -401,7 +401,7 @@ def serving(
 @app.command()
 def report(
     results: Annotated[
-        list[Path], typer.Argument(help="Result files of `eval ttft` and `eval quality`, or folders of such.")
+        list[Path], typer.Argument(help="Result files of `eval ttft`, `quality` and `serving`, or folders of such.")
     ],
     page: Annotated[Path, typer.Option("--out", "-o", help="The page.")] = Path("report.html"),
     title: Annotated[str, typer.Option(help="Its title.")] = "ragkv: what was measured",
@@ -411,8 +411,9 @@ def report(
 
     read = write_report(results, page, title)
     if read.skipped:
-        err.print(f"left out, neither times nor quality: {', '.join(read.skipped)}", style="dim", markup=False)
-    counts = f"{len(read.speed)} times and {len(read.quality)} scores of {len(read.sources)} files"
+        err.print(f"left out, nothing to show: {', '.join(read.skipped)}", style="dim", markup=False)
+    runs = f", {len(read.serving)} serving runs" if read.serving else ""
+    counts = f"{len(read.speed)} times and {len(read.quality)} scores{runs} of {len(read.sources)} files"
     out.print(f"{page}: {counts}", markup=False, highlight=False)
 
 

@@ -369,6 +369,24 @@ def test_the_engine_is_measured_and_simulated(tmp_path: Path) -> None:
     assert "times as good as recompute" in text.getvalue()
 
 
+def test_the_report_shows_runs_beside_recomputing(tmp_path: Path) -> None:
+    drive = _drive(_life(0, 0.0, [1.0, 1.5, 2.5]), _life(1, 1.0, [4.0, 4.1]))
+    row = {"load": "<b>", "policy": "vtc", "preemption": "recompute", **row_of(drive, slo_ttft_ms=1, slo_tbt_ms=1)}
+    better = {**row, "preemption": "reuse", "p99_ttft_ms": row["p99_ttft_ms"] / 4, "jain": 0.987}
+    (tmp_path / "serving.json").write_text(json.dumps({"model": "m", "device": "d", "rows": [row, better]}))
+    page = tmp_path / "page.html"
+    result = CliRunner().invoke(app, ["report", str(tmp_path / "serving.json"), "--out", str(page)])
+    assert result.exit_code == 0, result.output
+    html = page.read_text()
+    assert 'id="serving"' in html
+    assert "4.00 times as good as recompute" in html
+    assert "0.987" in html
+    assert "<b>" not in html.replace("<b>serving.json", "")
+    (tmp_path / "serving.json").write_text(json.dumps({"rows": [{**row, "throughput_tok_s": "fast"}]}))
+    result = CliRunner().invoke(app, ["report", str(tmp_path / "serving.json"), "--out", str(page)])
+    assert "throughput_tok_s" in str(result.exception)
+
+
 def test_a_pool_without_room_for_a_conversation_is_refused() -> None:
     result = CliRunner().invoke(app, ["serving", *_TINY, "--context-tokens", "4000"])
     assert isinstance(result.exception, InputError)

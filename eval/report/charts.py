@@ -110,7 +110,7 @@ def scatter(
     marks = sorted((point for point in points if not point.hidden), key=lambda point: point.front)
     return tag(
         "svg",
-        _grid(x, y, x_text, x_title, y_title),
+        grid(x, y, x_text, x_title, y_title),
         _band(band, x, y) if band else None,
         _front([p for p in points if p.front], x, y) if front else None,
         [_line(line, x, y) for line in _lines(points)],
@@ -124,7 +124,8 @@ def scatter(
     )
 
 
-def _grid(x: Axis, y: Axis, x_text: Callable[[float], str], x_title: str, y_title: str) -> list[Html]:
+def grid(x: Axis, y: Axis, x_text: Callable[[float], str], x_title: str, y_title: str) -> list[Html]:
+    """Lines, ticks and titles of a chart."""
     bottom, middle = HEIGHT - BOTTOM, (TOP + HEIGHT - BOTTOM) / 2
     across = [tag("line", x1=LEFT, x2=WIDTH - RIGHT, y1=y(t), y2=y(t), class_="grid") for t in y.ticks]
     ups = [tag("line", x1=x(t), x2=x(t), y1=bottom, y2=bottom + 4, class_="axis") for t in x.ticks]

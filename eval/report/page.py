@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from importlib.resources import files
 
 from ragkv.eval.palette import looks
-from ragkv.eval.report import pareto, quality, speed, tables
+from ragkv.eval.report import pareto, quality, serving, speed, tables
 from ragkv.eval.report.files import Results
 from ragkv.eval.report.html import Html, tag
 
@@ -16,6 +16,7 @@ _NAMES = {
     "pareto": "Quality against speed",
     "ttft": "Time to first token",
     "quality": "Answer quality",
+    "serving": "Serving",
     "times": "Times",
     "scores": "Scores",
     "sources": "Sources",
@@ -28,6 +29,7 @@ def render(results: Results, title: str) -> str:
         "pareto": pareto.section(results.speed, results.quality),
         "ttft": speed.section(results.speed),
         "quality": quality.section(results.quality),
+        "serving": serving.section(results.serving),
         "times": tables.speed_table(results.speed),
         "scores": tables.quality_table(results.quality),
         "sources": tables.sources(results.sources),
@@ -76,7 +78,11 @@ def _body(results: Results, title: str, sections: dict[str, Html]) -> Html:
 
 
 def _summary(results: Results) -> str:
-    rows: dict[str, Sequence[object]] = {"times": results.speed, "scores": results.quality}
+    rows: dict[str, Sequence[object]] = {
+        "times": results.speed,
+        "scores": results.quality,
+        "serving runs": results.serving,
+    }
     held = " and ".join(f"{len(own)} {name}" for name, own in rows.items() if own)
     dates = sorted({str(date) for file in results.sources if (date := file.facts.get("date"))})
     when = f", measured {dates[0]}" + (f" to {dates[-1]}" if len(dates) > 1 else "") if dates else ""

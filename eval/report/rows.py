@@ -9,10 +9,12 @@ from typing import Any, NamedTuple
 
 from ragkv.eval.palette import METRIC_NAMES
 from ragkv.eval.quality_rows import with_score
+from ragkv.eval.serving_measures import PERCENTILES
 
 Interval = tuple[float, float]
 Setting = tuple[str, float]
 _SPEED = {"method", "ratio", "tier", "codec", "ttft_ms", "full_prefill_ms"}
+_SERVING = {"load", "policy", "preemption", "p99_ttft_ms", "throughput_tok_s"}
 _QUALITY = {"method", "ratio", "exact_match", "recomputed_share", "context_policy"}
 
 
@@ -76,6 +78,71 @@ class Quality:
     questions_by_kind: Mapping[str, int]
     figures: Mapping[str, float]
     ttft: float | None
+
+
+class Run(NamedTuple):
+    """Which load, on what, ordered how. Only runs that agree in all of it are held against each other."""
+
+    model: str
+    device: str
+    load: str
+    policy: str
+    rate: float
+    requests: int
+    pool_tokens: int
+
+
+@dataclass(frozen=True)
+class Serving:
+    """A row of ``ragkv eval serving``; times in ms. ``curves`` are times at the quantiles of all rows."""
+
+    run: Run
+    preemption: str
+    times: Mapping[str, float]
+    curves: Mapping[str, tuple[float, ...]]
+    throughput: float
+    goodput: float
+    preempted: float
+    moved: float
+    scheduler: float
+    idle: float
+    jain: float | None
+    gap: float | None
+    unfinished: int
+
+
+def is_serving(row: Mapping[str, Any]) -> bool:
+    return row.keys() >= _SERVING
+
+
+def serving(row: Mapping[str, Any], facts: Mapping[str, Any]) -> Serving:
+    """``facts`` are the file's, for rows that do not name model or device. Raises ValueError that names the field."""
+    read = _Reader(row)
+    run = Run(
+        model=read.text("model", _told(facts, "model")),
+        device=read.text("device", _told(facts, "device")),
+        load=read.text("load"),
+        policy=read.text("policy"),
+        rate=read.number("offered_per_s", 0.0),
+        requests=int(read.number("offered", 0.0)),
+        pool_tokens=int(read.number("pool_tokens", 0.0)),
+    )
+    names = [f"{p}_{what}_ms" for what in ("ttft", "tbt") for p in PERCENTILES]
+    return Serving(
+        run=run,
+        preemption=read.text("preemption"),
+        times={name: value for name in names if (value := read.optional(name)) is not None},
+        curves=read.curves("curves"),
+        throughput=read.number("throughput_tok_s"),
+        goodput=read.number("goodput", 0.0),
+        preempted=read.number("preemption_rate", 0.0),
+        moved=read.number("swap_bytes", 0.0),
+        scheduler=read.number("scheduler_share", 0.0),
+        idle=read.number("idle_share", 0.0),
+        jain=read.optional("jain"),
+        gap=read.optional("service_gap"),
+        unfinished=int(sum(read.number(fate, 0.0) for fate in ("unfinished", "refused", "failed"))),
+    )
 
 
 def is_speed(row: Mapping[str, Any]) -> bool:
@@ -195,6 +262,12 @@ class _Reader:
         if not isinstance(value, dict):
             raise ValueError(f"{name!r} is no table of numbers")
         return {str(key): _finite(name, one) for key, one in value.items()}
+
+    def curves(self, name: str) -> dict[str, tuple[float, ...]]:
+        value = self._row.get(name, {})
+        if not isinstance(value, dict) or not all(isinstance(one, list) for one in value.values()):
+            raise ValueError(f"{name!r} is no table of lists")
+        return {str(key): tuple(_finite(name, x) for x in one) for key, one in value.items()}
 
 
 def _finite(name: str, value: Any) -> float:
