@@ -7,29 +7,20 @@ host knows what the one before it came to. Not thread-safe: the engine thread ow
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
 
 from ragkv.errors import RagkvError
 from ragkv.paged import BLOCK_TOKENS, PagedKV
-from ragkv.paged_step import PagedStep
+from ragkv.paged_step import Lane, PagedStep
 from ragkv.runner import ModelRunner
-
-
-@dataclass
-class Lane:
-    """A place in the batch. ``position``: of the token whose KV the next step writes."""
-
-    position: int
-    blocks: list[int] = field(default_factory=list)
 
 
 class Loop(Protocol):
     """How the layers are run. It is told of lanes before it runs them."""
 
-    def enter(self, number: int, token: int, lane: Lane) -> None: ...
+    def enter(self, number: int, token: int, position: int) -> None: ...
 
     def extend(self, number: int, first: int, blocks: Sequence[int]) -> None:
         """``blocks`` stand in the lane's table from ``first`` on."""
@@ -51,14 +42,20 @@ class Decoder:
         self._limit, self._width = lanes, -(-max_tokens // BLOCK_TOKENS)
         self._lanes: dict[int, Lane] = {}
         self._loop: Loop = PlainLoop(runner, pool, lanes)
+        self.runs = "plain"
+        # A rotation that depends on the length of a prompt is none for rows of many.
+        if runner.fused is not None and runner.rope.refusal is None:
+            from ragkv.fused_decode import FusedLoop  # needs Triton
+
+            self._loop, self.runs = FusedLoop(runner, runner.fused.layers, pool, lanes, self._width), "fused"
 
     @torch.inference_mode()
     def enter(self, lane: int, token: int, position: int, blocks: Sequence[int]) -> None:
         """A request begins or goes on in ``lane``: ``token``, whose KV is not yet written, stands at ``position``."""
         if not 0 <= lane < self._limit:
             raise RagkvError(f"lane {lane} is not one of {self._limit}")
-        self._lanes[lane] = state = Lane(position)
-        self._loop.enter(lane, token, state)
+        self._lanes[lane] = Lane(position)
+        self._loop.enter(lane, token, position)
         self.extend(lane, blocks)
 
     def extend(self, lane: int, blocks: Sequence[int]) -> None:
@@ -107,7 +104,7 @@ class PlainLoop:
         self._runner, self._pool = runner, pool
         self._tokens = torch.zeros(lanes, dtype=torch.long, device=runner.device)
 
-    def enter(self, number: int, token: int, lane: Lane) -> None:
+    def enter(self, number: int, token: int, position: int) -> None:
         self._tokens[number] = token
 
     def extend(self, number: int, first: int, blocks: Sequence[int]) -> None:
@@ -118,7 +115,7 @@ class PlainLoop:
 
     def step(self, numbers: tuple[int, ...], lanes: Sequence[Lane]) -> torch.Tensor:
         runner, decoder = self._runner, self._runner.decoder
-        step = PagedStep(self._pool, [lane.blocks for lane in lanes], [lane.position for lane in lanes])
+        step = PagedStep(self._pool, lanes)
         hidden = decoder.embed_tokens(self._tokens[runner.tensor(numbers)][None])
         positions = runner.tensor([lane.position for lane in lanes])[None]
         rotary = self._rotary(hidden, positions)

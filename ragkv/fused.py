@@ -41,7 +41,7 @@ _TOLERANCE = 2e-2
 
 
 @dataclass(frozen=True)
-class _Layer:
+class Layer:
     """One layer's weights; matrices transposed, (in, out)."""
 
     input_norm: torch.Tensor
@@ -63,7 +63,7 @@ class _Layer:
 class _Room:
     """Memory for some rows, the same for every layer. ``q`` is (rows, heads, head_dim)."""
 
-    def __init__(self, rows: Rows, layer: _Layer, heads: int, head_dim: int) -> None:
+    def __init__(self, rows: Rows, layer: Layer, heads: int, head_dim: int) -> None:
         hidden, step = rows.hidden[0], rows.step
         self._step, self._kv_heads = step, step.kv.shape.kv_heads
         count = hidden.shape[0]
@@ -79,19 +79,23 @@ class _Room:
 
 
 class FusedLayers:
-    """Runs the layers of a model that :func:`refusal` says nothing against, whose matrices it joins."""
+    """Runs the layers of a model that :func:`refusal` says nothing against, whose matrices it joins.
+
+    Attributes:
+        layers: what each needs.
+    """
 
     def __init__(self, model: Any) -> None:
         decoder, config = model.model, model.config
         self._head_dim = int(decoder.layers[0].self_attn.head_dim)
         self._heads = int(config.num_attention_heads)
-        self._layers = [_read(layer, config) for layer in decoder.layers]
+        self.layers = [_read(layer, config) for layer in decoder.layers]
         if model.device.type == "cuda":
             torch.cuda.empty_cache()  # what the separate matrices held is in pieces that nothing else fits into
 
     def run(self, index: int, rows: Rows) -> None:
         """Advance ``rows`` through layer ``index``, writing their keys and values into the step's KV."""
-        layer, step, room = self._layers[index], rows.step, self._room(rows)
+        layer, step, room = self.layers[index], rows.step, self._room(rows)
         hidden = rows.hidden[0]
         rms_norm(hidden, layer.input_norm, layer.eps, room.normed)
         if layer.qkv_bias is None:
@@ -108,18 +112,18 @@ class FusedLayers:
 
     def values(self, index: int, rows: Rows) -> torch.Tensor:
         """Values (rows, kv_heads, head_dim) that layer ``index`` would write for ``rows``."""
-        layer, room = self._layers[index], self._room(rows)
+        layer, room = self.layers[index], self._room(rows)
         rms_norm(rows.hidden[0], layer.input_norm, layer.eps, room.normed)
         values: torch.Tensor = linear(room.normed, layer.value.weight, layer.value.bias)
         return values.view(values.shape[0], -1, self._head_dim)
 
     def find_fault(self) -> str | None:
         """What of attention is computed wrongly, tried with one row, some and many; compiles what these need."""
-        length, layer = 700, self._layers[0]
+        length, layer = 700, self.layers[0]
         kv_heads = (layer.qkv.shape[1] // self._head_dim - self._heads) // 2
         group = self._heads // kv_heads
         # A kernel for windows is the same for all of them, and another one than where prompts are shorter.
-        windows = {None if w is None else min(w, length // 2) for w in (None, *(each.window for each in self._layers))}
+        windows = {None if w is None else min(w, length // 2) for w in (None, *(each.window for each in self.layers))}
         for window in windows:
             for rows in (1, 16 // group + 1, 256 // group + 1):
                 error = self._attention_error(rows, length, kv_heads, window)
@@ -129,7 +133,7 @@ class FusedLayers:
 
     def _attention_error(self, rows: int, length: int, kv_heads: int, window: int | None) -> float:
         """Of attention, and of the scores that the last row gives."""
-        layer = self._layers[0]
+        layer = self.layers[0]
         device, dtype = layer.qkv.device, layer.qkv.dtype
         generator = torch.Generator(device).manual_seed(0)
         q, k, v = (
@@ -148,10 +152,10 @@ class FusedLayers:
 
     def _room(self, rows: Rows) -> _Room:
         if not isinstance(rows.room, _Room):
-            rows.room = _Room(rows, self._layers[0], self._heads, self._head_dim)
+            rows.room = _Room(rows, self.layers[0], self._heads, self._head_dim)
         return rows.room
 
-    def _attend(self, layer: _Layer, rows: Rows, room: _Room, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    def _attend(self, layer: Layer, rows: Rows, room: _Room, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         """(rows, heads · head_dim)."""
         step = rows.step
         window = layer.window if layer.window is not None and layer.window < step.length else None
@@ -198,12 +202,12 @@ def _refuses(layer: torch.nn.Module) -> str | None:
 
 
 @torch.no_grad()
-def _read(layer: Any, config: Any) -> _Layer:
+def _read(layer: Any, config: Any) -> Layer:
     attention, mlp = layer.self_attn, layer.mlp
     qkv, bias = _join(attention.q_proj, attention.k_proj, attention.v_proj)
     gate_up, _ = _join(mlp.gate_proj, mlp.up_proj)
     normed = hasattr(attention, "q_norm")
-    return _Layer(
+    return Layer(
         input_norm=layer.input_layernorm.weight.detach(),
         post_norm=layer.post_attention_layernorm.weight.detach(),
         eps=float(layer.input_layernorm.variance_epsilon),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
@@ -13,6 +14,14 @@ from ragkv.blocks import runs
 from ragkv.paged import BLOCK_TOKENS, PagedKV
 
 
+@dataclass
+class Lane:
+    """A place in the batch. ``position``: of the token whose KV the next step writes; ``blocks``: where KV lies."""
+
+    position: int
+    blocks: list[int] = field(default_factory=list)
+
+
 class PagedStep:
     """What ``transformers``' layers take for cache and mask: each row is written to, and attends over, its own blocks.
 
@@ -20,13 +29,13 @@ class PagedStep:
     cut out of its blocks, so there is no mask.
 
     Args:
-        tables: the blocks of every row's request; that of ``positions[row] // BLOCK_TOKENS`` is there.
+        lanes: of the rows; each has a block for its position.
     """
 
-    def __init__(self, pool: PagedKV, tables: Sequence[Sequence[int]], positions: Sequence[int]) -> None:
-        self._pool, self._tables, self._positions = pool, tables, positions
+    def __init__(self, pool: PagedKV, lanes: Sequence[Lane]) -> None:
+        self._pool, self._lanes = pool, lanes
         device = pool.data.device
-        at = [(blocks[p // BLOCK_TOKENS], p % BLOCK_TOKENS) for blocks, p in zip(tables, positions, strict=True)]
+        at = [(lane.blocks[lane.position // BLOCK_TOKENS], lane.position % BLOCK_TOKENS) for lane in lanes]
         self._blocks, self._offsets = torch.tensor(at, device=device).T
         self._layer = 0
         self._stretches = cache(self._find_stretches)
@@ -59,9 +68,10 @@ class PagedStep:
 
     def _find_stretches(self, row: int, window: int | None) -> tuple[int, int, list[tuple[int, int]]]:
         """Consecutive blocks that hold what the row sees, and from where to where in them."""
-        position = self._positions[row]
+        lane = self._lanes[row]
+        position = lane.position
         first = 0 if window is None else max(0, position + 1 - window)
         skipped = first // BLOCK_TOKENS
-        seen = self._tables[row][skipped : position // BLOCK_TOKENS + 1]
+        seen = lane.blocks[skipped : position // BLOCK_TOKENS + 1]
         shift = skipped * BLOCK_TOKENS
         return first - shift, position + 1 - shift, runs(seen)

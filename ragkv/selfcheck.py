@@ -12,7 +12,9 @@ import logging
 import torch
 
 from ragkv.attention import NAME, AttentionStep
+from ragkv.decoding import Decoder
 from ragkv.kv import RequestKV
+from ragkv.paged import BLOCK_TOKENS, PagedKV
 from ragkv.runner import ModelRunner
 
 log = logging.getLogger("ragkv")
@@ -71,7 +73,7 @@ def settle_layer_loop(runner: ModelRunner) -> None:
 
 
 def _fused_fault(runner: ModelRunner) -> str | None:
-    """A prefill, then some of its rows again over its KV."""
+    """A prefill, then some of its rows again over its KV, then its last row decoded, alone and beside another."""
     ids = _ids(runner, min(DOCUMENT + QUESTION, runner.max_positions))
     expected = _library_logits(runner, ids, 0)
     kv = runner.new_kv(len(ids))
@@ -81,10 +83,27 @@ def _fused_fault(runner: ModelRunner) -> str | None:
     for layer in range(runner.shape.layers):
         runner.run_layer(layer, rows)
     tolerance = _tolerance(runner, ids, 0, expected)
-    for what, logits in (("a prefill", prefilled), ("rows computed again", runner.logits(rows))):
+    results = [("a prefill", prefilled), ("rows computed again", runner.logits(rows))]
+    results += [("a decoded token", logits) for logits in _decoded(runner, ids, kv)]
+    for what, logits in results:
         if not (error := _relative_error(logits, expected)) <= tolerance:
             return f"computes {what} {error:.2%} off what the library does (at most {tolerance:.1%} is rounding)"
     return None
+
+
+def _decoded(runner: ModelRunner, ids: torch.Tensor, kv: RequestKV) -> list[torch.Tensor]:
+    """Logits of the last of ``ids``, the KV of those before it in blocks in reverse: alone, and twice in one batch."""
+    last, count = len(ids) - 1, -(-len(ids) // BLOCK_TOKENS)
+    pool = PagedKV(runner.shape, 2 * count, runner.device)
+    decoder = Decoder(runner, pool, lanes=2, max_tokens=len(ids))
+    results: list[torch.Tensor] = []
+    for lanes in ([0], [1, 0]):
+        for lane in lanes:
+            blocks = list(range((lane + 1) * count - 1, lane * count - 1, -1))
+            pool.scatter(kv, blocks, 0, last)
+            decoder.enter(lane, int(ids[last]), last, blocks)
+        results += decoder.step(lanes).clone().unbind()
+    return results
 
 
 def _ids(runner: ModelRunner, count: int) -> torch.Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -10,6 +12,14 @@ _INT32 = 2**31
 
 def next_power_of_2(n: int) -> int:
     return 1 << (n - 1).bit_length()
+
+
+@cache
+def early_launch(device: torch.device) -> dict[str, bool]:
+    """Options of a launch that may begin while the kernel before it still runs, for a kernel that waits for it by
+    itself: where the device can (Hopper and later)."""
+    hopper = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+    return {"launch_pdl": True} if hopper else {}
 
 
 def check_kv(k: torch.Tensor, v: torch.Tensor, slots: torch.Tensor, rows: torch.Tensor) -> None:

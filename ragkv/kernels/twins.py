@@ -94,3 +94,43 @@ def _turned(x: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor] | None) -
     turning, rest = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]
     first, second = turning.chunk(2, dim=-1)
     return torch.cat((turning * cos + torch.cat((-second, first), dim=-1) * sin, rest), dim=-1)
+
+
+def attend_paged(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    tables: torch.Tensor,
+    lanes: torch.Tensor,
+    positions: torch.Tensor,
+    *,
+    scale: float,
+    window: int | None = None,
+) -> torch.Tensor:
+    """As :func:`ragkv.kernels.paged.attend_paged`, in float32."""
+    out = torch.empty_like(q)
+    for row, lane in enumerate(lanes.tolist()):
+        length = int(positions[lane]) + 1
+        blocks = tables[lane, : -(-length // k.shape[1])].long()
+        keys, values = (part[blocks].flatten(0, 1)[:length] for part in (k, v))
+        out[row] = attend(q[row : row + 1], keys, values, positions[lane : lane + 1], scale=scale, window=window)[0]
+    return out
+
+
+def product(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    out: torch.Tensor,
+    *,
+    norm: torch.Tensor | None = None,
+    eps: float = 0.0,
+    bias: torch.Tensor | None = None,
+    gated: bool = False,
+    added: bool = False,
+) -> None:
+    """As :func:`ragkv.kernels.vector.product`."""
+    rows = x if norm is None else _normed(x, norm, eps)
+    result = torch.nn.functional.linear(rows, weight, bias)
+    if gated:
+        result = silu_mul(result)
+    out.copy_(out + result if added else result)
