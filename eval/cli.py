@@ -238,6 +238,34 @@ def ttft(
 
 
 @app.command()
+def decode(
+    model: Annotated[
+        str | None, typer.Option(help="`bundled`, a folder, a hub id, or random:<preset>: shapes without weights.")
+    ] = None,
+    batch: Annotated[str, typer.Option(help="Requests decoded together, comma-separated.")] = "1,8,32,64,128",
+    context: Annotated[str, typer.Option(help="Context tokens of each, comma-separated.")] = "1024,8192",
+    save: Annotated[
+        Path | None, typer.Option("--out", "--save", help="Write rows, rate and environment into this file.")
+    ] = None,
+    json_: Json = False,
+) -> None:
+    """Inter-token latency of many requests at once, beside the time that reading weights and KV takes."""
+    from ragkv.eval.decode import measure_decode
+
+    settings = load_settings(model=model)
+    batches, contexts = (
+        [int(number) for number in _numbers(text, option, 0, 1 << 24)]
+        for text, option in ((batch, "--batch"), (context, "--context"))
+    )
+    _check_save(save)
+    with terminal.progress(err, quiet=not err.is_terminal) as say:
+        result = measure_decode(settings, batches, contexts, say=say)
+    if save:
+        _save(save, result)
+    _show(result["rows"], json_)
+
+
+@app.command()
 def load(
     model: Annotated[
         str | None, typer.Option(help="`bundled`, a folder, a hub id, or random:<preset>: shapes without weights.")
