@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, get_args
+
+import torch
 
 from ragkv.checkpoint import Checkpoint
 from ragkv.config import Settings, load_settings
@@ -147,7 +149,10 @@ def _chunks(
             yield store, ()
         return
     random, place = RandomChunks(checkpoint, shape.chunk_tokens), Place("ram", settings.kv_codec)
-    with opened_stores(random, [tokens], [place], folder=folder, remote=None, remote_timeout_ms=1, say=say) as stores:
+    with ExitStack() as stack:
+        options: dict[str, Any] = {"folder": folder, "remote": None, "remote_timeout_ms": 1, "say": say}
+        with torch.inference_mode():  # only here: a pool made in it could not be written by other threads
+            stores = stack.enter_context(opened_stores(random, [tokens], [place], **options))
         yield stores[place], random.of(tokens, place.codec)
 
 

@@ -369,6 +369,15 @@ def test_the_engine_is_measured_and_simulated(tmp_path: Path) -> None:
     assert "times as good as recompute" in text.getvalue()
 
 
+def test_turns_with_retrieved_chunks_are_served() -> None:
+    options = ["--load", "sessions-rag", "--requests", "4", "--chunks", "2", "--chunk-tokens", "32", "--pool", "4"]
+    command = ["serving", "--preemptions", "reuse", *_TINY, *options, "--pool-bytes", "20000000", "--json"]
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 0, result.output
+    [row] = json.loads(result.stdout)
+    assert (row["done"], row["failed"]) == (4, 0)
+
+
 def test_the_report_shows_runs_beside_recomputing(tmp_path: Path) -> None:
     drive = _drive(_life(0, 0.0, [1.0, 1.5, 2.5]), _life(1, 1.0, [4.0, 4.1]))
     row = {"load": "<b>", "policy": "vtc", "preemption": "recompute", **row_of(drive, slo_ttft_ms=1, slo_tbt_ms=1)}
