@@ -6,7 +6,7 @@ waits for Python. A request that turns out to have ended meanwhile has one token
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,6 +45,7 @@ class Decodes:
             raise RuntimeError("a request without a table cannot decode")
         request.lane, request.phase = self._lanes.pop(), Phase.DECODE
         request.written = len(request.ids) - 1
+        request.sampled = len(request.ids) - len(request.generation.plan.ids)
         self._decoder.enter(request.lane, request.ids[-1], request.written, request.table.places)
         self.requests.append(request)
 
@@ -56,15 +57,28 @@ class Decodes:
             self._lanes.append(request.lane)
             request.lane = None
 
-    def step(self) -> tuple[int, int]:
+    def step(self, among: Sequence[Active] | None = None) -> tuple[int, int]:
         """Launch a step for everybody who has room and is not done, and deliver the one before. Returns how many rows
         it has, and how many tokens they see."""
-        going = [r for r in self.requests if r.sampled < r.generation.max_tokens and self._fits(r)]
+        among = self.requests if among is None else among
+        going = [r for r in among if r.sampled < r.generation.max_tokens and self._fits(r)]
         before, self._under_way = self._under_way, self._launch(going) if going else None
         self._collect(before)
         if self._device.type != "cuda":
             self.collect()
         return len(going), sum([r.written for r in going])
+
+    def step_each(self, failed: Callable[[Active, Exception], None]) -> None:
+        """After a step that failed: one for each request by itself, so that only those end that are to blame."""
+        self.collect()
+        for request in list(self.requests):  # they may have been moved on before it failed
+            self.leave(request)
+            self.enter(request)
+        for request in list(self.requests):
+            try:
+                self.step([request])
+            except Exception as error:
+                failed(request, error)
 
     def collect(self) -> None:
         """Deliver what is under way."""

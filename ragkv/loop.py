@@ -478,9 +478,8 @@ class EngineLoop:
     def _decode(self) -> tuple[int, int]:
         try:
             return self._decodes.step()
-        except Exception as error:  # these requests' failure, not that of those who wait
-            for request in list(self._decodes.requests):
-                self._fail(request, error)
+        except Exception:  # one request's failure must not take the others along
+            self._decodes.step_each(self._fail)
             return 0, 0
 
     def _deliver(self, request: Active, token: int, scores: TokenScores | None) -> None:
