@@ -25,7 +25,7 @@ gpu: install
 	$(VENV)/bin/python -m pytest -m gpu
 
 kernels: install
-	TRITON_INTERPRET=1 $(VENV)/bin/python -m pytest tests/test_kernels.py tests/test_fused.py
+	TRITON_INTERPRET=1 $(VENV)/bin/python -m pytest tests/test_kernels.py tests/test_fused.py tests/test_paged_kernels.py
 
 faults: install
 	$(VENV)/bin/python -m tests.stress.store_faults
