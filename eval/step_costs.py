@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 import numpy as np
-from sklearn.linear_model import LinearRegression
 
 from ragkv.errors import InputError
 
@@ -64,6 +63,8 @@ class StepCosts:
         table = np.array(rows, np.float64)
         parts = table[:, :-1] / table[:, -1:]
         scale = np.maximum(parts.max(axis=0), 1e-300)  # columns of like size: one that is all zeros costs nothing
+        from sklearn.linear_model import LinearRegression  # takes a second to import
+
         model = LinearRegression(positive=True, fit_intercept=False).fit(parts / scale, np.ones(len(rows)))
         fixed, row, kv_token, prefill_token = (float(c) for c in np.where(parts.any(axis=0), model.coef_ / scale, 0.0))
         return cls(fixed, row, kv_token, prefill_token, **moving)

@@ -31,10 +31,15 @@ class _Launched:
 
 
 class Decodes:
-    """The requests that decode. ``deliver`` is told every token, in the order of the steps."""
+    """The requests that decode. ``deliver`` is told every token, in the order of the steps.
+
+    Attributes:
+        late: tokens are delivered once the next step is launched.
+    """
 
     def __init__(self, decoder: Decoder, pool: KvPool, device: torch.device, lanes: int, deliver: Deliver) -> None:
         self._decoder, self._pool, self._device, self._deliver = decoder, pool, device, deliver
+        self.late = device.type == "cuda"
         self._lanes = list(range(lanes - 1, -1, -1))
         self._under_way: _Launched | None = None
         self.requests: list[Active] = []
@@ -64,7 +69,7 @@ class Decodes:
         going = [r for r in among if r.sampled < r.generation.max_tokens and self._fits(r)]
         before, self._under_way = self._under_way, self._launch(going) if going else None
         self._collect(before)
-        if self._device.type != "cuda":
+        if not self.late:
             self.collect()
         return len(going), sum([r.written for r in going])
 

@@ -288,10 +288,11 @@ class EngineLoop:
             self._charge()
             plan = self._scheduler.plan(self._pool.available, self._pool.freeing, starting=PREFILLS)
         self.tally.scheduler_seconds += time.perf_counter() - began
-        for ticket in plan.preempt:
-            self._preempt(self._by_ticket[ticket])
-        for ticket in plan.start:
-            request = self._by_ticket[ticket]
+        # Preempting one delivers tokens, which may end another.
+        preempted, started = ([self._by_ticket[ticket] for ticket in tickets] for tickets in (plan.preempt, plan.start))
+        for request in preempted:
+            self._preempt(request)
+        for request in started:
             request.generation.watch.lap("queue")
             request.phase = Phase.ADMITTED
             self._admitted.append(request)

@@ -106,6 +106,7 @@ def hall(
     max_queued: int = 1000,
     max_preemptions: int = 100,
     stall_s: float = 0.0,
+    late: bool = False,
 ) -> Iterator[Hall]:
     runner = runner or make_runner("llama")
     own = store or ChunkStore(root / "store", capacity_bytes=2**22, ram_bytes=0, threads=1)
@@ -121,6 +122,7 @@ def hall(
         aging_s=1e9,
     )
     loop = EngineLoop(runner, own, pool, scheduler, max_running=max_running, on_missing=lambda _: None, stall_s=stall_s)
+    loop._decodes.late = late
     try:
         yield Hall(loop, pool, runner)
     finally:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import threading
+from contextlib import suppress
 
 import pytest
 
@@ -40,19 +41,17 @@ def test_a_batch_answers_as_each_alone(tmp_path, runner, prompts, answers):
         place.check()
 
 
+@pytest.mark.parametrize("late", [False, True])
 @pytest.mark.parametrize("preemption", MODES)
-def test_preemption_changes_no_token(tmp_path, runner, prompts, answers, preemption):
-    """Blocks for about three of ten requests, and priorities that change all the time."""
+def test_preemption_changes_no_token(tmp_path, runner, prompts, answers, preemption, late):
+    """Blocks for about three of ten requests, and priorities that change all the time. ``late``: as on a GPU."""
     chooser = random.Random(1)
-    with hall(tmp_path, runner=runner, blocks=30, preemption=preemption, policy="priority") as place:
+    with hall(tmp_path, runner=runner, blocks=30, preemption=preemption, policy="priority", late=late) as place:
         asked = [place.ask(prompt, 40) for prompt in prompts]
         while not all(one.ended.wait(0.002) for one in asked):
             for one in asked:
-                if not one.ended.is_set():
-                    try:
-                        place.loop.reprioritize(one.generation.id, chooser.randrange(10))
-                    except NotFoundError:
-                        continue
+                with suppress(NotFoundError):
+                    place.loop.reprioritize(one.generation.id, chooser.randrange(10))
         assert [one.tokens for one in asked] == answers
         assert place.loop.stats()["preemptions"] > 10
         place.check()
@@ -207,12 +206,19 @@ def test_closing_ends_everybody_once(tmp_path, runner, prompts):
             assert isinstance(error, EngineClosedError)
 
 
-def storm(tmp_path, runner, *, seed: int, requests: int, preemption: str) -> None:
+def storm(tmp_path, runner, *, seed: int, requests: int, preemption: str, late: bool = True) -> None:
     """Requests come, are cancelled, change places, share beginnings, and fail, in any order."""
     chooser = random.Random(seed)
     beginnings = [token_ids(48, seed=90 + i) for i in range(3)]
     with hall(
-        tmp_path, runner=runner, blocks=40, host_blocks=30, preemption=preemption, policy="vtc", max_running=6
+        tmp_path,
+        runner=runner,
+        blocks=40,
+        host_blocks=30,
+        preemption=preemption,
+        policy=chooser.choice(["vtc", "priority"]),
+        max_running=6,
+        late=late,
     ) as place:
         live = []
         for number in range(requests):
@@ -223,6 +229,8 @@ def storm(tmp_path, runner, *, seed: int, requests: int, preemption: str) -> Non
                 asked.generation.on_token = lambda *_: 1 / 0  # its own failure
             live.append((asked, prompt))
             for one, _ in chooser.sample(live, min(len(live), 2)):
+                with suppress(NotFoundError):
+                    place.loop.reprioritize(one.generation.id, chooser.randrange(3), one.generation.tenant)
                 if chooser.random() < 0.15:
                     one.generation.stop.set()
             while len([1 for one, _ in live if not one.ended.is_set()]) > 12:
