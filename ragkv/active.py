@@ -62,15 +62,19 @@ class Active:
     @property
     def usable(self) -> int:
         """Tokens of the table's that a prefill can go on from: whole blocks, and no part of a chunk."""
-        tokens = self.table.tokens if self.table is not None else 0
-        for span in self.generation.plan.spans:
+        tokens = _whole(self.table.tokens if self.table is not None else 0)
+        for span in reversed(self.generation.plan.spans):  # whole blocks may end in the chunk before
             if span.start < tokens < span.end:
-                tokens = span.start
-        return tokens // BLOCK_TOKENS * BLOCK_TOKENS
+                tokens = _whole(span.start)
+        return tokens
 
     @property
     def lineage(self) -> Lineage:
         return self.generation.lineage
+
+
+def _whole(tokens: int) -> int:
+    return tokens // BLOCK_TOKENS * BLOCK_TOKENS
 
 
 def admit(generation: Generation) -> Active:
