@@ -50,8 +50,9 @@ def check_report(answer: Answer, text: str) -> list[str]:
         faults.append(f"streamed {text!r}, answered {answer.text!r}")
     if sum(chunk.tokens for chunk in chunks) != usage.context_tokens:
         faults.append("the chunks' tokens do not add up to context_tokens")
-    if sum(chunk.tokens - chunk.repaired_tokens for chunk in chunks) != usage.cached_tokens:
-        faults.append("the chunks' untouched tokens do not add up to cached_tokens")
+    untouched = sum(chunk.tokens - chunk.repaired_tokens for chunk in chunks if chunk.kv != "prefix")
+    if usage.prefix_tokens + untouched != usage.cached_tokens:
+        faults.append("the known beginning and the chunks' untouched tokens do not add up to cached_tokens")
     if any(chunk.kv == "computed" and not chunk.why for chunk in answer.chunks):
         faults.append("a computed chunk gives no reason")
     parts = (

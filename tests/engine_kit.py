@@ -8,6 +8,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Literal, NamedTuple
 
 from ragkv.engine import Engine
 from ragkv.retrievers import Document
@@ -43,38 +44,63 @@ def wait_idle(engine: Engine) -> None:
     eventually(idle)
 
 
-class Probe:
-    """Watches every layer the engine runs: ``layers`` is the number of rows of each; holds the thread when told to.
+class Ran(NamedTuple):
+    """``rows`` tokens went through one layer of a prompt's or chunk's prefill, or through all of a decode step."""
 
-    ``hold_at(rows)`` is asked before each layer; while it holds, ``held`` is set, until :meth:`release`.
+    what: Literal["layer", "decode"]
+    rows: int
+
+
+class Probe:
+    """Logs what the engine computes, in order, and holds its thread when told to.
+
+    ``hold_at(ran)`` is asked before each layer or decode step; when it says so, ``held`` is set and the thread waits
+    for :meth:`release`.
     """
 
     def __init__(self, engine: Engine) -> None:
-        self.layers: list[int] = []
+        self.log: list[Ran] = []
         self.held = threading.Event()
         self._go = threading.Event()
-        self._hold_at: Callable[[int], bool] | None = None
-        self.caches: list[weakref.ref] = []
-        runner = engine._checkpoint.runner
-        run_layer, new_kv = runner.run_layer, runner.new_kv
+        self._hold_at: Callable[[Ran], bool] | None = None
+        self.workspaces: list[weakref.ref] = []
+        self._pool = engine._loop._pool
+        runner, decoder = engine._checkpoint.runner, engine._loop._decodes._decoder
+        run_layer, new_kv, step = runner.run_layer, runner.new_kv, decoder.step
 
         def watched_layer(layer, rows):
-            count = rows.hidden.shape[1]
-            if self._hold_at and self._hold_at(count):
-                self._hold_at = None
-                self.held.set()
-                assert self._go.wait(PATIENCE_S)
-            self.layers.append(count)
+            self._see(Ran("layer", rows.hidden.shape[1]))
             run_layer(layer, rows)
+
+        def watched_step(lanes):
+            self._see(Ran("decode", len(lanes)))
+            return step(lanes)
 
         def watched_kv(*args, **kwargs):
             kv = new_kv(*args, **kwargs)
-            self.caches.append(weakref.ref(kv))
+            self.workspaces.append(weakref.ref(kv))
             return kv
 
-        runner.run_layer, runner.new_kv = watched_layer, watched_kv
+        runner.run_layer, runner.new_kv, decoder.step = watched_layer, watched_kv, watched_step
 
-    def hold(self, at: Callable[[int], bool]) -> None:
+    def _see(self, ran: Ran) -> None:
+        if self._hold_at and self._hold_at(ran):
+            self._hold_at = None
+            self.held.set()
+            assert self._go.wait(PATIENCE_S)
+        self.log.append(ran)
+
+    @property
+    def layers(self) -> list[int]:
+        """Rows of each layer of a prefill."""
+        return [ran.rows for ran in self.log if prefilling(ran)]
+
+    @property
+    def steps(self) -> list[int]:
+        """Rows of each decode step."""
+        return [ran.rows for ran in self.log if decoding(ran)]
+
+    def hold(self, at: Callable[[Ran], bool]) -> None:
         self._go.clear()
         self.held.clear()
         self._hold_at = at
@@ -86,17 +112,18 @@ class Probe:
         self._hold_at = None
         self._go.set()
 
-    def kv_alive(self) -> int:
+    def all_released(self) -> bool:
+        """No prefill's workspace is alive, and nobody needs a block of the pool; asked while nothing runs."""
         gc.collect()
-        return sum(ref() is not None for ref in self.caches)
+        return not any(ref() for ref in self.workspaces) and self._pool.available == self._pool.memory.blocks
 
 
-def prefilling(rows: int) -> bool:
-    return rows > 1
+def prefilling(ran: Ran) -> bool:
+    return ran.what == "layer"
 
 
-def decoding(rows: int) -> bool:
-    return rows == 1
+def decoding(ran: Ran) -> bool:
+    return ran.what == "decode"
 
 
 @contextmanager

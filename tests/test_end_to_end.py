@@ -82,7 +82,11 @@ def test_own_documents_need_no_collection(client, engine):
     assert all(chunk.why == "not stored yet" for chunk in first.chunks)
     wait_until(lambda: engine.health().encoding == 0)
     second = client.query(QUESTION, documents=DOCUMENTS[:2])
-    assert {chunk.kv for chunk in second.chunks} <= {"ram", "ssd"}
+    assert {chunk.kv for chunk in second.chunks} == {"prefix"}
+    behind = client.query(QUESTION, documents=DOCUMENTS[:2], system="Behind something else.")
+    assert {chunk.kv for chunk in behind.chunks} <= {"ram", "ssd"}
+    for answer in (first, second, behind):
+        assert check_report(answer, answer.text) == []
 
 
 def test_bad_input_is_answered_and_the_server_lives(client):

@@ -9,9 +9,21 @@ import pytest
 
 from ragkv.engine import Engine
 from ragkv.errors import ConfigError, EngineClosedError, InputError, NotAModelError, NotFoundError
+from ragkv.paged import BLOCK_TOKENS
 from ragkv.types import Answer, DoneEvent, Message, QueryRequest, SourcesEvent, TokenEvent
 from tests.conftest import save_checkpoint
-from tests.engine_kit import DOCUMENTS, NAMES, QUESTION, Probe, decoding, document, eventually, in_threads, wait_idle
+from tests.engine_kit import (
+    DOCUMENTS,
+    NAMES,
+    QUESTION,
+    Probe,
+    decoding,
+    document,
+    eventually,
+    in_threads,
+    prefilling,
+    wait_idle,
+)
 
 METHODS = ["none", "epic", "random", "question", "hkvd", "full"]
 LAYERS = 4
@@ -37,19 +49,28 @@ def check_report(answer: Answer, layers: int = LAYERS) -> None:
     """What every answer must hold, whatever happened."""
     sources = answer.sources
     assert answer.usage.context_tokens == sum(c.tokens for c in sources)
-    assert answer.usage.cached_tokens == sum(c.tokens - c.repaired_tokens for c in sources)
+    prefix = answer.usage.prefix_tokens
+    assert 0 <= prefix < answer.usage.prompt_tokens
+    assert prefix % BLOCK_TOKENS == 0
+    assert answer.usage.cached_tokens == prefix + sum(c.tokens - c.repaired_tokens for c in sources if c.kv != "prefix")
     total = answer.usage.context_tokens * layers
     recomputed = sum(c.recomputed_token_layers for c in sources)
     assert answer.recomputed_share == pytest.approx(recomputed / total if total else 0.0)
     for chunk in answer.chunks:
         assert 0 <= chunk.repaired_tokens <= chunk.tokens
         assert chunk.recomputed_token_layers <= chunk.tokens * layers
+        if chunk.kv == "prefix":
+            assert chunk.why
+            assert chunk.recomputed_token_layers == chunk.repaired_tokens == 0
         if chunk.kv == "computed":
             assert chunk.why
             assert chunk.recomputed_token_layers == chunk.tokens * layers
         if chunk.kv == "dropped":
             assert chunk.why
             assert chunk.position is None
+    # Each chunk is either in the known beginning, or behind it.
+    assert all((c.kv == "prefix") == (c.position < prefix) for c in sources)
+    assert all(c.position + c.tokens <= prefix for c in sources if c.kv == "prefix")
     positions = [(c.position, c.position + c.tokens) for c in sources]
     assert positions == sorted(positions)
     assert all(a[1] == b[0] for a, b in pairwise(positions))
@@ -121,10 +142,7 @@ def test_usage_and_length(shared):
 
 def test_an_end_token_ends_the_answer_and_is_no_text(shared, monkeypatch):
     whole = shared.query(QUESTION, max_tokens=8)
-    seen: list[int] = []
-    decode = shared._checkpoint.runner.decode
-    monkeypatch.setattr(shared._checkpoint.runner, "decode", lambda t, p, kv: seen.append(t) or decode(t, p, kv))
-    shared.query(QUESTION, max_tokens=8)
+    seen = [token.token_id for token in shared.query(QUESTION, max_tokens=8, logprobs=0).logprobs]
     at = next(i for i in range(2, 7) if seen[i] not in seen[:i])
     monkeypatch.setattr(shared._checkpoint.runner, "eos_ids", frozenset({seen[at]}))
     cut = shared.query(QUESTION, max_tokens=8)
@@ -176,6 +194,24 @@ def test_earlier_turns_change_the_answer(shared):
     answer = shared.query("Who am I?", history=history)
     assert answer.usage.prompt_tokens > shared.query("Who am I?").usage.prompt_tokens
     check_report(answer)
+
+
+def test_a_repeated_question_finds_its_beginning_unless_it_names_a_method(make_engine):
+    engine = make_engine()
+    engine.ingest("c", DOCUMENTS, encode="lazy")
+    asked = {"collection": "c", "max_tokens": 12}
+    first, again = engine.query(QUESTION, **asked), engine.query(QUESTION, **asked)
+    assert {c.kv for c in again.sources} == {"prefix"}
+    assert (first.usage.prefix_tokens, again.recomputed_share) == (0, 0.0)
+    assert again.usage.prefix_tokens >= again.usage.context_tokens
+    assert again.text == first.text
+    wait_idle(engine)
+    for method in ("full", "none"):
+        named = engine.query(QUESTION, method=method, **asked)
+        assert named.usage.prefix_tokens == 0
+        assert {c.kv for c in named.sources} <= ({"computed"} if method == "full" else {"ram", "ssd"})
+        check_report(named)
+    check_report(again)
 
 
 def test_fields_override_those_of_a_request(shared):
@@ -250,7 +286,7 @@ def test_async_errors(shared):
 def test_cancelling_the_task_cancels_the_request(make_engine, state):
     engine = make_engine()
     probe = Probe(engine)
-    probe.hold(decoding if state == "decode" else lambda rows: rows > 1)
+    probe.hold(decoding if state == "decode" else prefilling)
 
     async def ask():
         task = asyncio.create_task(engine.aquery(QUESTION, max_tokens=1500))
@@ -262,8 +298,9 @@ def test_cancelling_the_task_cancels_the_request(make_engine, state):
 
     asyncio.run(ask())
     wait_idle(engine)
-    assert len(probe.layers) < 10 * LAYERS
-    eventually(lambda: probe.kv_alive() == 0)
+    assert len(probe.layers) == (LAYERS if state == "decode" else 1)
+    assert len(probe.steps) == (1 if state == "decode" else 0)
+    eventually(probe.all_released)
 
 
 def test_closing_an_async_stream_cancels_the_request(make_engine):
@@ -279,7 +316,8 @@ def test_closing_an_async_stream_cancels_the_request(make_engine):
 
     asyncio.run(ask())
     wait_idle(engine)
-    assert len(probe.layers) < 1500 * LAYERS
+    assert len(probe.steps) < 1499
+    eventually(probe.all_released)
 
 
 # The engine's own life

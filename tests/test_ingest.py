@@ -89,7 +89,8 @@ def test_lazy_documents_are_computed_at_first_use_and_stored_then(engine):
     assert {(c.kv, c.why) for c in first.chunks} == {("computed", "not stored yet")}
     wait_idle(engine)
     assert engine.cache_stats().entries == 5
-    second = engine.query(QUESTION, collection="c", top_k=5)
+    second = engine.query(QUESTION, collection="c", top_k=5, system="Behind something else.")
+    check_report(second)
     assert {c.kv for c in second.chunks} <= {"ssd", "ram"}
     assert second.usage.cached_tokens > 0
 

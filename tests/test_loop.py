@@ -6,13 +6,16 @@ from itertools import pairwise
 
 import pytest
 
-from ragkv import loop
+from ragkv import decodes, loop
+from ragkv.active import Active
+from ragkv.engine import Engine
 from ragkv.errors import EngineClosedError, QueueFullError
 from ragkv.types import DoneEvent, SourcesEvent, TokenEvent
 from tests.engine_kit import (
     DOCUMENTS,
     QUESTION,
     Probe,
+    Ran,
     decoding,
     document,
     eventually,
@@ -29,22 +32,22 @@ def one_at_a_time(make_engine):
     return make_engine(max_running=1, max_queued=1)
 
 
-def runs_between(layers: list[int], rows: int) -> list[int]:
-    """How many decode layers ran between consecutive layers with ``rows`` rows."""
-    at = [i for i, count in enumerate(layers) if count == rows]
-    return [b - a - 1 for a, b in pairwise(at)]
+def steps_between(log: list[Ran], rows: int) -> list[list[int]]:
+    """Rows of the decode steps between consecutive prefill layers of ``rows`` rows."""
+    at = [i for i, ran in enumerate(log) if ran == Ran("layer", rows)]
+    return [[ran.rows for ran in log[a:b] if decoding(ran)] for a, b in pairwise(at)]
 
 
-def test_a_long_prefill_gives_every_running_request_a_token_between_layers(engine, monkeypatch):
-    monkeypatch.setattr(loop, "PREFILL_SLICE_S", 0.0)
+def test_a_long_prefill_gives_every_running_request_a_token_between_layers(make_engine):
+    engine = make_engine(stall_ms=1e-6)
     probe = Probe(engine)
     running = [engine.stream(f"Question {i}?", max_tokens=40) for i in range(2)]
     for stream in running:
         next(stream)
-    eventually(lambda: engine.health().running == 2 and len(probe.layers) > 4 * LAYERS)
+    eventually(lambda: 2 in probe.steps)
     probe.hold(decoding)
     probe.wait_held()
-    del probe.layers[:]
+    probe.log.clear()
     late = engine.stream("And now?", documents=[{"text": document("Long", 60).text}], method="full", max_tokens=1)
     with in_threads(lambda: list(late)) as results:
         eventually(lambda: engine.health().queued == 1)
@@ -52,13 +55,13 @@ def test_a_long_prefill_gives_every_running_request_a_token_between_layers(engin
     [events] = results
     rows = events[-1].answer.usage.prompt_tokens
     assert rows > 500
-    assert runs_between(probe.layers, rows) == [2 * LAYERS] * (LAYERS - 1)
+    assert steps_between(probe.log, rows) == [[2]] * (LAYERS - 1)
     for stream in running:
         assert isinstance(list(stream)[-1], DoneEvent)
 
 
 def test_encoding_in_the_background_gives_running_requests_tokens_between_layers(engine, monkeypatch):
-    monkeypatch.setattr(loop, "PREFILL_SLICE_S", 0.0)
+    monkeypatch.setattr(loop, "_ENCODE_SLICE_S", 0.0)
     probe = Probe(engine)
     stream = engine.stream(QUESTION, max_tokens=60)
     probe.hold(decoding)
@@ -66,11 +69,11 @@ def test_encoding_in_the_background_gives_running_requests_tokens_between_layers
     probe.wait_held()
     with in_threads(lambda: engine.ingest("c", DOCUMENTS[:2])):
         eventually(lambda: engine._loop._encodes)
-        del probe.layers[:]
+        probe.log.clear()
         probe.release()
     list(stream)
-    encoded = next(count for count in probe.layers if count > 1)
-    assert min(runs_between(probe.layers, encoded)) >= LAYERS
+    encoded = probe.layers[0]
+    assert steps_between(probe.log, encoded)[: LAYERS - 1] == [[1]] * (LAYERS - 1)
 
 
 def test_encoding_goes_on_while_requests_keep_coming(make_engine):
@@ -78,15 +81,16 @@ def test_encoding_goes_on_while_requests_keep_coming(make_engine):
     engine = make_engine(max_queued=8)
     probe = Probe(engine)
     probe.hold(prefilling)
-    first = engine.stream(QUESTION, max_tokens=1)
+    fields = {"method": "full", "max_tokens": 1}  # every prompt is computed whole
+    first = engine.stream(QUESTION, **fields)
     with in_threads(lambda: list(first)):
         probe.wait_held()
-        with in_threads(*[lambda: engine.query(QUESTION, max_tokens=1)] * 6, lambda: engine.ingest("c", DOCUMENTS[:1])):
+        with in_threads(*[lambda: engine.query(QUESTION, **fields)] * 6, lambda: engine.ingest("c", DOCUMENTS[:1])):
             eventually(lambda: engine.health().queued == 6 and engine._loop._encodes)
             probe.release()
     prompt = probe.layers[0]
     last_prompt = max(i for i, rows in enumerate(probe.layers) if rows == prompt)
-    first_encoded = min(i for i, rows in enumerate(probe.layers) if rows not in (prompt, 1))
+    first_encoded = min(i for i, rows in enumerate(probe.layers) if rows != prompt)
     assert first_encoded < last_prompt
 
 
@@ -100,12 +104,11 @@ def test_a_request_cancelled_while_it_waits_never_runs(one_at_a_time):
     second = engine.stream("Another question, of another length?", max_tokens=4)
     assert isinstance(next(second), SourcesEvent)
     second.close()
-    before = len([count for count in probe.layers if count > 1])
     probe.release()
     assert isinstance(list(first)[-1], DoneEvent)
     wait_idle(engine)
-    assert len([count for count in probe.layers if count > 1]) == before == LAYERS
-    eventually(lambda: probe.kv_alive() == 0)
+    assert len(probe.layers) == LAYERS
+    eventually(probe.all_released)
 
 
 def test_the_cancelled_do_not_fill_the_queue(one_at_a_time):
@@ -129,14 +132,14 @@ def test_a_request_cancelled_in_prefill_stops_at_the_next_layer_and_lets_go_of_e
     entries = engine.cache_stats().entries
     probe = Probe(engine)
     stream = engine.stream(QUESTION, collection="c", method=method)
-    probe.hold(lambda rows: prefilling(rows) and len(probe.layers) == 1)
+    probe.hold(lambda ran: prefilling(ran) and len(probe.layers) == 1)
     next(stream)
     probe.wait_held()
     stream.close()
     probe.release()
     wait_idle(engine)
     assert len(probe.layers) == 2
-    eventually(lambda: probe.kv_alive() == 0)
+    eventually(probe.all_released)
     assert engine.cache_clear() == entries, "entries are still leased"
 
 
@@ -148,8 +151,8 @@ def test_a_request_cancelled_in_decode_stops(engine):
     assert isinstance(next(stream), TokenEvent)
     stream.close()
     wait_idle(engine)
-    assert len([count for count in probe.layers if count == 1]) < 1000 * LAYERS
-    eventually(lambda: probe.kv_alive() == 0)
+    assert len(probe.steps) < 999
+    eventually(probe.all_released)
 
 
 def test_leases_end_with_the_prefill(engine):
@@ -175,7 +178,7 @@ def test_a_full_queue_refuses_and_what_is_queued_still_runs(one_at_a_time):
     next(second)
     with pytest.raises(QueueFullError, match="try again later") as caught:
         next(third)
-    assert caught.value.context == {"limit": 1}
+    assert caught.value.context == {"setting": "max_queued", "value": 1}
     assert (engine.health().running, engine.health().queued) == (1, 1)
     probe.release()
     assert isinstance(list(first)[-1], DoneEvent)
@@ -186,51 +189,61 @@ class FaultError(RuntimeError):
     pass
 
 
+def fail_in(where: str, engine: Engine, monkeypatch, victim: Active) -> None:
+    """From now on ``victim`` cannot be computed, whoever is computed along with it."""
+    module = {"first sampling": loop, "later sampling": decodes}.get(where)
+    if module is not None:
+        sample = module.sample
+
+        def choose(logits, samplers):
+            if any(sampler.params == victim.generation.sampling for sampler in samplers):
+                raise FaultError("no token")
+            return sample(logits, samplers)
+
+        monkeypatch.setattr(module, "sample", choose)
+    elif where == "prefill":
+        runner = engine._checkpoint.runner
+        run_layer = runner.run_layer
+
+        def run(layer, rows):
+            if victim.prefill is not None and layer == 1:
+                raise FaultError("no layer")
+            run_layer(layer, rows)
+
+        runner.run_layer = run
+    else:
+        decoder = engine._loop._decodes._decoder
+        step = decoder.step
+
+        def decode(lanes):
+            if victim.lane in lanes:
+                raise FaultError("no step")
+            return step(lanes)
+
+        decoder.step = decode
+
+
 @pytest.mark.parametrize("where", ["prefill", "first sampling", "decode", "later sampling"])
 def test_a_failing_request_leaves_the_others_alive(engine, monkeypatch, where):
     monkeypatch.setattr(loop.log, "error", lambda *_, **__: None)  # pytest's records would keep the KV alive
-    expected = engine.query(QUESTION, max_tokens=30).text
+    wanted = {"max_tokens": 30, "temperature": 1.0, "seed": 1, "presence_penalty": 0.5}
+    expected = engine.query(QUESTION, **wanted).text
     probe = Probe(engine)
-    runner = engine._checkpoint.runner
-    healthy = engine.stream(QUESTION, max_tokens=30)
+    healthy = engine.stream(QUESTION, **wanted)
     probe.hold(decoding)
     next(healthy)
     probe.wait_held()
-
-    victim = engine.stream("Another one, which will fail?", max_tokens=5)
-    next(victim)
-    generation = engine._loop._waiting[0]
-    sampler, calls = generation.sampler, []
-
-    def sample(logits):
-        calls.append(1)
-        if len(calls) == (1 if where == "first sampling" else 3):
-            raise FaultError("no token")
-        return sampler(logits)
-
-    run_layer, length = runner.run_layer, len(generation.plan.ids)
-
-    def run(layer, rows):
-        positions = rows.step.positions
-        if (where == "prefill" and len(positions) == length) or (
-            where == "decode" and len(positions) == 1 and rows.step.kv.capacity == length + 5
-        ):
-            runner.run_layer = run_layer
-            raise FaultError("no layer")
-        run_layer(layer, rows)
-
-    if "sampling" in where:
-        generation.sampler = sample
-    else:
-        runner.run_layer = run
+    victim = engine.stream("Another one, which will fail?", max_tokens=5, seed=2)
+    request_id = next(victim).id
+    fail_in(where, engine, monkeypatch, engine._loop._by_id[request_id])
     probe.release()
     with pytest.raises(FaultError):
         list(victim)
     assert list(healthy)[-1].answer.text == expected
     wait_idle(engine)
     assert engine.health().status == "ok"
-    assert engine.query(QUESTION, max_tokens=30).text == expected
-    eventually(lambda: probe.kv_alive() == 0)
+    assert engine.query(QUESTION, **wanted).text == expected
+    eventually(probe.all_released)
 
 
 @pytest.mark.parametrize("options", [{"temperature": 1e-300}, {"temperature": 1e-300, "top_p": 1e-300, "seed": 1}])
@@ -245,7 +258,7 @@ def test_closing_ends_every_request_in_flight_with_an_error(make_engine):
     running = engine.stream(QUESTION, max_tokens=100)
     next(running)
     next(running)
-    probe.hold(lambda rows: rows > 300)
+    probe.hold(lambda ran: ran.rows > 300)
     long = {"documents": [{"text": document("Long", 40).text}], "method": "full"}
     calls = [
         lambda: list(running),
