@@ -238,7 +238,7 @@ def test_an_engine_serves_on_as_if_the_lost_chunk_had_never_been_stored(engine, 
     assert said(calls[1]()) == said(undisturbed[1])  # and again
     wait_idle(engine)
     del answers
-    eventually(lambda: probe.kv_alive() == 0)
+    eventually(probe.all_released)
     engine.cache_clear()
     assert store.stats().entries == 0  # no lease is left
 
