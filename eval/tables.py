@@ -1,7 +1,7 @@
 """Tables in the docs, made of result files: ``python -m ragkv.eval.tables docs/*.md`` writes them anew.
 
-In a page a table stands between ``<!-- quality FILE field=value … -->`` or ``<!-- ttft FILE field=value … -->`` and
-``<!-- end -->``; rows with other values are left out. Files are looked for from the folder one works in.
+In a page a table stands between ``<!-- quality FILE field=value … -->``, or the like with ``ttft``, ``decode`` or ``serving``,
+and ``<!-- end -->``; rows with other values are left out. Files are looked for from the folder one works in.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 Row = dict[str, Any]
-_TABLE = re.compile(r"(<!-- (quality|ttft) (\S+)((?: \w+=\S+)*) -->\n).*?(<!-- end -->)", re.DOTALL)
+_TABLE = re.compile(r"(<!-- (quality|ttft|decode|serving) (\S+)((?: \w+=\S+)*) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def rendered(page: str, root: Path = Path()) -> str:
@@ -69,7 +69,40 @@ def _ttft(rows: Sequence[Row]) -> list[str]:
     return lines + [_line([*key, *(by.get(n, "") for n in contexts)]) for key, by in cells.items()]
 
 
-_KINDS: dict[str, Callable[[Sequence[Row]], list[str]]] = {"quality": _quality, "ttft": _ttft}
+def _decode(rows: Sequence[Row]) -> list[str]:
+    contexts = sorted({row["context_tokens"] for row in rows})
+    cells: dict[int, dict[int, str]] = {}
+    for row in rows:
+        text = f"{row['itl_ms']:.2f} ms, floor {row['floor_ms']:.2f}: **{row['over_floor']:.2f}×**"
+        cells.setdefault(row["batch"], {})[row["context_tokens"]] = text
+    lines = [_line(["batch", *(f"{n:,}" for n in contexts)]), "|" + "---|" * (1 + len(contexts))]
+    return lines + [_line([str(batch), *(by.get(n, "") for n in contexts)]) for batch, by in cells.items()]
+
+
+def _serving(rows: Sequence[Row]) -> list[str]:
+    """Times in ms."""
+    heads = ["preemption", "TTFT P50", "P99", "P99.9", "TBT P50", "P99", "P99.9", "tokens/s", "preempted", "moved"]
+    lines = [_line([*heads, "scheduling"]), "|" + "---|" * (len(heads) + 1)]
+    for row in rows:
+        tails = [row[f"{share}_{what}_ms"] for what in ("ttft", "tbt") for share in ("p50", "p99", "p999")]
+        cells = [
+            f"`{row['preemption']}`",
+            *(f"{ms:,.0f}" if ms >= 100 else f"{ms:.1f}" for ms in tails),
+            f"{row['throughput_tok_s']:,.0f}",
+            f"{row['preemption_rate']:.2f}",
+            f"{row['swap_bytes'] / 1e9:.0f} GB",
+            f"{row['scheduler_share']:.2%}",
+        ]
+        lines.append(_line(cells))
+    return lines
+
+
+_KINDS: dict[str, Callable[[Sequence[Row]], list[str]]] = {
+    "quality": _quality,
+    "ttft": _ttft,
+    "decode": _decode,
+    "serving": _serving,
+}
 
 
 def _method(row: Row) -> str:

@@ -237,6 +237,7 @@ def test_more_logprobs_than_tokens():
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
 def test_on_a_gpu_nothing_waits_and_the_tokens_are_the_same():
     device, logits = torch.device("cuda"), some_logits(20, len(SETTINGS), 1000)
     params = [replace(p, seed=row, logprobs=2) for row, p in enumerate(SETTINGS.values())]

@@ -39,6 +39,7 @@ def test_loops(name):
     check_loops(name, torch.float16, "cuda")
 
 
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
 @torch.inference_mode()
 def test_a_step_never_waits_for_the_device():
     runner = ModelRunner(make_model("llama").to("cuda", torch.bfloat16))
