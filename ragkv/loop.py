@@ -275,8 +275,8 @@ class EngineLoop:
             self.tally.steps += 1
             self.tally.step_seconds += seconds
             self.tally.records.append(StepRecord(rows, seen, done, seconds))
-        elif self._admitted and not encoding:
-            time.sleep(_WAIT_FOR_MOVES_S)  # only moves are waited for
+        elif self._by_ticket and not encoding:
+            time.sleep(_WAIT_FOR_MOVES_S)  # moves are waited for
 
     def _schedule(self) -> None:
         began = time.perf_counter()
