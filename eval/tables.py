@@ -1,6 +1,6 @@
 """Tables in the docs, made of result files: ``python -m ragkv.eval.tables docs/*.md`` writes them anew.
 
-In a page a table stands between ``<!-- quality FILE field=value … -->``, or the like with ``ttft``, ``decode`` or ``serving``,
+In a page a table stands between ``<!-- quality FILE field=value … -->``, or with ``ttft``, ``decode`` or ``serving``,
 and ``<!-- end -->``; rows with other values are left out. Files are looked for from the folder one works in.
 """
 
