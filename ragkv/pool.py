@@ -257,12 +257,6 @@ class KvPool:
         self._cut(table, tokens)
         del table.names[len(table.blocks) :]
 
-    def trim(self, table: Table) -> None:
-        """Give back what a resident table took ahead."""
-        for block in table.blocks[blocks_for(table.tokens + 1) :]:
-            block.users -= 1
-        self._cut(table, table.tokens + 1)
-
     def place(self, table: Table, kv: RequestKV, tokens: int) -> None:
         """Copy what a prefill computed behind what the table had, up to ``tokens`` tokens, from its workspace."""
         first = table.tokens // BLOCK_TOKENS
