@@ -34,7 +34,7 @@ from ragkv.generation import Generation, TokenScores
 from ragkv.kv import Known, RequestKV
 from ragkv.paged import BLOCK_TOKENS
 from ragkv.plan import Span
-from ragkv.pool import KvPool
+from ragkv.pool import KvPool, blocks_for
 from ragkv.prefill import Prefill, PrefillResult
 from ragkv.runner import ModelRunner
 from ragkv.sampling import Sampler, sample
@@ -374,7 +374,7 @@ class EngineLoop:
         if request.table is not None and request.table.resident:
             self._pool.park(request.table)
         request.phase = Phase.OUTSIDE
-        request.ticket.blocks, request.ticket.wants = 0, -(-(len(request.ids) + 1) // BLOCK_TOKENS)
+        request.ticket.blocks, request.ticket.wants = 0, blocks_for(len(request.ids) + 1)
 
     def _withdraw(self, request: Active) -> None:
         """Out of whatever phase it is in."""
