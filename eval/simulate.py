@@ -107,11 +107,12 @@ class _Simulation:
             self._arrive()
             self._land()
             free = self.free + self.idle_blocks
-            self._apply(self.scheduler.plan(free, self.freeing, starting=self.engine.starting))
+            plan = self.scheduler.plan(free, self.freeing, starting=self.engine.starting)
+            self._apply(plan)
             self._grow()
             if self.decoding or self.prefilling:
                 self._step()
-            else:
+            elif not plan.preempt:  # else what it set free is for the next plan to give away
                 self._wait()
         ends = np.array(self.step_ends)
         return SimResult(self.outcomes, ends, self.samples, self.swapped, self.busy)
@@ -337,6 +338,8 @@ class _Simulation:
     def _prefill(self) -> tuple[int, list[_Job]]:
         """Compute prompts, as many tokens as a step may; the tokens, and whose prompts are whole now."""
         budget, done = self.engine.prefill_tokens, []
+        turn = self.scheduler.in_turn([job.ticket for job in self.prefilling])
+        self.prefilling = {self.jobs[ticket]: None for ticket in turn}
         for job in list(self.prefilling):
             tokens = min(budget, job.tokens - job.ready)
             budget -= tokens

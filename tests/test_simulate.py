@@ -127,6 +127,15 @@ def test_every_way_to_preempt_serves_everything(preemption):
     assert result.preemptions > 0
 
 
+def test_what_a_preemption_frees_at_once_is_given_away_next():
+    """The only one that runs gives way to a better one, and nothing else is to come."""
+    requests = [SimRequest(0.0, 100, 60, priority=1), SimRequest(0.01, 150, 4, priority=0)]
+    engine = EngineModel(blocks=12, preemption="recompute")
+    result = simulate(requests, {**SETTINGS, "policy": "priority"}, StepCosts(), engine)
+    check(result)
+    assert result.preemptions == 1
+
+
 def test_alone_a_request_takes_what_its_steps_cost():
     costs = StepCosts(fixed_s=1.0, row_s=0.1, kv_token_s=0.001, prefill_token_s=0.01)
     engine = EngineModel(blocks=100, prefill_tokens=64)
