@@ -114,6 +114,20 @@ def test_a_tenant_ahead_by_more_than_the_quantum_loses_a_running_request():
     assert scheduler.plan(97, 0).preempt == [ahead]
 
 
+def test_a_prefill_under_way_gives_way_to_a_tenant_behind_by_more_than_the_quantum_alone():
+    scheduler = make_scheduler("vtc", quantum=50)
+    ahead, behind = make_ticket(tenant="ahead"), make_ticket(tenant="behind")
+    for ticket in (ahead, behind):
+        scheduler.submit(ticket)
+    scheduler.plan(100, 0)
+    assert scheduler.in_turn([]) == []
+    scheduler.charge(ahead, 8 + 50, 0)
+    assert scheduler.in_turn([ahead, behind]) == [ahead, behind]
+    assert scheduler.in_turn([behind, ahead]) == [behind, ahead]
+    scheduler.charge(ahead, 1, 0)
+    assert scheduler.in_turn([ahead, behind]) == [behind, ahead]
+
+
 def gap(policy: str, seed: int, requests: int) -> tuple[float, float]:
     """Largest difference between counters (service ÷ weight) of backlogged tenants in an overload; half the bound.
 

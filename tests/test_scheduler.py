@@ -125,15 +125,32 @@ def test_equals_do_not_displace_each_other():
     assert waiting.state is State.WAITING
 
 
-def test_prefills_at_once_are_limited():
-    scheduler = make_scheduler()
-    first, second, third = submitted(scheduler, *(make_ticket(str(number)) for number in range(3)))
-    assert scheduler.plan(100, 0, starting=2).start == [first, second]
+def test_prefills_at_once_are_limited_and_the_last_place_is_for_the_better():
+    scheduler = make_scheduler("priority", max_running=9)
+    first, second, third = submitted(scheduler, *(make_ticket(str(number), priority=5) for number in range(3)))
+    assert scheduler.plan(100, 0, starting=3).start == [first, second]
     first.wants = second.wants = 0
     scheduler.charge(first, 8, 0)
-    assert scheduler.plan(100, 0, starting=2).start == []
-    scheduler.charge(first, 0, 1)
-    assert scheduler.plan(100, 0, starting=2).start == [third]
+    assert scheduler.plan(100, 0, starting=3).start == []
+    [better, best] = submitted(scheduler, make_ticket(priority=4), make_ticket(priority=3))
+    assert scheduler.plan(100, 0, starting=3).start == [best]
+    best.wants = 0
+    assert scheduler.in_turn([first, second, best]) == [best, first, second]
+    scheduler.charge(best, 8, 1)
+    assert scheduler.plan(100, 0, starting=3).start == [better]
+    for ticket in (first, second, better):
+        scheduler.charge(ticket, 0, 1)
+    assert scheduler.plan(100, 0, starting=3).start == [third]
+
+
+def test_one_prefill_at_once_has_the_only_place_whoever_comes():
+    scheduler = make_scheduler("priority")
+    [worse] = submitted(scheduler, make_ticket(priority=5))
+    assert scheduler.plan(100, 0, starting=1).start == [worse]
+    worse.wants = 0
+    [better] = submitted(scheduler, make_ticket(priority=0))
+    assert scheduler.plan(100, 0, starting=1).start == []
+    assert scheduler.plan(100, 0, starting=2).start == [better]
 
 
 def test_who_was_preempted_most_often_comes_back_only_with_all_it_may_want():

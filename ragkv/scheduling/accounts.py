@@ -24,7 +24,8 @@ on cᵢ grows by no more than what it had promised already, which eᵢ(s) holds,
 outputs of at most B running requests, 2·O·B/w; so cᵢ ≤ V + U − C until its next start. A lift since then puts cᵢ at
 V − C and leaves at most S·I/w + 2·O·B/w to come. So V − C ≤ cᵢ, cⱼ ≤ V − C + U for any two backlogged tenants. ∎
 
-Preempting (by more than ``quantum``) is not needed for the bound; it only keeps what is seen far below it.
+Neither preempting (by more than ``quantum``) nor the order in which prefills are computed matters to the bound; they
+keep what is seen far below it, and let who asks for little be answered as if nobody flooded.
 """
 
 from __future__ import annotations

@@ -4,6 +4,8 @@
    on their way back, the worst of those that may be preempted gives way, and so on.
 2. *Starts*, best first, preempted and new ones alike, into what is left of blocks and slots. Nobody passes the head of
    the queue: where it does not fit, what comes free gathers for it, so a large request is not starved by small ones.
+   Of the places for prefills the last is kept for a head that may displace every request in its prefill: a better
+   request does not wait for the long prompts of a flood, and none of them loses what was computed.
 3. *Displacing.* A head that does not fit preempts running requests that are strictly worse, the worst first, if those
    make it fit, and no more than it takes. It starts at once where it needed a slot, and in a later plan where it waits
    for their blocks; ``freeing`` counts them until then, so that nobody else is preempted for it.
@@ -38,7 +40,7 @@ class Planning:
         free: blocks.
         freeing: blocks that will soon be free.
         slots: most requests that may run.
-        starting: most requests in their prefill; None: no limit.
+        starting: most requests in their prefill, one of them better than all others if there are any; None: no limit.
     """
 
     def __init__(
@@ -70,7 +72,7 @@ class Planning:
         """Whether it may start now, having preempted whoever had to go."""
         if head.state is State.PREEMPTED and head in self.plan.preempt:
             return False  # what it wants to come back is not known yet
-        if head.prefilling and self._starting is not None and self._prefills() >= self._starting:
+        if head.prefilling and not self._may_prefill(head):
             return False
         need = self._need(head)
         if need > self._soon or len(self._running) >= self._slots:
@@ -127,5 +129,9 @@ class Planning:
         held = ticket.blocks if ticket.state is State.RUNNING else 0
         return max(ticket.wants, ticket.most - held)
 
-    def _prefills(self) -> int:
-        return sum([ticket.prefilling for ticket in self._running])
+    def _may_prefill(self, head: Ticket) -> bool:
+        others = [ticket for ticket in self._running if ticket.prefilling]
+        if self._starting is None or not others:
+            return True
+        left = self._starting - len(others)
+        return left > 1 or (left == 1 and all(map(self._ranking.beaten_by(head), others)))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import count
 
@@ -96,7 +96,8 @@ class Scheduler:
         """What to do before the next step, given blocks that are free and blocks that soon will be.
 
         Args:
-            starting: how many requests may be in their prefill at once; None: as many as may run.
+            starting: how many requests may be in their prefill at once, the last of them only where it may displace
+                all the others; None: as many as may run.
         """
         planning = Planning(
             self._ranking,
@@ -115,6 +116,14 @@ class Scheduler:
             else:
                 self._count_waiting(ticket, -1)
         return plan
+
+    def in_turn(self, prefills: Sequence[Ticket]) -> list[Ticket]:
+        """Requests in their prefill in the order to compute them, best first. The first of ``prefills`` is under way
+        and goes on unless the best may displace it, so that equals do not take turns."""
+        ranked = sorted(prefills, key=self._ranking.order)
+        if ranked and not self._ranking.beaten_by(ranked[0])(prefills[0]):
+            ranked.sort(key=lambda ticket: ticket is not prefills[0])
+        return ranked
 
     def finish(self, ticket: Ticket) -> None:
         """The request is over, from whatever state, however often this is said."""
