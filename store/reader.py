@@ -88,14 +88,14 @@ class OpenEntry:
 
 
 class _Reading:
-    """One entry under reading: what of it stays in RAM, and what went wrong with it so far."""
+    """One entry under reading, layers in ``order``: what of it stays in RAM, and what went wrong with it so far."""
 
-    def __init__(self, source: Source, allocate: Allocate | None) -> None:
+    def __init__(self, source: Source, order: Sequence[int], allocate: Allocate | None) -> None:
         self.source = source
         self.header = source.header
         self.reserved = 0
         self.kept: dict[int, Array] = {}
-        self._allocate = allocate
+        self._order, self._allocate = order, allocate
         self._failed: tuple[int, StoreError] | None = None
         self._lock = threading.Lock()
 
@@ -103,11 +103,12 @@ class _Reading:
     def failed(self) -> bool:
         return self._failed is not None
 
-    def slab(self, layer: int) -> SlabOrError:
-        """The layer's bytes, verified unless they were in RAM already."""
+    def slab(self, turn: int) -> SlabOrError:
+        """The bytes of the layer whose turn it is, verified unless they were in RAM already."""
+        layer = self._order[turn]
         if self.source.lane is None:
             return self.source.slab(layer, None)
-        earlier = self.error_at(layer)
+        earlier = self.error_at(turn)
         if earlier is not None:
             return earlier
         given = self._given(layer)
@@ -115,17 +116,17 @@ class _Reading:
             slab = self._own(layer) if given is None else self._into(given, layer)
         except StoreError as error:
             error.context.update(key=self.header.key.hex(), layer=layer)
-            if self._fail(layer, error) and isinstance(error, CorruptEntryError):
+            if self._fail(turn, error) and isinstance(error, CorruptEntryError):
                 self.source.reject()
             return error
         if slab is None:
             raise StoreError("a buffer from allocate() was written to while it was being filled")
         return slab
 
-    def error_at(self, layer: int) -> StoreError | None:
-        """What the entry's layers from the first bad one on answer."""
+    def error_at(self, turn: int) -> StoreError | None:
+        """What the entry's layers answer from the turn of the first bad one on."""
         failed = self._failed
-        return failed[1] if failed is not None and failed[0] <= layer else None
+        return failed[1] if failed is not None and failed[0] <= turn else None
 
     def _given(self, layer: int) -> Array | None:
         if self._allocate is None:
@@ -157,12 +158,12 @@ class _Reading:
     def _matches(self, layer: int, buffer: Array) -> bool:
         return xxhash.xxh3_64_intdigest(buffer.data) == self.header.slabs[layer].checksum
 
-    def _fail(self, layer: int, error: StoreError) -> bool:
-        """Give up on the entry from ``layer`` on. True the first time: layers are read at once, in no order."""
+    def _fail(self, turn: int, error: StoreError) -> bool:
+        """Give up on the entry from ``turn`` on. True the first time: several layers are read at once."""
         with self._lock:
             first = self._failed is None
-            if self._failed is None or layer < self._failed[0]:
-                self._failed = (layer, error)
+            if self._failed is None or turn < self._failed[0]:
+                self._failed = (turn, error)
         return first
 
 
@@ -173,7 +174,15 @@ class LayerReader(Iterator[list[SlabOrError]]):
     waited for it.
     """
 
-    def __init__(self, entries: Sequence[OpenEntry], *, depth: int, allocate: Allocate | None, ram: RamTier) -> None:
+    def __init__(
+        self,
+        entries: Sequence[OpenEntry],
+        *,
+        depth: int,
+        allocate: Allocate | None,
+        ram: RamTier,
+        order: Sequence[int] | None = None,
+    ) -> None:
         self._readings: list[_Reading] = []
         self._ahead: deque[list[Future[list[SlabOrError]]]] = deque()
         self._ram = ram
@@ -184,9 +193,12 @@ class LayerReader(Iterator[list[SlabOrError]]):
         if len(counts) > 1:
             raise StoreError(f"entries of different depth cannot be read together: {sorted(counts)} layers")
         self._layers = counts.pop() if counts else 0
+        self._order = range(self._layers) if order is None or not entries else tuple(order)
+        if sorted(self._order) != list(range(self._layers)):
+            raise StoreError(f"order must name each of {self._layers} layers once, not {self._order}", setting="order")
         try:
             for entry in entries:
-                self._readings.append(_Reading(entry.source(), allocate))
+                self._readings.append(_Reading(entry.source(), self._order, allocate))
             self._tasks = self._spread()
             self.traffic = {self._readings[task[0]].source.tier: Traffic() for _, task in self._tasks}
             for _ in range(min(depth, self._layers)):
@@ -201,7 +213,7 @@ class LayerReader(Iterator[list[SlabOrError]]):
             raise StopIteration
         try:
             self._submit()
-            layer = self._next - len(self._ahead)
+            turn = self._next - len(self._ahead)
             began = time.perf_counter()
             found = [future.result() for future in self._ahead[0]]
             self.waited += time.perf_counter() - began
@@ -211,7 +223,7 @@ class LayerReader(Iterator[list[SlabOrError]]):
         self._ahead.popleft()
         if not self._ahead:
             self._promote()
-        return self._in_order(layer, found)
+        return self._in_order(turn, found)
 
     def close(self) -> None:
         """Stop reading. No buffer is written to afterwards."""
@@ -262,20 +274,20 @@ class LayerReader(Iterator[list[SlabOrError]]):
     def _submit(self) -> None:
         if self._next == self._layers:
             return
-        layer, self._next = self._next, self._next + 1
+        turn, self._next = self._next, self._next + 1
         self._ahead.append([])
         try:
             for lane, task in self._tasks:
-                self._ahead[-1].append(lane.submit(self._read, layer, task))
+                self._ahead[-1].append(lane.submit(self._read, turn, task))
         except RuntimeError as error:
             raise StoreError("the store was closed while its entries were being read") from error
 
-    def _read(self, layer: int, task: list[int]) -> list[SlabOrError]:
-        readings = [self._readings[i] for i in task]
+    def _read(self, turn: int, task: list[int]) -> list[SlabOrError]:
+        readings, layer = [self._readings[i] for i in task], self._order[turn]
         with self.traffic[readings[0].source.tier].reading(sum(one.header.slabs[layer].nbytes for one in readings)):
-            return [one.slab(layer) for one in readings]
+            return [one.slab(turn) for one in readings]
 
-    def _in_order(self, layer: int, found: list[list[SlabOrError]]) -> list[SlabOrError]:
+    def _in_order(self, turn: int, found: list[list[SlabOrError]]) -> list[SlabOrError]:
         cold = {
             i: slab
             for (_, task), slabs in zip(self._tasks, found, strict=True)
@@ -283,7 +295,7 @@ class LayerReader(Iterator[list[SlabOrError]]):
         }
         # A later layer may have been read well before an earlier one failed.
         return [
-            reading.error_at(layer) or (cold[i] if i in cold else reading.slab(layer))
+            reading.error_at(turn) or (cold[i] if i in cold else reading.slab(turn))
             for i, reading in enumerate(self._readings)
         ]
 

@@ -157,11 +157,16 @@ class ChunkStore:
         return opened
 
     def open_layers(
-        self, entries: Sequence[OpenEntry], *, depth: int = 2, allocate: Allocate | None = None
+        self,
+        entries: Sequence[OpenEntry],
+        *,
+        depth: int = 2,
+        allocate: Allocate | None = None,
+        order: Sequence[int] | None = None,
     ) -> LayerReader:
         """Read ``entries`` layer by layer, ``depth`` layers ahead of the caller.
 
-        Yields, for layer 0, 1, 2 …, one uint8 array (a slab: K, then V) per entry, in the order given. A slab
+        Yields, for layer 0, 1, 2 … (or the layers as ``order`` names them, each once), one uint8 array (a slab: K, then V) per entry, in the order given. A slab
         that does not match its checksum gives a CorruptEntryError in its entry's place, from then on; the
         entry is quarantined. A remote tier that fails gives another StoreError there. Entries read to the end
         move into the RAM tier, and from the remote tier to the SSD, in the background.
@@ -174,12 +179,13 @@ class ChunkStore:
         Closing the iterator stops reading; after that no buffer is written to any more.
 
         Raises:
-            StoreError: an entry is closed, or the entries differ in their number of layers.
+            StoreError: an entry is closed, the entries differ in their number of layers, or ``order`` does not name
+                each layer once.
         """
         self._index_open()
         if depth < 1:
             raise StoreError(f"depth must be at least 1, not {depth}", setting="depth", value=depth)
-        return LayerReader(entries, depth=depth, allocate=allocate, ram=self._ram)
+        return LayerReader(entries, depth=depth, allocate=allocate, ram=self._ram, order=order)
 
     def __contains__(self, key: object) -> bool:
         """Whether the entry is here, on this machine."""

@@ -16,7 +16,7 @@ from ragkv.errors import CorruptEntryError, StoreError
 from ragkv.store import ChunkStore, Geometry, OpenEntry, source
 from ragkv.store.ram import RamTier
 from ragkv.store.reader import LayerReader
-from tests.store_kit import GEOMETRY, key_for, open_one, put, slabs_for
+from tests.store_kit import GEOMETRY, entry_file, key_for, open_one, put, slabs_for
 
 BIG = Geometry(layers=6, kv_heads=8, head_dim=64, dtype="bfloat16")
 TOKENS = 37  # slabs of 75,776 bytes: read past the page cache, and no whole number of blocks
@@ -293,3 +293,43 @@ def test_layers_are_asked_for_in_order_of_all_chunks_and_no_further_than_the_dep
         list(layers)
     assert slow.asked == [layer for layer in range(GEOMETRY.layers) for _ in range(2)]
     slow.lane.shutdown()
+
+
+ORDER = (3, 4, 0, 1, 2, 5)
+
+
+def test_layers_come_in_the_order_asked_for(root):
+    with opened(root, ram_bytes=COUNT * BIG.layers * SLAB + (1 << 20)) as store:
+        for _ in range(2):  # from the disk, then from RAM
+            entries = store.open([key_for(i) for i in range(COUNT)])
+            with contextlib.ExitStack() as leases:
+                for entry in entries:
+                    leases.enter_context(entry)
+                for layer, slabs in zip(ORDER, store.open_layers(entries, order=ORDER), strict=True):
+                    for i, slab in enumerate(slabs):
+                        assert np.array_equal(slab, bytes_for(i)[layer])
+        assert [entry.tier for entry in entries] == ["ram"] * COUNT
+
+
+def test_an_entry_answers_its_error_from_the_turn_of_the_bad_layer_on(root):
+    path = entry_file(root, 1)
+    with opened(root) as store:
+        [entry] = store.open([key_for(1)])
+        with entry:
+            with path.open("r+b") as file:
+                file.seek(entry.header.slab_offset(4) + 100)
+                file.write(b"\x00\x01\x02\x03")
+            with store.open_layers([entry], order=ORDER) as layers:
+                found = [slab for [slab] in layers]
+    assert isinstance(found[0], np.ndarray)
+    assert all(isinstance(slab, CorruptEntryError) for slab in found[1:])
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (0, 1, 2, 3, 4, 4), (1, 2, 3, 4, 5, 6)])
+def test_an_order_that_does_not_name_each_layer_once_is_refused(root, order):
+    with opened(root) as store:
+        [entry] = store.open([key_for(0)])
+        with entry, pytest.raises(StoreError, match="each of 6 layers once"):
+            store.open_layers([entry], order=order)
+        with store.open_layers([], order=order) as layers:
+            assert list(layers) == []
