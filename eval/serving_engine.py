@@ -20,10 +20,11 @@ from ragkv.eval.workloads import Ask, Piece, Workload
 from ragkv.generation import Generation
 from ragkv.lineage import Lineage
 from ragkv.loop import EngineLoop
+from ragkv.paged import block_bytes
 from ragkv.pipeline import resolve_method
 from ragkv.plan import PlannedChunk, make_plan
 from ragkv.pool import KvPool
-from ragkv.pool_size import block_bytes, pool_sizes
+from ragkv.pool_size import pool_sizes
 from ragkv.sampling import SamplingParams
 from ragkv.scheduling import Scheduler
 from ragkv.store import ChunkStore

@@ -9,12 +9,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 
 import numpy as np
 import torch
 from blake3 import blake3
 
 from ragkv.errors import StoreError
+from ragkv.lane import Lane
 from ragkv.paged import BLOCK_TOKENS, PagedKV
 from ragkv.store import ChunkStore, OpenEntry
 
@@ -22,16 +24,24 @@ log = logging.getLogger("ragkv")
 
 
 class Archive:
-    """Keeps blocks of ``model`` in ``store``, which is closed with it."""
+    """Keeps blocks of ``model`` in ``store``, which is closed with it.
+
+    Attributes:
+        reading: the thread that reads.
+    """
 
     def __init__(self, store: ChunkStore, model: str) -> None:
         self._store, self._model = store, model
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="ragkv-archive")
-        self._reader = ThreadPoolExecutor(1, thread_name_prefix="ragkv-archive-reader")
+        self.reading = Lane("ragkv-archive-reader")
         self._tells = True
 
     def __contains__(self, name: bytes) -> bool:
-        return self._key(name) in self._store
+        try:
+            return self._key(name) in self._store
+        except StoreError as error:
+            self._tell(error)
+            return False
 
     def keep(self, names: Sequence[bytes], memory: PagedKV, blocks: Sequence[int]) -> Future[None]:
         """Write ``blocks`` of ``memory`` under their names, as far as there is room. They must not change meanwhile."""
@@ -39,12 +49,12 @@ class Archive:
 
     def fetch(self, names: Sequence[bytes], memory: PagedKV, blocks: Sequence[int]) -> Future[list[bool]]:
         """Read what is kept under ``names`` into ``blocks`` of ``memory``; says which came whole."""
-        return self._reader.submit(self._fetch, list(names), memory, list(blocks))
+        return self.reading.submit(len(names), partial(self._fetch, list(names), memory, list(blocks)))
 
     def close(self) -> None:
         """Finish what was asked for, and close the store."""
         self._writer.shutdown()
-        self._reader.shutdown()
+        self.reading.close()
         self._store.close()
 
     def _keep(self, names: list[bytes], memory: PagedKV, blocks: list[int]) -> None:

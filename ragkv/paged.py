@@ -14,6 +14,11 @@ from ragkv.pinned import PageLocking
 BLOCK_TOKENS = 16
 
 
+def block_bytes(shape: KvShape) -> int:
+    """Of one block."""
+    return 2 * shape.layers * BLOCK_TOKENS * shape.kv_heads * shape.head_dim * shape.dtype.itemsize
+
+
 class PagedKV:
     """``blocks`` blocks of :data:`BLOCK_TOKENS` tokens each, all layers.
 
@@ -34,7 +39,7 @@ class PagedKV:
     def __init__(self, shape: KvShape, blocks: int, device: torch.device, *, pinned: bool = False) -> None:
         self.shape, self.blocks = shape, blocks
         layers, heads, width = shape.layers, shape.kv_heads, shape.head_dim
-        self.block_bytes = 2 * layers * BLOCK_TOKENS * heads * width * shape.dtype.itemsize
+        self.block_bytes = block_bytes(shape)
         self.spare = blocks
         if pinned:
             memory = _page_locked(blocks * self.block_bytes).view(shape.dtype)

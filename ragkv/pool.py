@@ -110,15 +110,9 @@ class KvPool:
     def open(self, ids: Sequence[int], lineage: Lineage) -> Table:
         """A table with the longest beginning of ``ids`` whose KV is somewhere; the last token's is not looked for."""
         table, names = Table(lineage), lineage.names(ids[:-1], BLOCK_TOKENS)
-        for name in names:
-            block = self._places.find(name)
-            if block is None:
-                break
-            table.blocks.append(block)
-            table.names.append(name)
-            block.tables += 1
-            self._places.settle(block)
-        self._fetch(table, names[len(table.blocks) :], len(ids))
+        self._find(table, names)
+        self._fetch(table, names, len(ids))
+        self._find(table, names)  # what follows in memory is not read a second time
         table.tokens = len(table.blocks) * BLOCK_TOKENS
         self.hit_tokens += table.tokens
         self._tables.add(table)
@@ -238,6 +232,16 @@ class KvPool:
         """What does not fit together; for tests, and when idle. Call it with no move under way."""
         return self._places.check(self._tables)
 
+    def _find(self, table: Table, names: Sequence[bytes]) -> None:
+        for name in names[len(table.blocks) :]:
+            block = self._places.find(name)
+            if block is None:
+                break
+            table.blocks.append(block)
+            table.names.append(name)
+            block.tables += 1
+            self._places.settle(block)
+
     def _drop_unwritten(self, table: Table) -> None:
         written = blocks_for(table.tokens)
         dropped = table.blocks[written:]
@@ -250,8 +254,7 @@ class KvPool:
 
     def _fetch(self, table: Table, names: Sequence[bytes], tokens: int) -> None:
         """Begin to read what follows the table's blocks from disk; ``tokens`` is the prompt's length."""
-        wanted = self._sink.beginning(names) if self._sink is not None else []
-        if self._sink is None or not wanted:
+        if self._sink is None or not (wanted := self._sink.beginning(names[len(table.blocks) :])):
             return
         if tokens <= table.lineage.exact:
             wanted = wanted[: self.costs.fetching(len(wanted), tokens - len(table.blocks) * BLOCK_TOKENS)]

@@ -8,19 +8,13 @@ import torch
 
 from ragkv.config import Settings
 from ragkv.errors import ConfigError
-from ragkv.kv import KvShape
-from ragkv.paged import BLOCK_TOKENS
+from ragkv.paged import BLOCK_TOKENS, block_bytes
 from ragkv.runner import ModelRunner
 
 _GPU_SHARE = 0.5
 _CPU_SHARE = 1 / 16
 _HOST_SHARE = 1 / 8
 _MOST_HOST_BYTES = 16 * 2**30
-
-
-def block_bytes(shape: KvShape) -> int:
-    """Of one block."""
-    return 2 * shape.layers * BLOCK_TOKENS * shape.kv_heads * shape.head_dim * shape.dtype.itemsize
 
 
 def pool_sizes(settings: Settings, runner: ModelRunner) -> tuple[int, int]:

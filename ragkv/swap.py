@@ -6,14 +6,15 @@ the copy is ordered behind what the asking thread had launched by then.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
 import torch
 
+from ragkv.lane import Lane
 from ragkv.paged import PagedKV
 
 Pair = tuple[int, int]
@@ -26,45 +27,33 @@ class Mover:
         piecewise: a copy for every block and layer, as engines do that keep each layer's cache apart.
 
     Attributes:
-        blocks: copied so far.
-        seconds: that took.
+        lane: the thread that does it.
     """
 
     def __init__(self, source: PagedKV, target: PagedKV, *, piecewise: bool = False) -> None:
         self._source, self._target, self._piecewise = source, target, piecewise
-        self.blocks, self.seconds = 0, 0.0
         cuda = next((kv.data.device for kv in (source, target) if kv.data.is_cuda), None)
         self._stream: Any = torch.cuda.Stream(cuda) if cuda is not None else None  # type: ignore[no-untyped-call]
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="ragkv-mover")
+        self.lane = Lane("ragkv-mover")
 
     def move(self, pairs: Sequence[Pair]) -> Future[None]:
         """Copy block ``a`` of the source to block ``b`` of the target for every pair."""
         ready = None
         if self._stream is not None:
-            ready = torch.cuda.current_stream(self._stream.device).record_event()
-        return self._thread.submit(self._copy, list(pairs), ready)
-
-    @property
-    def seconds_per_block(self) -> float | None:
-        """As measured, or None before anything was moved."""
-        return self.seconds / self.blocks if self.blocks else None
+            ready = torch.cuda.current_stream(self._stream.device).record_event().synchronize
+        return self.lane.submit(len(pairs), partial(self._copy, list(pairs)), ready)
 
     def close(self) -> None:
         """Finish what was asked for."""
-        self._thread.shutdown()
+        self.lane.close()
 
-    def _copy(self, pairs: list[Pair], ready: Any) -> None:
-        began = time.perf_counter()
+    def _copy(self, pairs: list[Pair]) -> None:
         if self._stream is None:
             self._launch(pairs)
-        else:
-            with torch.cuda.stream(self._stream):
-                self._stream.wait_event(ready)
-                self._launch(pairs)
-                copied = self._stream.record_event()
-            copied.synchronize()
-        self.blocks += len(pairs)
-        self.seconds += time.perf_counter() - began
+            return
+        with torch.cuda.stream(self._stream):
+            self._launch(pairs)
+        self._stream.synchronize()
 
     def _launch(self, pairs: list[Pair]) -> None:
         source, target = self._source.data, self._target.data

@@ -3,63 +3,12 @@
 from __future__ import annotations
 
 import random
-from pathlib import Path
 
 import pytest
-import torch
 
-from ragkv.archive import Archive
-from ragkv.kv import KvShape, RequestKV
 from ragkv.lineage import Lineage
-from ragkv.pool import KvPool, Table, blocks_for
-from ragkv.store import ChunkStore
-
-SHAPE = KvShape(layers=2, kv_heads=1, head_dim=4, dtype=torch.float32)
-CPU = torch.device("cpu")
-MODES = ["recompute", "blockwise", "groups", "async", "reuse"]
-
-
-def make_pool(blocks=16, host=16, preemption="reuse"):
-    return KvPool(SHAPE, CPU, blocks, host, preemption)
-
-
-def ids_of(text):
-    return [ord(letter) for letter in text]
-
-
-def fill(pool: KvPool, table: Table, ids: list[int]) -> None:
-    """Write KV that tells every token's id and position, as a prefill and its decode steps would."""
-    kv = RequestKV(SHAPE, len(ids), CPU)
-    pool.memory.gather(table.places, kv, table.tokens)
-    for layer in range(SHAPE.layers):
-        new = slice(table.tokens, len(ids))
-        values = torch.tensor(ids[new], dtype=torch.float32)[:, None, None].expand(-1, 1, 4)
-        kv.write(layer, new, values + layer, values * 2 + layer)
-    pool.place(table, kv, len(ids))
-    pool.wrote(table, ids, len(ids))
-
-
-def assert_holds(pool: KvPool, table: Table, ids: list[int]) -> None:
-    kv = RequestKV(SHAPE, len(ids), CPU)
-    pool.memory.gather(table.places, kv, len(ids))
-    want = torch.tensor(ids, dtype=torch.float32)[:, None, None].expand(-1, 1, 4)
-    for layer in range(SHAPE.layers):
-        k, v = kv.read(layer, len(ids))
-        assert torch.equal(k, want + layer)
-        assert torch.equal(v, want * 2 + layer)
-
-
-def started(pool, ids, lineage=None, room=0):
-    table = pool.open(ids, lineage or Lineage())
-    assert pool.bring(table, len(ids) + room)
-    pool.settle()
-    fill(pool, table, ids)
-    return table
-
-
-def sound(pool):
-    pool.settle()
-    assert pool.check() == []
+from ragkv.pool import Table, blocks_for
+from tests.pool_kit import MODES, assert_holds, fill, make_pool, sound, started
 
 
 def test_a_second_conversation_shares_whole_blocks():
@@ -139,15 +88,15 @@ def test_a_second_preemption_moves_only_what_changed():
     table = started(pool, ids, room=8)
     pool.park(table)
     pool.settle()
-    moved = pool.out.blocks
+    moved = pool.moves.out.lane.blocks
     assert moved == 7
     assert pool.bring(table, 108)
     ids += [3] * 8
     fill(pool, table, ids)
     pool.park(table)
     pool.settle()
-    assert pool.out.blocks == moved + 1
-    assert pool.back.blocks == 0  # nobody took its place: it never left
+    assert pool.moves.out.lane.blocks == moved + 1
+    assert pool.moves.back.lane.blocks == 0  # nobody took its place: it never left
 
 
 def test_without_reuse_everything_moves_again():
@@ -156,10 +105,10 @@ def test_without_reuse_everything_moves_again():
     for round_ in (1, 2):
         pool.park(table)
         pool.settle()
-        assert pool.out.blocks == 7 * round_
+        assert pool.moves.out.lane.blocks == 7 * round_
         assert pool.bring(table, 108)
         pool.settle()
-        assert pool.back.blocks == 7 * round_
+        assert pool.moves.back.lane.blocks == 7 * round_
 
 
 def test_what_has_no_room_in_ram_is_lost_and_said_to_be():
@@ -270,72 +219,3 @@ def test_any_life_of_many_conversations(preemption):
 
 def test_blocks_for():
     assert [blocks_for(n) for n in (0, 1, 16, 17)] == [0, 1, 1, 2]
-
-
-def archived(tmp_path, capacity=2**24):
-    store = ChunkStore(tmp_path, capacity_bytes=capacity, policy="lru", ram_bytes=0, threads=1)
-    return Archive(store, "model float32")
-
-
-def sunk(pool, ids):
-    """A conversation whose blocks are on disk alone."""
-    pool.close(started(pool, ids))
-    for number in range(4):
-        pool.settle()
-        pool.close(started(pool, [number, *[7] * 110]))
-    pool.settle()
-    assert not any(name in pool._named for name in Lineage().names(ids, 16))
-
-
-def test_an_idle_conversation_comes_back_from_disk(tmp_path):
-    pool = KvPool(SHAPE, CPU, 8, 10, "reuse", archived(tmp_path))
-    ids = list(range(100, 164))
-    sunk(pool, ids)
-    again = pool.open([*ids, 1], Lineage())
-    assert not again.in_memory
-    pool.settle()
-    assert pool.survey(again) == 64
-    assert pool.bring(again, 65)
-    pool.settle()
-    assert_holds(pool, again, ids)
-    sound(pool)
-    pool.shut()
-
-
-def test_a_damaged_block_on_disk_is_lost_and_nothing_else(tmp_path):
-    pool = KvPool(SHAPE, CPU, 8, 10, "reuse", archived(tmp_path))
-    ids = list(range(100, 164))
-    sunk(pool, ids)
-    third = pool._archive._key(Lineage().names(ids, 16)[2])
-    path = Path(pool._archive._store.folder.entry_path(third))
-    data = bytearray(path.read_bytes())
-    data[4096:4196] = bytes(100)
-    path.write_bytes(data)
-    again = pool.open([*ids, 1], Lineage())
-    pool.settle()
-    assert pool.survey(again) == 32
-    assert pool.bring(again, 65)
-    pool.settle()
-    assert_holds(pool, again, ids[:32])
-    sound(pool)
-    pool.shut()
-
-
-def test_a_full_disk_only_forgets(tmp_path):
-    pool = KvPool(SHAPE, CPU, 8, 10, "reuse", archived(tmp_path, 4096))
-    sunk(pool, list(range(100, 164)))
-    assert pool.open(list(range(100, 170)), Lineage()).tokens == 0
-    sound(pool)
-    pool.shut()
-
-
-def test_another_process_finds_what_was_exact(tmp_path):
-    ids = list(range(100, 164))
-    pool = KvPool(SHAPE, CPU, 8, 10, "reuse", archived(tmp_path))
-    sunk(pool, ids)
-    pool.shut()
-    later = KvPool(SHAPE, CPU, 8, 10, "reuse", archived(tmp_path))
-    table = later.open([*ids, 1], Lineage())
-    later.settle()
-    assert later.survey(table) == 64
-    later.shut()
