@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from ragkv.archive import Archive
 from ragkv.clock import Stopwatch
 from ragkv.generation import Generation, TokenScores
 from ragkv.lineage import Lineage
@@ -107,10 +108,16 @@ def hall(
     max_preemptions: int = 100,
     stall_s: float = 0.0,
     late: bool = False,
+    archived: bool = False,
 ) -> Iterator[Hall]:
+    """``archived``: idle conversations sink to ``root / "sessions"``."""
     runner = runner or make_runner("llama")
     own = store or ChunkStore(root / "store", capacity_bytes=2**22, ram_bytes=0, threads=1)
-    pool = KvPool(runner.shape, runner.device, blocks, host_blocks, preemption)  # type: ignore[arg-type]
+    archive = None
+    if archived:
+        kept = ChunkStore(root / "sessions", capacity_bytes=2**22, policy="lru", ram_bytes=0, threads=1)
+        archive = Archive(kept, "model float32")
+    pool = KvPool(runner.shape, runner.device, blocks, host_blocks, preemption, archive)  # type: ignore[arg-type]
     ticks = count()
     scheduler = Scheduler(
         policy,

@@ -9,7 +9,6 @@ from contextlib import suppress
 import pytest
 
 from ragkv.errors import EngineClosedError, NotFoundError, PromptTooLongError, QueueFullError
-from ragkv.lineage import Lineage
 from ragkv.sampling import SamplingParams
 from tests.blend_kit import Desk, token_ids
 from tests.families import make_runner
@@ -204,52 +203,3 @@ def test_closing_ends_everybody_once(tmp_path, runner, prompts):
         for one in asked:
             [error] = one.wait().ends
             assert isinstance(error, EngineClosedError)
-
-
-def storm(tmp_path, runner, *, seed: int, requests: int, preemption: str, late: bool = True) -> None:
-    """Requests come, are cancelled, change places, share beginnings, and fail, in any order."""
-    chooser = random.Random(seed)
-    beginnings = [token_ids(48, seed=90 + i) for i in range(3)]
-    with hall(
-        tmp_path,
-        runner=runner,
-        blocks=40,
-        host_blocks=30,
-        preemption=preemption,
-        policy=chooser.choice(["vtc", "priority"]),
-        max_running=6,
-        late=late,
-    ) as place:
-        live = []
-        for number in range(requests):
-            prompt = (*chooser.choice(beginnings), *token_ids(chooser.randrange(1, 70), seed=number))
-            fields = {"tenant": chooser.choice("abc"), "priority": chooser.randrange(3)}
-            asked = place.ask(prompt, chooser.randrange(1, 30), lineage=Lineage(b"shared"), **fields)
-            if chooser.random() < 0.05:
-                asked.generation.on_token = lambda *_: 1 / 0  # its own failure
-            live.append((asked, prompt))
-            for one, _ in chooser.sample(live, min(len(live), 2)):
-                with suppress(NotFoundError):
-                    place.loop.reprioritize(one.generation.id, chooser.randrange(3), one.generation.tenant)
-                if chooser.random() < 0.15:
-                    one.generation.stop.set()
-            while len([1 for one, _ in live if not one.ended.is_set()]) > 12:
-                one = chooser.choice(live)[0]
-                one.ended.wait(0.01)
-        for one, _ in live:
-            assert len(one.wait().ends) == 1
-        for one, prompt in chooser.sample(live, 10):
-            if one.ends == ["length"]:
-                assert one.tokens == alone(runner, prompt, len(one.tokens))
-        place.check()
-
-
-@pytest.mark.parametrize("preemption", ["recompute", "async", "reuse"])
-def test_a_storm_leaves_an_empty_and_consistent_pool(tmp_path, runner, preemption):
-    storm(tmp_path, runner, seed=2, requests=60, preemption=preemption)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("preemption", MODES)
-def test_a_long_storm(tmp_path, runner, preemption):
-    storm(tmp_path, runner, seed=7, requests=2000, preemption=preemption)
