@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from ragkv.errors import InputError
+from ragkv.eval.priorities import PriorityTrace
 from ragkv.eval.serving_drive import Drive, Life
 from ragkv.eval.serving_engine import Sizes
-from ragkv.eval.simulate import EngineModel, simulate
+from ragkv.eval.simulate import EngineModel, Reassign, simulate
 from ragkv.eval.simulated import SimRequest, SimResult
 from ragkv.eval.step_costs import StepCosts
 from ragkv.loop import PREFILLS
@@ -33,49 +34,58 @@ def read_costs(path: Path) -> StepCosts:
 
 
 def simulated(
-    drive: Drive, options: dict[str, Any], costs: StepCosts, pool: Sizes, *, preemption: Any, stall_s: float
+    drive: Drive,
+    options: dict[str, Any],
+    costs: StepCosts,
+    pool: Sizes,
+    *,
+    preemption: Any,
+    stall_s: float,
+    trace: PriorityTrace | None = None,
+    frequency: float = 0.0,
 ) -> Drive:
-    """What ``drive`` would have been. Follow-ups come when they really came; priorities stay what they were last.
+    """What ``drive`` would have been.
 
-    ``stall_s`` of prefill beside a decode step are so many tokens by ``costs``.
+    ``stall_s`` of prefill beside a decode step are so many tokens by ``costs``. ``trace`` is one that was not
+    advanced yet, ``frequency`` its updates a step; without it everybody keeps the priority it had last.
     """
     lives = sorted((life for life in drive.lives if life.fate not in ("refused", "failed")), key=lambda life: life.due)
     room = round(stall_s / costs.prefill_token_s) if costs.prefill_token_s else 1 << 20
-    engine = EngineModel(pool.blocks, max(16, room), PREFILLS, preemption)
-    sessions = _sessions(lives)
-    requests = [_request(life, drive.started, session) for life, session in zip(lives, sessions, strict=True)]
-    result = simulate(requests, options, costs, engine)
+    engine = EngineModel(pool.blocks, max(16, room), PREFILLS, preemption, pool.host_blocks)
+    numbers = [life.ask.number for life in lives]
+    places = {number: place for place, number in enumerate(numbers)}
+    first = trace.now[numbers].tolist() if trace is not None else [life.priority for life in lives]
+    requests = [_request(life, priority, places) for life, priority in zip(lives, first, strict=True)]
+    reassign = _reassigned(trace, frequency, numbers) if trace is not None else lambda turns: None
+    result = simulate(requests, options, costs, engine, reassign)
     served = [_life(life, result, place) for place, life in enumerate(lives)]
-    ended = float(result.step_ends[-1]) if len(result.step_ends) else 0.0
-    return Drive(served, 0.0, ended, _counters(result, pool))
+    return Drive(served, 0.0, result.ended, _counters(result, pool))
 
 
 def as_json(costs: StepCosts) -> dict[str, float]:
     return asdict(costs)
 
 
-def _sessions(lives: Sequence[Life]) -> list[str]:
-    """A name for every conversation; single requests have none."""
-    first: dict[int, int] = {}
-    for life in lives:
-        ask = life.ask
-        first[ask.number] = first.get(ask.after, ask.after) if ask.after is not None else ask.number
-    turns = list(first.values())
-    many = {number for number in turns if turns.count(number) > 1}
-    return [str(first[life.ask.number]) if first[life.ask.number] in many else "" for life in lives]
+def _reassigned(trace: PriorityTrace, frequency: float, numbers: Sequence[int]) -> Reassign:
+    def reassign(turns: int) -> Sequence[int] | None:
+        updates = int(turns * frequency)
+        return trace.advance(updates)[numbers].tolist() if updates > trace.updates else None
+
+    return reassign
 
 
-def _request(life: Life, started: float, session: str) -> SimRequest:
+def _request(life: Life, priority: int, places: dict[int, int]) -> SimRequest:
+    ask = life.ask
     return SimRequest(
-        at=life.due - started,
+        at=ask.at,
         prompt_tokens=life.prompt_tokens,
-        output_tokens=life.ask.output,
-        tenant=life.ask.tenant,
-        weight=life.ask.weight,
-        priority=life.priority,
+        output_tokens=ask.output,
+        tenant=ask.tenant,
+        weight=ask.weight,
+        priority=priority,
         # What a conversation finds is for the simulator to find; prompts that merely begin alike are not its business.
-        cached_tokens=0 if session else life.known_tokens,
-        session=session,
+        cached_tokens=life.known_tokens if ask.after is None else 0,
+        after=places[ask.after] if ask.after is not None else None,
     )
 
 
@@ -84,7 +94,7 @@ def _life(life: Life, result: SimResult, place: int) -> Life:
     times = [float(at) for at in result.token_times(outcome)]
     return Life(
         life.ask,
-        outcome.request.at,
+        outcome.came,
         life.prompt_tokens,
         life.priority,
         life.known_tokens,
@@ -99,9 +109,9 @@ def _counters(result: SimResult, pool: Sizes) -> dict[str, float]:
         "steps": len(result.step_ends),
         "step_seconds": result.busy_s,
         "scheduler_seconds": 0.0,
-        "idle_seconds": (float(result.step_ends[-1]) if len(result.step_ends) else 0.0) - result.busy_s,
+        "idle_seconds": result.ended - result.busy_s,
         "preemptions": result.preemptions,
-        "swap_in_bytes": 0.0,
-        "swap_out_bytes": float(result.swapped_blocks * pool.block_bytes),
-        "prefix_hit_tokens": 0.0,
+        "swap_in_bytes": float(result.loaded_blocks * pool.block_bytes),
+        "swap_out_bytes": float(result.copied_blocks * pool.block_bytes),
+        "prefix_hit_tokens": float(result.found_tokens),
     }

@@ -17,9 +17,9 @@ class SimRequest:
     """A request to come.
 
     Args:
-        at: seconds since the start.
+        at: seconds since the start, or since the end of the request that it comes after.
         cached_tokens: of its prompt, that need not be computed.
-        session: turns of one conversation, whose prompts begin with what the turn before left; "": none.
+        after: the place, among all requests, of the turn before it in a conversation, with which its prompt begins.
     """
 
     at: float
@@ -29,16 +29,24 @@ class SimRequest:
     weight: float = 1.0
     priority: int = 0
     cached_tokens: int = 0
-    session: str = ""
+    after: int | None = None
 
 
 @dataclass
 class Outcome:
-    """What became of a request. ``spans``: (first step, steps) in which it got a token each."""
+    """What became of a request.
+
+    Attributes:
+        came: seconds since the start.
+        prefilled: when a prefill ended and gave a token, its first before all others.
+        spans: (first step, steps) that gave one each.
+    """
 
     request: SimRequest
+    came: float = 0.0
     refused: bool = False
     preemptions: int = 0
+    prefilled: list[float] = field(default_factory=list)
     spans: list[tuple[int, int]] = field(default_factory=list)
 
 
@@ -54,24 +62,28 @@ class Sample:
 @dataclass(frozen=True)
 class SimResult:
     """Attributes:
-    step_ends: seconds, of every step.
-    swapped_blocks: out and in.
-    busy_s: time in steps; the rest of ``step_ends[-1]`` nothing ran.
+    step_ends: seconds, of every step of decoding.
+    copied_blocks, loaded_blocks: to RAM and back.
+    found_tokens: of prompts, left by the turn before.
+    busy_s: time in which anything was computed, of ``ended``.
     """
 
     outcomes: list[Outcome]
     step_ends: Floats
     samples: list[Sample]
-    swapped_blocks: int
+    copied_blocks: int
+    loaded_blocks: int
+    found_tokens: int
     busy_s: float
+    ended: float
 
     def token_times(self, outcome: Outcome) -> Floats:
-        return np.concatenate([np.empty(0), *(self.step_ends[first : first + n] for first, n in outcome.spans)])
+        spans = (self.step_ends[first : first + n] for first, n in outcome.spans)
+        return np.sort(np.concatenate([outcome.prefilled, *spans]))
 
     def ttft(self, tenants: Iterable[str] | None = None) -> Floats:
         """Seconds to the first token of every request that was served."""
-        served = [o for o in self._of(tenants) if o.spans]
-        return np.array([self.step_ends[o.spans[0][0]] - o.request.at for o in served])
+        return np.array([o.prefilled[0] - o.came for o in self._of(tenants) if o.prefilled])
 
     def tbt(self, tenants: Iterable[str] | None = None) -> Floats:
         """Seconds between tokens."""
@@ -84,8 +96,8 @@ class SimResult:
     @property
     def throughput(self) -> float:
         """Tokens of output a second."""
-        tokens = sum(n for outcome in self.outcomes for _, n in outcome.spans)
-        return tokens / float(self.step_ends[-1]) if tokens else 0.0
+        tokens = sum(len(self.token_times(outcome)) for outcome in self.outcomes)
+        return tokens / self.ended if tokens else 0.0
 
     def largest_gap(self) -> float:
         """By how much service ÷ weight of any two tenants differed over any time in which both were backlogged."""

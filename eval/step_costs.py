@@ -9,16 +9,7 @@ from typing import Any, Self
 import numpy as np
 
 from ragkv.errors import InputError
-
-
-@dataclass(frozen=True)
-class StepRecord:
-    """A measured step: rows that decoded, tokens of KV these read, tokens of prompts that were computed beside them."""
-
-    rows: int
-    kv_tokens: int
-    prefill_tokens: int
-    seconds: float
+from ragkv.loop import StepRecord
 
 
 @dataclass(frozen=True)
@@ -42,7 +33,11 @@ class StepCosts:
     copy_s: float = 1e-5
 
     def step(self, rows: int, kv_tokens: int, prefill_tokens: int) -> float:
-        return self.fixed_s + self.row_s * rows + self.kv_token_s * kv_tokens + self.prefill_token_s * prefill_tokens
+        return self.fixed_s + self.decode(rows, kv_tokens) + self.prefill_token_s * prefill_tokens
+
+    def decode(self, rows: int, kv_tokens: int) -> float:
+        """Of a step, what decoding adds."""
+        return self.row_s * rows + self.kv_token_s * kv_tokens
 
     def move(self, blocks: int, *, piecewise: bool = False) -> float:
         """Seconds to copy blocks one way."""
@@ -52,7 +47,8 @@ class StepCosts:
 
     @classmethod
     def fit(cls, records: Iterable[StepRecord], **moving: Any) -> Self:
-        """Of measured steps, by non-negative least squares of relative errors; ``moving``: the other fields.
+        """Of measured steps, by non-negative least squares of relative errors, scaled so that all steps together take
+        what they took: slow ones hardly count in the squares. ``moving``: the other fields.
 
         Raises:
             InputError: fewer than four records, or one that took no time.
@@ -66,5 +62,6 @@ class StepCosts:
         from sklearn.linear_model import LinearRegression  # takes a second to import
 
         model = LinearRegression(positive=True, fit_intercept=False).fit(parts / scale, np.ones(len(rows)))
-        fixed, row, kv_token, prefill_token = (float(c) for c in np.where(parts.any(axis=0), model.coef_ / scale, 0.0))
-        return cls(fixed, row, kv_token, prefill_token, **moving)
+        found = np.where(parts.any(axis=0), model.coef_ / scale, 0.0)
+        found *= table[:, -1].sum() / (table[:, :-1] @ found).sum()
+        return cls(*found.tolist(), **moving)

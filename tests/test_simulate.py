@@ -12,7 +12,8 @@ import pytest
 from ragkv.errors import ConfigError, InputError
 from ragkv.eval.simulate import EngineModel, simulate
 from ragkv.eval.simulated import SimRequest, SimResult
-from ragkv.eval.step_costs import StepCosts, StepRecord
+from ragkv.eval.step_costs import StepCosts
+from ragkv.loop import StepRecord
 from ragkv.scheduling import service_bound
 
 SETTINGS = {
@@ -114,16 +115,17 @@ def test_who_floods_does_not_slow_down_another():
 def test_every_way_to_preempt_serves_everything(preemption):
     rng = random.Random(0)
     requests = [request for mix in ("weights", "flood") for request in MIXES[mix](rng)[::8]]
+    first = len(requests)
     turns = [
-        SimRequest(turn + rng.random(), 40 * (turn + 1), 10, "talks", session=f"s{number}", priority=number % 3)
-        for number in range(10)
-        for turn in range(4)
+        SimRequest(rng.random(), 40 * (turn + 1), 10, "talks", after=number - 10 if turn else None, priority=number % 3)
+        for number, turn in zip(range(first, first + 40), sorted([*range(4)] * 10), strict=True)
     ]
     engine = EngineModel(blocks=40, prefill_tokens=64, preemption=preemption, sample_steps=4)
     result = simulate(requests + turns, {**SETTINGS, "policy": "priority"}, StepCosts(), engine)
     check(result)
-    assert (result.swapped_blocks == 0) == (preemption == "recompute")
-    assert result.busy_s <= result.step_ends[-1] + 1e-9
+    assert (result.copied_blocks == 0) == (result.loaded_blocks == 0) == (preemption == "recompute")
+    assert result.found_tokens > 0
+    assert result.busy_s <= result.ended + 1e-9
     assert result.preemptions > 0
 
 
@@ -141,14 +143,17 @@ def test_alone_a_request_takes_what_its_steps_cost():
     engine = EngineModel(blocks=100, prefill_tokens=64)
     result = simulate([SimRequest(5.0, 100, 40, cached_tokens=20)], SETTINGS, costs, engine)
     first = 1 + 0.64 + 1 + 0.16  # 80 tokens in two steps
-    times = [first + sum(1.1 + 0.001 * (101 + step) for step in range(made)) for made in range(40)]
+    # The turn of the first token gives the second one, too.
+    times = [first, *(first - 1 + sum(1.1 + 0.001 * (101 + n) for n in range(made)) for made in range(1, 40))]
     np.testing.assert_allclose(result.token_times(result.outcomes[0]), 5 + np.array(times))
 
 
-def test_a_later_turn_finds_what_the_turn_before_left():
-    turns = [SimRequest(at, 400, 4, session=session) for at, session in ((0.0, "s"), (1.0, "s"), (2.0, "other"))]
+def test_a_later_turn_comes_when_the_one_before_is_over_and_finds_what_that_left():
+    turns = [SimRequest(0.0, 400, 4), SimRequest(1.0, 404, 4, after=0), SimRequest(9.0, 400, 4)]
     result = simulate(turns, SETTINGS, StepCosts(), EngineModel(blocks=100, prefill_tokens=512))
     first, second, other = result.ttft()
+    assert result.outcomes[1].came == pytest.approx(1.0 + result.token_times(result.outcomes[0])[-1])
+    assert result.found_tokens == 400  # whole blocks
     assert second < 0.6 * first
     assert other == pytest.approx(first)
 
