@@ -10,13 +10,10 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-import numpy as np
-
 from ragkv.errors import NotFoundError, QueueFullError
 from ragkv.eval.priorities import PriorityTrace
 from ragkv.eval.workloads import Ask, Workload
 
-_TICK_S = 0.004
 _DRAIN_S = 20.0
 Say = Callable[[str, int, int], None]
 
@@ -26,18 +23,16 @@ class Served(Protocol):
 
     id: str
     tenant: str
-    plan: Any  # its ``ids`` are the whole prompt
-    known_tokens: int
 
 
 class Loop(Protocol):
-    """What is driven; :class:`ragkv.loop.EngineLoop` is one.
+    """What is driven: :class:`ragkv.loop.EngineLoop`, or a server (:class:`ragkv.eval.serving_http.ServerLoop`).
 
     ``stats`` are counters that only grow: steps, step_seconds, scheduler_seconds, idle_seconds, preemptions,
     swap_in_bytes, swap_out_bytes, prefix_hit_tokens.
     """
 
-    def submit(self, generation: Any) -> None: ...
+    def submit(self, request: Any) -> None: ...
     def reprioritize(self, request_id: str, priority: int, tenant: str = "") -> None: ...
     def cancel(self, request_id: str, tenant: str = "") -> None: ...
     def stats(self) -> Mapping[str, float]: ...
@@ -52,11 +47,10 @@ class Life:
 
     ask: Ask
     due: float
-    prompt_tokens: int
+    prompt_tokens: int = 0
     priority: int = 0
     known_tokens: int = 0
     times: list[float] = field(default_factory=list)
-    tokens: list[int] = field(default_factory=list)
     ended: float | None = None
     fate: str = "unfinished"
     why: str = ""
@@ -81,25 +75,24 @@ class Drive:
 
 @dataclass(frozen=True)
 class Callbacks:
-    """Called on the engine's thread."""
+    """Called on the engine's thread. ``on_finish``: why, the prompt's tokens, those of them that were found."""
 
-    on_token: Callable[[int], None]
-    on_finish: Callable[[str], None]
+    on_token: Callable[[], None]
+    on_finish: Callable[[str, int, int], None]
     on_error: Callable[[Exception], None]
 
 
-# A loop's own request of an ask, from the conversation so far, what is new of the prompt, and a priority.
-Make = Callable[[Ask, Sequence[int], Sequence[int], int, Callbacks], Served]
-
-
-def piece_ids(seed: int, count: int, vocab: int) -> list[int]:
-    """The same seed gives the same ids, and a longer piece begins with a shorter one's."""
-    ids: list[int] = np.random.default_rng(seed).integers(vocab, size=count).tolist()
-    return ids
+# A loop's own request of an ask and its priority. An ask ``after`` another goes on with what came of that.
+Make = Callable[[Ask, int, Callbacks], Served]
 
 
 class Driver:
-    """One run of a workload. ``frequency``: updates of priorities per step of the engine."""
+    """One run of a workload.
+
+    Args:
+        frequency: updates of priorities per step of the engine.
+        tick_s: how often the loop is asked for its steps, where priorities change.
+    """
 
     def __init__(
         self,
@@ -107,12 +100,12 @@ class Driver:
         make: Make,
         workload: Workload,
         *,
-        vocab: int,
         seed: int = 0,
         frequency: float = 0.02,
+        tick_s: float = 0.004,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        self._loop, self._make, self._vocab, self._clock = loop, make, vocab, clock
+        self._loop, self._make, self._tick_s, self._clock = loop, make, tick_s, clock
         self._asks, self._frequency = workload.asks, frequency
         self._trace = PriorityTrace(workload.updates, len(workload.asks), seed) if workload.updates else None
         self._next = {ask.after: ask for ask in workload.asks if ask.after is not None}
@@ -120,7 +113,6 @@ class Driver:
         heapq.heapify(self._due)
         self._ended: queue.SimpleQueue[Life] = queue.SimpleQueue()
         self._live: dict[int, tuple[Served, Life]] = {}
-        self._said: dict[int, list[int]] = {}
         self._lives: list[Life] = []
         self._done = 0
 
@@ -146,36 +138,31 @@ class Driver:
             self._submit(self._asks[number], self._started + at)
 
     def _submit(self, ask: Ask, due: float) -> None:
-        said = self._said.pop(ask.after, []) if ask.after is not None else []
-        new = [token for piece in ask.pieces for token in piece_ids(*piece, self._vocab)]
         priority = int(self._trace.now[ask.number]) if self._trace else 0
-        life = Life(ask, due, 0, priority)
+        life = Life(ask, due, priority=priority)
         self._lives.append(life)
-        generation = self._make(ask, said, new, priority, self._callbacks(life))
-        life.prompt_tokens = len(generation.plan.ids)
-        if ask.number in self._next:
-            self._said[ask.number] = list(generation.plan.ids)
-        self._live[ask.number] = generation, life
+        callbacks = self._callbacks(life)
+        request = self._make(ask, priority, callbacks)
+        self._live[ask.number] = request, life
         try:
-            self._loop.submit(generation)
+            self._loop.submit(request)
         except QueueFullError as error:
-            life.fate, life.why, life.ended = "refused", str(error), self._clock()
-            self._ended.put(life)
+            callbacks.on_error(error)
 
     def _callbacks(self, life: Life) -> Callbacks:
-        clock, times, tokens = self._clock, life.times, life.tokens
+        clock, times = self._clock, life.times
 
-        def on_token(token: int) -> None:
+        def on_token() -> None:
             times.append(clock())
-            tokens.append(token)
 
-        def on_finish(reason: str) -> None:
+        def on_finish(reason: str, prompt_tokens: int, known_tokens: int) -> None:
             life.fate = "unfinished" if reason == "cancelled" else "done"
-            life.ended = clock()
+            life.prompt_tokens, life.known_tokens, life.ended = prompt_tokens, known_tokens, clock()
             self._ended.put(life)
 
         def on_error(error: Exception) -> None:
-            life.fate, life.why, life.ended = "failed", repr(error), clock()
+            life.fate = "refused" if isinstance(error, QueueFullError) else "failed"
+            life.why, life.ended = repr(error), clock()
             self._ended.put(life)
 
         return Callbacks(on_token, on_finish, on_error)
@@ -187,16 +174,16 @@ class Driver:
         if updates <= self._trace.updates:
             return
         priorities = self._trace.advance(updates)
-        for number, (generation, life) in self._live.items():
+        for number, (request, life) in self._live.items():
             if life.ended is None and life.priority != priorities[number]:
                 life.priority = int(priorities[number])
                 with suppress(NotFoundError):  # it ended just now
-                    self._loop.reprioritize(generation.id, life.priority, generation.tenant)
+                    self._loop.reprioritize(request.id, life.priority, request.tenant)
 
     def _wait(self, until: float) -> None:
         """For an answer, the next arrival or the next look at the priorities, whichever is first."""
         now = self._clock()
-        pause = min(_TICK_S if self._trace else 0.05, until - now)
+        pause = min(self._tick_s if self._trace else 0.05, until - now)
         if self._due:
             pause = min(pause, self._started + self._due[0][0] - now)
         if pause <= 0:
@@ -207,25 +194,18 @@ class Driver:
                 self._settle(self._ended.get_nowait())
 
     def _settle(self, life: Life) -> None:
-        ask = life.ask
-        generation, _ = self._live.pop(ask.number)
-        life.known_tokens = generation.known_tokens
+        del self._live[life.ask.number]
         self._done += 1
-        turn = self._next.get(ask.number)
-        if turn is None or life.ended is None:
-            return
-        if life.fate == "done":
-            self._said[ask.number] += life.tokens
+        turn = self._next.get(life.ask.number)
+        if turn is not None and life.ended is not None and life.fate == "done":  # else the conversation ends here
             heapq.heappush(self._due, (life.ended - self._started + turn.at, turn.number))
-        else:
-            self._said.pop(ask.number)  # the conversation ends here
 
     def _abandon(self) -> None:
         """Cancel what runs, and wait until the loop has let go of it."""
         self._due.clear()
-        for generation, _ in self._live.values():
+        for request, _ in self._live.values():
             with suppress(NotFoundError):  # as above
-                self._loop.cancel(generation.id, generation.tenant)
+                self._loop.cancel(request.id, request.tenant)
         with suppress(queue.Empty):
             while self._live:
                 self._settle(self._ended.get(timeout=_DRAIN_S))

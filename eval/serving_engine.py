@@ -10,6 +10,7 @@ from dataclasses import replace
 from itertools import count
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 from ragkv.checkpoint import Checkpoint
@@ -17,7 +18,7 @@ from ragkv.clock import Stopwatch
 from ragkv.config import Settings
 from ragkv.eval.serving_drive import Callbacks, Driver
 from ragkv.eval.workloads import Ask, Piece, Workload
-from ragkv.generation import Generation
+from ragkv.generation import Generation, TokenScores
 from ragkv.lineage import Lineage
 from ragkv.loop import EngineLoop
 from ragkv.paged import block_bytes
@@ -83,8 +84,26 @@ def opened_loop(
             torch.cuda.empty_cache()
 
 
+class _Turn(NamedTuple):
+    """A conversation after it: all its ``ids``, the keys of the chunks that stand in it, and the request."""
+
+    ids: Sequence[int] = ()
+    standing: frozenset[bytes] = frozenset()
+    generation: Generation | None = None
+
+
+_NOTHING = _Turn()
+
+
+def piece_ids(seed: int, count: int, vocab: int) -> list[int]:
+    """The same seed gives the same ids, and a longer piece begins with a shorter one's."""
+    ids: list[int] = np.random.default_rng(seed).integers(vocab, size=count).tolist()
+    return ids
+
+
 class Prompts:
-    """Makes the loop's requests: greedy, of exactly as many tokens as asked for.
+    """Makes the loop's requests: greedy, of exactly as many tokens as asked for. A later turn's prompt is the whole
+    conversation.
 
     Args:
         chunks: what an ask's chunk numbers mean.
@@ -93,45 +112,48 @@ class Prompts:
     def __init__(self, settings: Settings, checkpoint: Checkpoint, chunks: Sequence[PlannedChunk] = ()) -> None:
         self._strategy, self._ratio = resolve_method(settings.method), settings.ratio
         self._budget, self._chunks = checkpoint.runner.max_positions, chunks
-        self._names = count()
-        self._last: dict[int, tuple[Generation, frozenset[bytes]]] = {}
+        self._vocab, self._names = checkpoint.runner.vocab_size, count()
+        self._last: dict[int, _Turn] = {}
 
-    def __call__(
-        self, ask: Ask, before: Sequence[int], new: Sequence[int], priority: int, callbacks: Callbacks
-    ) -> Generation:
-        earlier, standing = self._earlier(ask)
+    def __call__(self, ask: Ask, priority: int, callbacks: Callbacks) -> Generation:
+        before = self._last.pop(ask.after, _NOTHING) if ask.after is not None else _NOTHING
         chunks = [replace(self._chunks[number], rank=rank) for rank, number in enumerate(ask.chunks, 1)]
+        new = [token for piece in ask.pieces for token in piece_ids(*piece, self._vocab)]
+        plan = make_plan(before.ids, chunks, new, budget=self._budget - ask.output, standing=before.standing)
+        said = list(plan.ids)
+
+        def on_token(token: int, scores: TokenScores | None) -> None:
+            said.append(token)
+            callbacks.on_token()
+
         generation = Generation(
             id=f"eval-{next(self._names)}",
-            plan=make_plan(before, chunks, new, budget=self._budget - ask.output, standing=standing),
+            plan=plan,
             strategy=self._strategy,
             ratio=self._ratio,
             sampling=SamplingParams(),
             max_tokens=ask.output,
             stop_ids=frozenset(),
             watch=Stopwatch(),
-            on_token=lambda token, scores: callbacks.on_token(token),
-            on_finish=callbacks.on_finish,
+            on_token=on_token,
+            on_finish=lambda reason: callbacks.on_finish(reason, len(plan.ids), generation.known_tokens),
             on_error=callbacks.on_error,
             as_asked=True,
-            lineage=earlier.lineage if earlier else Lineage(),
+            lineage=before.generation.lineage if before.generation else Lineage(),
             tenant=ask.tenant,
             weight=ask.weight,
             priority=priority,
         )
-        self._last[ask.number] = generation, standing | {chunk.tokens.key for chunk in chunks}
+        standing = before.standing | {chunk.tokens.key for chunk in chunks}
+        self._last[ask.number] = _Turn(said, standing, generation)
         return generation
 
-    def _earlier(self, ask: Ask) -> tuple[Generation | None, frozenset[bytes]]:
-        """The turn before, and the keys of all chunks that stand in the conversation."""
-        return self._last.pop(ask.after, (None, frozenset())) if ask.after is not None else (None, frozenset())
 
-
-def warm_up(loop: EngineLoop, prompts: Prompts, rows: int, longest: int, vocab: int) -> None:
+def warm_up(loop: EngineLoop, prompts: Prompts, rows: int, longest: int) -> None:
     """Every number of rows once, and the longest prompt: kernels are chosen and graphs captured before anything counts.
 
     Seeds of its own, so that nothing that is measured finds its KV.
     """
     asks = [Ask(n, 0.0, (Piece(1 << 60 | n, _WARM_PROMPT),), 2 + 2 * n) for n in range(rows)]
     asks.append(Ask(rows, 0.0, (Piece(1 << 60 | rows, longest),), 4))
-    Driver(loop, prompts, Workload(tuple(asks)), vocab=vocab).run(_WARM_S)
+    Driver(loop, prompts, Workload(tuple(asks))).run(_WARM_S)

@@ -119,6 +119,6 @@ def _tenants(drive: Drive, came: Sequence[Life]) -> dict[str, Row]:
             **percentiles("ttft", ttfts(own, drive.ended)),
             **percentiles("tbt", tbts(own, drive.ended)),
             "requests": len(own),
-            "service": float(service.totals[-1]) if len(service.totals) else 0.0,
+            "service": own[0].ask.weight * float(service.totals[-1]) if len(service.totals) else 0.0,
         }
     return rows

@@ -15,13 +15,16 @@ from ragkv.eval.serving_measures import QUANTILES, Row
 
 LEAST_WIDTH = 172
 BASELINE = "recompute"
+_PERCENTILES = {"p50": "p50", "p95": "p95", "p99": "p99", "p999": "p99.9"}
 _TEXTS = ("load", "policy", "preemption", "tenant")
 
 
 def show(console: Console, rows: Sequence[Row]) -> None:
-    """A line for each run, one for each simulated one, one for each tenant; and what each gains over recomputing."""
-    lines = [line for row in rows for line in (brief(row), *([_brief_simulated(row)] if "simulated" in row else []))]
-    _table(console, lines)
+    """What requests saw and what it took, a line for each run and each simulated one; what each gains over recomputing;
+    the same for each tenant."""
+    lines = [line for row in rows for line in ([row, _simulated(row)] if "simulated" in row else [row])]
+    _table(console, [seen(line) for line in lines])
+    _table(console, [took(line) for line in lines])
     if gains := [gain for row in rows if (gain := gained(row, rows))]:
         _table(console, gains, title=f"times as good as {BASELINE}, same load")
     if tenants := [line for row in rows if len(row["tenants"]) > 1 for line in _tenants(row)]:
@@ -29,36 +32,62 @@ def show(console: Console, rows: Sequence[Row]) -> None:
     _wide(console).print(footnote(rows[0]), highlight=False)
 
 
-def brief(row: Row) -> dict[str, str]:
-    """The cells of a terminal's table."""
-    unfinished = row["unfinished"] + row["refused"] + row["failed"]
+def _named(row: Row) -> dict[str, str]:
+    running = row.get("max_running")
     return {
         "load": row["load"],
         "policy": row["policy"],
         "preemption": row["preemption"],
-        "TTFT p50": _number(row["p50_ttft_ms"], ",.0f"),
-        "p99": _number(row["p99_ttft_ms"], ",.0f"),
-        "p99.9": _number(row["p999_ttft_ms"], ",.0f"),
-        "TBT p50": _number(row["p50_tbt_ms"], ",.1f"),
-        " p99": _number(row["p99_tbt_ms"], ",.1f"),
-        " p99.9": _number(row["p999_tbt_ms"], ",.1f"),
+        "at once": "" if running is None else str(running),
+    }
+
+
+def _tails(row: Row) -> dict[str, str]:
+    """Of both times, under names that no two columns share."""
+    cells = {}
+    for margin, (what, form) in zip(("", " "), (("ttft", ",.0f"), ("tbt", ",.1f")), strict=True):
+        for p, name in _PERCENTILES.items():
+            head = f"{what.upper()} {name}" if p == "p50" else margin + name
+            cells[head] = _number(row[f"{p}_{what}_ms"], form)
+    return cells
+
+
+def seen(row: Row) -> dict[str, str]:
+    """What requests saw of a run."""
+    unfinished = row["unfinished"] + row["refused"] + row["failed"]
+    return {
+        **_named(row),
+        **_tails(row),
         "tok/s": f"{row['throughput_tok_s']:,.0f}",
         "req/s": f"{row['requests_s']:.2f}",
         "good/s": f"{row['goodput']:.2f}",
-        "preempted": f"{row['preemption_rate']:.2f}",
-        "MB moved": f"{row['swap_bytes'] / 1e6:,.0f}",
-        "hits": f"{row['prefix_hit_share']:.0%}",
-        "sched.": f"{row['scheduler_share']:.2%}",
-        "idle": f"{row['idle_share']:.0%}",
         "Jain": _number(row["jain"], ".3f"),
         "gap": _number(row["service_gap"], ",.0f"),
         "not done": str(unfinished) if unfinished else "",
     }
 
 
-def _brief_simulated(row: Row) -> dict[str, str]:
-    line = brief({**row, **row["simulated"]})
-    return {**line, "load": "", "policy": "", "preemption": " simulated", "sched.": "", "hits": ""}
+def took(row: Row) -> dict[str, str]:
+    """What the engine did in a run."""
+    return {
+        **_named(row),
+        "steps": f"{row['steps']:,.0f}",
+        "ms a step": f"{row['step_ms']:,.2f}",
+        "scheduling": _number(row["scheduler_ms"], ",.3f"),
+        "of it": _number(row["scheduler_share"], ".2%"),
+        "idle": f"{row['idle_share']:.0%}",
+        "preemptions": f"{row['preemptions']:,.0f}",
+        "a request": f"{row['preemption_rate']:.2f}",
+        "MB out": f"{row['swap_out_bytes'] / 1e6:,.0f}",
+        "MB in": f"{row['swap_in_bytes'] / 1e6:,.0f}",
+        "hits": _number(row["prefix_hit_share"], ".0%"),
+    }
+
+
+def _simulated(row: Row) -> Row:
+    """The simulator's line below a run's: it schedules in no time, and finds no prompts that merely begin alike."""
+    unknown = {"scheduler_ms": None, "scheduler_share": None, "prefix_hit_share": None, "max_running": None}
+    return {**row, **row["simulated"], **unknown, "load": "", "policy": "", "preemption": " simulated"}
 
 
 def gained(row: Row, rows: Sequence[Row]) -> dict[str, str] | None:
@@ -72,11 +101,9 @@ def gained(row: Row, rows: Sequence[Row]) -> dict[str, str] | None:
         return f"{one / other:.2f}x" if one is not None and other else ""
 
     return {
-        "load": row["load"],
-        "policy": row["policy"],
-        "preemption": row["preemption"],
-        **{f"TTFT {p}": times(f"{p}_ttft_ms") for p in ("p50", "p95", "p99", "p999")},
-        **{f"TBT {p}": times(f"{p}_tbt_ms") for p in ("p50", "p95", "p99", "p999")},
+        **_named(row),
+        **{f"TTFT {p}": times(f"{p}_ttft_ms") for p in _PERCENTILES},
+        **{f"TBT {p}": times(f"{p}_tbt_ms") for p in _PERCENTILES},
         "tok/s": times("throughput_tok_s", more_is_better=True),
         "goodput": times("goodput", more_is_better=True),
     }
@@ -84,22 +111,19 @@ def gained(row: Row, rows: Sequence[Row]) -> dict[str, str] | None:
 
 def baseline(row: Row, rows: Sequence[Row]) -> Row | None:
     """The run that recomputed, of the same load and policy."""
-    same = ("load", "policy", "offered_per_s", "pool_bytes", "model")
-    matching = (one for one in rows if one["preemption"] == BASELINE and all(one[k] == row[k] for k in same))
+    same = ("load", "policy", "offered_per_s", "pool_tokens", "max_running", "model")
+    matching = (one for one in rows if one["preemption"] == BASELINE and all(one.get(k) == row.get(k) for k in same))
     return next(matching, None)
 
 
 def _tenants(row: Row) -> list[dict[str, str]]:
     return [
         {
-            "load": row["load"],
-            "policy": row["policy"],
-            "preemption": row["preemption"],
+            **_named(row),
             "tenant": name,
             "requests": str(own["requests"]),
             "service": f"{own['service']:,.0f}",
-            **{f"TTFT {p}": _number(own[f"{p}_ttft_ms"], ",.0f") for p in ("p50", "p95", "p99")},
-            **{f"TBT {p}": _number(own[f"{p}_tbt_ms"], ",.1f") for p in ("p50", "p95", "p99")},
+            **_tails(own),
         }
         for name, own in row["tenants"].items()
     ]
@@ -107,12 +131,13 @@ def _tenants(row: Row) -> list[dict[str, str]]:
 
 def footnote(row: Row) -> str:
     updates = row["priority_updates"]
+    ram = f", RAM {row['host_bytes'] / 1e9:.1f} GB" if "host_bytes" in row else ""
     how = f"; priorities change ({updates}) every {1 / row['update_frequency']:.0f} steps" if updates else ""
     return (
         f"{row['model']} on {row['device']}: {row['offered']} requests, {row['offered_per_s']:g} a second; the pool "
-        f"holds {row['pool_tokens']:,} tokens, RAM {row['host_bytes'] / 1e9:.1f} GB{how}. Times in ms; preempted: "
-        f"times a request; good/s: requests within {row['slo_ttft_ms']:g} ms to the first token and "
-        f"{row['slo_tbt_ms']:g} ms between tokens on average; gap: of service over weight, of two backlogged tenants"
+        f"holds {row['pool_tokens']:,} tokens{ram}{how}. Times in ms; good/s: requests within {row['slo_ttft_ms']:g} "
+        f"ms to the first token and {row['slo_tbt_ms']:g} ms between tokens on average; gap: the most by which service "
+        "over weight of two backlogged tenants differed; scheduling: ms of a step, and its share"
     )
 
 

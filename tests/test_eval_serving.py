@@ -17,18 +17,21 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
-from ragkv.errors import ConfigError, InputError, NotFoundError, QueueFullError
+from ragkv.config import load_settings
+from ragkv.errors import ConfigError, InputError, NotFoundError, QueueFullError, ServerError
 from ragkv.eval import serving_show
 from ragkv.eval.cli import app
 from ragkv.eval.conversations import Turn, capped, from_trace, invented
 from ragkv.eval.priorities import CLASSES, PriorityTrace
-from ragkv.eval.serving import ServingPlan
-from ragkv.eval.serving_drive import Drive, Driver, Life, piece_ids
+from ragkv.eval.serving_drive import Callbacks, Drive, Driver, Life
+from ragkv.eval.serving_engine import Prompts, piece_ids
 from ragkv.eval.serving_fairness import common, jain_index, largest_gap, merged, services
 from ragkv.eval.serving_measures import row_of
+from ragkv.eval.serving_plan import ServingPlan
 from ragkv.eval.serving_simulated import read_costs
 from ragkv.eval.traces import TraceRequest
 from ragkv.eval.workloads import LOADS, Ask, Piece, Shape, Workload, bursty, make_workload, on_off
+from tests.fake_engine import serving
 
 SHAPE = Shape(requests=60, rate=50.0, prompt_tokens=64, output_tokens=16, context_tokens=400, think_s=0.01)
 
@@ -95,15 +98,15 @@ class FakeLoop:
                 if one.cancelled:
                     self._end(one, "cancelled")
             for one in [] if self.stuck else [one for one in turn if not one.cancelled][: self.lanes]:
-                one.callbacks.on_token(len(one.said))
-                one.said.append(len(one.said))
-                if len(one.said) == one.output:
+                one.callbacks.on_token()
+                one.said += 1
+                if one.said == one.output:
                     self._end(one, "length")
 
     def _end(self, one: SimpleNamespace, reason: str) -> None:
         with self.lock:
             self.live.remove(one)
-        one.callbacks.on_finish(reason)
+        one.callbacks.on_finish(reason, 10, 0)
 
 
 @pytest.fixture
@@ -120,23 +123,16 @@ def loops() -> Iterator[Any]:
         loop.thread.join()
 
 
-class Prompts:
-    """Requests of the fake loop; keeps their prompts by number."""
-
-    def __init__(self) -> None:
-        self.ids: dict[int, list[int]] = {}
-
-    def __call__(self, ask: Ask, before: Sequence[int], new: Sequence[int], priority: int, callbacks: Any) -> Any:
-        self.ids[ask.number] = ids = [*before, *new]
-        return SimpleNamespace(
-            id=str(ask.number), tenant=ask.tenant, plan=SimpleNamespace(ids=ids), known_tokens=0, priority=priority,
-            output=ask.output, callbacks=callbacks, said=[], cancelled=False,
-        )  # fmt: skip
+def _request(ask: Ask, priority: int, callbacks: Callbacks) -> Any:
+    """One of the fake loop's."""
+    return SimpleNamespace(
+        id=str(ask.number), tenant=ask.tenant, priority=priority, output=ask.output, callbacks=callbacks, said=0,
+        cancelled=False,
+    )  # fmt: skip
 
 
-def _driven(loop: FakeLoop, workload: Workload, seconds: float = 20.0, **options: Any) -> tuple[Drive, Prompts]:
-    prompts = Prompts()
-    return Driver(loop, prompts, workload, vocab=1000, **options).run(seconds), prompts
+def _driven(loop: FakeLoop, workload: Workload, seconds: float = 20.0, **options: Any) -> Drive:
+    return Driver(loop, _request, workload, **options).run(seconds)
 
 
 # Loads.
@@ -219,20 +215,31 @@ def test_a_longer_piece_begins_with_the_shorter_one() -> None:
 # Driving.
 
 
-def test_a_turn_comes_after_the_answer_and_holds_the_whole_conversation(loops: Any) -> None:
+def test_a_turn_comes_after_the_answer(loops: Any) -> None:
     asks = (Ask(0, 0.0, (Piece(1, 5),), 3), Ask(1, 0.02, (Piece(2, 4),), 2, after=0))
-    drive, prompts = _driven(loops(), Workload(asks))
-    first, second = drive.lives
-    assert prompts.ids[1] == [*piece_ids(1, 5, 1000), 0, 1, 2, *piece_ids(2, 4, 1000)]
-    assert second.prompt_tokens == 12
+    first, second = _driven(loops(), Workload(asks)).lives
     assert first.ended is not None
     assert second.due == pytest.approx(first.ended + 0.02)
     assert second.times[0] >= second.due
 
 
+def test_a_turns_prompt_is_the_whole_conversation() -> None:
+    runner = SimpleNamespace(vocab_size=1000, max_positions=100)
+    make, ends = Prompts(load_settings(), SimpleNamespace(runner=runner)), []  # type: ignore[arg-type]
+    callbacks = Callbacks(lambda: None, lambda *end: ends.append(end), ends.append)
+    first = make(Ask(0, 0.0, (Piece(1, 5),), 3), 0, callbacks)
+    for token in range(3):
+        first.on_token(token, None)
+    second = make(Ask(1, 0.02, (Piece(2, 4), Piece(3, 2)), 2, after=0), 4, callbacks)
+    assert list(second.plan.ids) == [*piece_ids(1, 5, 1000), 0, 1, 2, *piece_ids(2, 4, 1000), *piece_ids(3, 2, 1000)]
+    assert (second.lineage, second.priority, second.max_tokens) == (first.lineage, 4, 2)
+    second.on_finish("length")
+    assert ends == [("length", 14, 0)]
+
+
 def test_everything_is_served(loops: Any) -> None:
     workload = make_workload("sessions", SHAPE)
-    drive, _ = _driven(loops(), workload)
+    drive = _driven(loops(), workload)
     assert Counter(life.fate for life in drive.lives) == {"done": 60}
     assert all(len(life.times) == life.ask.output for life in drive.lives)
 
@@ -249,7 +256,7 @@ def test_priorities_change_with_the_engines_steps(loops: Any) -> None:
 def test_a_run_that_must_end_counts_who_waits(loops: Any) -> None:
     loop = loops(stuck=True)
     began = time.perf_counter()
-    drive, _ = _driven(loop, Workload((Ask(0, 0.0, (Piece(1, 5),), 3), Ask(1, 0.0, (Piece(2, 5),), 3, after=0))), 0.2)
+    drive = _driven(loop, Workload((Ask(0, 0.0, (Piece(1, 5),), 3), Ask(1, 0.0, (Piece(2, 5),), 3, after=0))), 0.2)
     assert time.perf_counter() - began < 10
     assert [life.fate for life in drive.lives] == ["unfinished"]
     assert not loop.live
@@ -265,7 +272,7 @@ def test_a_full_queue_is_counted_and_ends_the_conversation(loops: Any) -> None:
         Ask(1, 0.0, (Piece(2, 5),), 3),
         Ask(2, 0.0, (Piece(2, 5),), 3, after=1),
     )
-    drive, _ = _driven(loops(full=1), Workload(asks))
+    drive = _driven(loops(full=1), Workload(asks))
     assert [life.fate for life in drive.lives] == ["done", "refused"]
     assert row_of(drive, slo_ttft_ms=1000, slo_tbt_ms=50)["refused"] == 1
 
@@ -376,6 +383,77 @@ def test_turns_with_retrieved_chunks_are_served() -> None:
     assert result.exit_code == 0, result.output
     [row] = json.loads(result.stdout)
     assert (row["done"], row["failed"]) == (4, 0)
+
+
+def test_several_numbers_of_running_requests_are_runs_of_their_own() -> None:
+    command = ["serving", "--load", "poisson", "--preemptions", "reuse", *_TINY]
+    command += ["--requests", "4", "--max-running", "6,1", "--json"]
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 0, result.output
+    many, single = json.loads(result.stdout)
+    assert (many["max_running"], single["max_running"]) == (6, 1)
+    assert single["steps"] > many["steps"]
+
+
+_TENANTS = """
+api_key = "the-operators-key"
+[tenants.one]
+key = "the-key-of-one"
+[tenants.two]
+key = "the-key-of-two"
+weight = 2.0
+"""
+
+
+@pytest.fixture
+def server(make_engine: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    monkeypatch.chdir(tmp_path)
+    Path("ragkv.toml").write_text(_TENANTS)
+    with serving(make_engine(model="bundled", port=0, scheduler="vtc", max_running=4, max_queued=9)) as url:
+        yield url
+
+
+def _at(url: str, load: str, *options: str) -> Any:
+    command = ["serving", "--url", url, "--load", load, "--requests", "8", "--rate", "100", "--prompt-tokens", "30"]
+    command += ["--output-tokens", "6", "--context-tokens", "400", "--think-s", "0.01", "--frequency", "0.5"]
+    return CliRunner().invoke(app, [*command, *options])
+
+
+def test_a_running_server_is_measured_through_its_api(server: str) -> None:
+    loads = "sessions-priority,sessions-rag,tenants-weights"
+    result = _at(server, loads, "--chunks", "2", "--chunk-tokens", "40", "--pool", "4", "--json")
+    assert result.exit_code == 0, result.output
+    rows = json.loads(result.stdout)
+    assert [row["load"] for row in rows] == loads.split(",")
+    for row in rows:
+        assert (row["done"], row["failed"], row["model"]) == (8, 0, "bundled")
+        assert 0 < row["p50_ttft_ms"] <= row["p999_ttft_ms"]
+        assert row["steps"] > 0
+        assert 0 <= row["idle_share"] <= 1
+    assert rows[0]["prefix_hit_share"] > 0
+    assert min(own["service"] for own in rows[2]["tenants"].values()) > 4 * 6 * 2
+    table = _at(server, "poisson")
+    assert "p99.9" in table.stdout
+
+
+def test_a_flooded_server_refuses_and_that_is_counted(server: str) -> None:
+    result = _at(server, "poisson", "--requests", "40", "--rate", "10000", "--json")
+    [row] = json.loads(result.stdout)
+    assert row["refused"] > 0
+    assert row["done"] + row["refused"] == 40
+
+
+def test_a_server_that_cannot_be_measured_says_why(server: str) -> None:
+    assert "tenants.honest" in str(_at(server, "tenants-honest").exception)
+    assert "--policies does not go with --url" in str(_at(server, "poisson", "--policies", "vtc").exception)
+    assert isinstance(_at("http://127.0.0.1:9", "poisson").exception, ServerError)
+
+
+def test_what_is_cancelled_at_the_server_is_unfinished(server: str) -> None:
+    result = _at(server, "poisson", "--output-tokens", "300", "--context-tokens", "900", "--budget-s", "1", "--json")
+    [row] = json.loads(result.stdout)
+    assert row["unfinished"] > 0
+    assert row["failed"] == 0
 
 
 def test_the_report_shows_runs_beside_recomputing(tmp_path: Path) -> None:

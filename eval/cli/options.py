@@ -30,6 +30,13 @@ AnyModel = Annotated[
 ]
 
 
+def refuse_options(ctx: typer.Context, names: Sequence[str], why: str) -> None:
+    for name in names:
+        source = ctx.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE":
+            raise ConfigError(f"--{name.replace('_', '-')} does not go with {why}; leave it out")
+
+
 def check_save(path: Path | None) -> None:
     """Before anything takes its time."""
     if path and (path.is_dir() or not path.absolute().parent.is_dir()):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, get_args
 
@@ -11,9 +10,19 @@ import typer
 
 from ragkv import terminal
 from ragkv.config import load_settings
-from ragkv.errors import ConfigError
 from ragkv.eval.cases import CONDITIONS, Draw
-from ragkv.eval.cli.options import Json, Ratio, check_save, choice, choices, err, out, ratios, save_result
+from ragkv.eval.cli.options import (
+    Json,
+    Ratio,
+    check_save,
+    choice,
+    choices,
+    err,
+    out,
+    ratios,
+    refuse_options,
+    save_result,
+)
 from ragkv.eval.data import METRICS, Data
 from ragkv.eval.questions import read_questions
 from ragkv.eval.worlds_names import SPLITS
@@ -77,7 +86,7 @@ def quality(
     """Answer quality of every method beside full prefill, on invented worlds or on your own questions."""
     check_save(save)
     choice(suite, ("worlds",), "--suite")
-    _refuse_options(ctx, _WORLDS_ONLY if data else _DATA_ONLY, "--data" if data else "worlds")
+    refuse_options(ctx, _WORLDS_ONLY if data else _DATA_ONLY, "--data" if data else "worlds")
     from ragkv.checkpoint import find_device
     from ragkv.eval.machine import environment
     from ragkv.eval.quality import grid, measure_quality
@@ -109,10 +118,3 @@ def quality(
         from ragkv.eval.quality_table import show
 
         show(out, rows)
-
-
-def _refuse_options(ctx: typer.Context, names: Sequence[str], why: str) -> None:
-    for name in names:
-        source = ctx.get_parameter_source(name)
-        if source is not None and source.name == "COMMANDLINE":
-            raise ConfigError(f"--{name.replace('_', '-')} does not go with {why}; leave it out")

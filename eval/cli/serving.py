@@ -11,11 +11,26 @@ import typer
 from ragkv import terminal
 from ragkv.config import load_settings
 from ragkv.errors import ConfigError
-from ragkv.eval.cli.options import AnyModel, Json, check_save, choice, err, names, out, saving
+from ragkv.eval.cli.options import AnyModel, Json, check_save, choice, err, names, numbers, out, refuse_options, saving
+
+_ENGINE_ONLY = (
+    "model",
+    "policies",
+    "preemptions",
+    "pool_bytes",
+    "swap_bytes",
+    "max_running",
+    "simulate",
+    "costs",
+)
 
 
 def serving(
+    ctx: typer.Context,
     model: AnyModel = None,
+    url: Annotated[
+        str | None, typer.Option(help="In place of a model: a running server, asked through its REST API.")
+    ] = None,
     load: Annotated[
         str,
         typer.Option(
@@ -48,7 +63,9 @@ def serving(
     frequency: Annotated[float, typer.Option(help="Updates of priorities per step of the engine.")] = 0.02,
     pool_bytes: Annotated[int | None, typer.Option(help="Setting pool_bytes: KV on the device.")] = None,
     swap_bytes: Annotated[int | None, typer.Option(help="Setting swap_bytes: KV in RAM.")] = None,
-    max_running: Annotated[int | None, typer.Option(help="Setting max_running: requests at the same time.")] = None,
+    max_running: Annotated[
+        str, typer.Option(help="Setting max_running: requests at the same time; several, comma-separated.")
+    ] = "",
     slo_ttft_ms: Annotated[float, typer.Option(help="For goodput: most time to the first token.")] = 1000.0,
     slo_tbt_ms: Annotated[float, typer.Option(help="For goodput: most mean time between tokens.")] = 50.0,
     seed: Annotated[int, typer.Option(help="Of arrivals, lengths, tokens and priorities.")] = 0,
@@ -67,15 +84,19 @@ def serving(
     json_: Json = False,
 ) -> None:
     """Many requests on one engine: tails, throughput and fairness, for every policy and way to preempt."""
+    if url:
+        refuse_options(ctx, _ENGINE_ONLY, "--url: the server has its own")
     from ragkv.eval import serving_show
     from ragkv.eval.cache_policy_plot import check
     from ragkv.eval.priorities import PATTERNS
-    from ragkv.eval.serving import ServingPlan, measure_serving
+    from ragkv.eval.serving import measure_serving
+    from ragkv.eval.serving_plan import ServingPlan
+    from ragkv.eval.serving_server import measure_server
     from ragkv.eval.serving_simulated import read_costs
     from ragkv.eval.traces import read_requests
     from ragkv.eval.workloads import Shape
 
-    settings = load_settings(model=model, pool_bytes=pool_bytes, swap_bytes=swap_bytes, max_running=max_running)
+    settings = load_settings(model=model, pool_bytes=pool_bytes, swap_bytes=swap_bytes)
     plan = ServingPlan(
         loads=names(load),
         shape=Shape(
@@ -93,6 +114,7 @@ def serving(
         ),
         policies=names(policies) or ("",),
         preemptions=names(preemptions),  # type: ignore[arg-type] # it looks itself
+        max_running=tuple(int(most) for most in numbers(max_running, "--max-running", 0, 1 << 20)) or (None,),
         updates=choice(updates, PATTERNS, "--updates") if updates else None,
         frequency=frequency,
         slo_ttft_ms=slo_ttft_ms,
@@ -105,7 +127,10 @@ def serving(
     if plot:
         check(plot)
     with terminal.progress(err, quiet=not err.is_terminal) as say:
-        result = measure_serving(settings, plan, say=say, save=saving(save))
+        if url:
+            result = measure_server(url, settings, plan, say=say, save=saving(save))
+        else:
+            result = measure_serving(settings, plan, say=say, save=saving(save))
     if plot and result["rows"]:
         serving_show.plot(result["rows"], plot)
     if json_:
