@@ -242,12 +242,12 @@ class EngineLoop:
             self._abort_all()
 
     def _wait(self) -> bool:
-        began = time.perf_counter()
         with self._wake:
             while not self._closed and not self._has_work():
+                began = time.perf_counter()
                 self._wake.wait(_IDLE_S)
+                self.tally.idle_seconds += time.perf_counter() - began
                 self._pool.poll()
-        self.tally.idle_seconds += time.perf_counter() - began
         return not self._closed
 
     def _has_work(self) -> bool:
