@@ -109,12 +109,12 @@ class _Simulation:
             self._reassign()
             self._arrive()
             self._land()
-            plan = self.scheduler.plan(self.memory.available, self.memory.freeing, starting=self.engine.starting)
-            self._apply(plan)
+            while self._apply(self._plan()).preempt:
+                pass  # what that set free at once is given away at once
             self._grow()
             if self.decoding or self.prefilling:
                 self._turn()
-            elif not plan.preempt:  # else what it set free is for the next plan to give away
+            elif self.arrivals or self.jobs:
                 self._wait()
         return SimResult(
             self.outcomes,
@@ -186,13 +186,17 @@ class _Simulation:
 
     # Who has which blocks
 
-    def _apply(self, plan: Plan) -> None:
+    def _plan(self) -> Plan:
+        return self.scheduler.plan(self.memory.available, self.memory.freeing, starting=self.engine.starting)
+
+    def _apply(self, plan: Plan) -> Plan:
         for ticket in plan.preempt:
             self._queue(ticket, 1)
             self._preempt(self.jobs[ticket])
         for ticket in plan.start:
             self._queue(ticket, -1)
             self._begin(self.jobs[ticket])
+        return plan
 
     def _preempt(self, job: _Job) -> None:
         self._leave(job)

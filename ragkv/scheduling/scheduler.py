@@ -13,7 +13,9 @@ from ragkv.scheduling.policies import POLICIES
 from ragkv.scheduling.ranking import Ranking
 from ragkv.scheduling.ticket import State, Ticket
 
-QUANTUM, CREDIT = 1024.0, 8192.0
+# The credit is that of a few long requests: who asks for 60% of its share in bursts needs as much to be answered as if
+# the others did the same, and hardly ever more.
+QUANTUM, CREDIT = 1024.0, 32768.0
 
 
 @dataclass(frozen=True)
@@ -93,7 +95,8 @@ class Scheduler:
         self._count_waiting(ticket, 1)
 
     def plan(self, free: int, freeing: int, *, starting: int | None = None) -> Plan:
-        """What to do before the next step, given blocks that are free and blocks that soon will be.
+        """What to do before the next step, given blocks that are free and blocks that soon will be. Where it preempts,
+        ask again once that is done: what it set free at once may start somebody at once.
 
         Args:
             starting: how many requests may be in their prefill at once, the last of them only where it may displace
