@@ -77,12 +77,9 @@ class Moves:
 
     def _begun(self, move: Future[None], blocks: list[Block]) -> None:
         if self._waits:
-            move.exception()
             self._through(move, blocks)
-            return
-        self._under_way.append((move, blocks))
-        for block in blocks:
-            self._places.settle(block)
+        else:
+            self._under_way.append((move, blocks))
 
     def _through(self, move: Future[None], blocks: Sequence[Block]) -> None:
         move.result()

@@ -6,8 +6,8 @@ its way back. One function, :meth:`Places.settle`, decides after every change wh
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Iterable, Sequence
+from itertools import islice
 
 from ragkv.blocks import FreeBlocks
 from ragkv.table import Block, Table
@@ -29,7 +29,7 @@ class Places:
     def __init__(self, device: int, host: int, *, stays: bool) -> None:
         self.free, self.host_free = FreeBlocks(device), FreeBlocks(host)
         self.idle: dict[Block, None] = {}
-        self.host_idle: OrderedDict[Block, None] = OrderedDict()
+        self.host_idle: dict[Block, None] = {}
         self.leaving: set[Block] = set()
         self._named: dict[bytes, Block] = {}
         self._stays = stays
@@ -61,7 +61,7 @@ class Places:
                 self.leaving.add(block)
         elif block.lost:
             self._forget_if_lost(block)
-        elif not block.tables and block.name is None and not block.keeping:
+        elif not block.tables and block.name is None:
             self._release(block)
             self.release_copy(block)
         else:
@@ -79,8 +79,8 @@ class Places:
 
     def take_host(self, count: int) -> list[int]:
         """Up to ``count`` places in RAM."""
-        while self.host_free.free < count and self.host_idle:
-            block = next(iter(self.host_idle))
+        movable = (block for block in self.host_idle if not block.keeping)
+        for block in list(islice(movable, max(0, count - self.host_free.free))):
             self.release_copy(block)
             self._forget_if_lost(block)
         return self.host_free.take(min(count, self.host_free.free)) or []
@@ -89,7 +89,7 @@ class Places:
         self.host_idle.pop(block, None)
         if block.host is not None:
             self.host_free.give([block.host])
-            block.host, block.copied, block.kept = None, 0, False
+            block.host = None
 
     def check(self, tables: Iterable[Table]) -> list[str]:
         """What does not fit together, if ``tables`` are all there are and no move is under way."""
@@ -105,7 +105,7 @@ class Places:
                 faults.append(f"{block} is named and lost")
         if set(self.idle) != {b for b in blocks if not b.users and b.device is not None}:
             faults.append("others are idle than should be")
-        if set(self.host_idle) != {b for b in blocks if not (b.tables or b.keeping) and b.host is not None}:
+        if set(self.host_idle) != {b for b in blocks if not b.tables and b.host is not None}:
             faults.append("others are idle in RAM than should be")
         faults += [f"{name.hex()} names another" for name, block in self._named.items() if block.name != name]
         return faults
@@ -113,11 +113,11 @@ class Places:
     def _rest(self, block: Block) -> None:
         """A block that stays: where it waits until somebody needs it, or its place."""
         if not block.users and block.device is not None:
-            if block.tables and block.has_copy and not self._stays:
+            if block.has_copy and not self._stays:
                 self._release(block)
             else:
                 self.idle[block] = None
-        if not block.tables and block.host is not None and not block.keeping:
+        if not block.tables and block.host is not None:
             self.host_idle[block] = None
 
     def _release(self, block: Block) -> None:

@@ -79,11 +79,8 @@ class Sink:
 
     def _kept(self) -> None:
         blocks, self._keep = self._keep[1] if self._keep is not None else [], None
-        for block in reversed(blocks):
+        for block in blocks:
             block.keeping, block.kept = False, True
-            self._places.settle(block)
-            if block in self._places.host_idle:
-                self._places.host_idle.move_to_end(block, last=False)
 
     def _keep_idle(self) -> None:
         places = self._places
@@ -95,6 +92,5 @@ class Sink:
             return
         for block in going:
             block.keeping = True
-            del places.host_idle[block]
         names, hosts = zip(*named, strict=True)
         self._keep = self._archive.keep(names, self._host, hosts), going

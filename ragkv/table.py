@@ -46,7 +46,8 @@ class Block:
 
     @property
     def has_copy(self) -> bool:
-        return self.host is not None and self.storing is None and self.copied >= self.filled
+        """All that is written is in RAM, or on its way there."""
+        return self.host is not None and self.copied >= self.filled
 
     @property
     def wants_copy(self) -> bool:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import random
+import threading
+from concurrent.futures import Future
 
 import pytest
 
 from ragkv.lineage import Lineage
 from ragkv.pool import Table, blocks_for
+from ragkv.table import Block
 from tests.pool_kit import MODES, assert_holds, fill, make_pool, sound, started
 
 
@@ -168,6 +171,39 @@ def test_freeing_counts_what_is_on_its_way():
     pool.settle()
     assert pool.freeing == 0
     assert pool.available == 8
+
+
+def test_what_is_copied_while_in_use_frees_nothing():
+    pool, go = make_pool(), threading.Event()
+    pool.moves.out.lane.submit(0, go.wait)
+    table = pool.open(ids := list(range(64)), Lineage())
+    assert pool.bring(table, 64)
+    fill(pool, table, ids)
+    assert pool.freeing == 0
+    pool.close(table)
+    assert pool.freeing == 4
+    go.set()
+    pool.settle()
+    assert pool.freeing == 0
+    assert pool.available == 16
+
+
+def test_only_what_is_there_and_not_in_ram_wants_a_copy():
+    assert Block(device=1, filled=3).wants_copy
+    assert Block(device=1, filled=3, host=2, copied=2).wants_copy
+    assert not Block(device=1, filled=3, host=2, copied=3).wants_copy
+    assert not Block(device=1).wants_copy
+    assert not Block(filled=3).wants_copy
+    assert not Block(device=1, filled=3, storing=Future()).wants_copy
+
+
+def test_loading_without_room_is_refused():
+    pool = make_pool(blocks=8)
+    table = started(pool, [7] * 128)
+    with pytest.raises(RuntimeError):
+        pool.moves.load([Block(host=1, filled=16, copied=16)])
+    assert pool.available == 0
+    assert_holds(pool, table, [7] * 128)
 
 
 @pytest.mark.parametrize("preemption", MODES)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import random
+import threading
 from pathlib import Path
 
 from ragkv.lineage import Lineage
 from ragkv.pool import KvPool, Table
-from tests.pool_kit import CPU, SHAPE, archived, assert_holds, fill, sound, sunk
+from tests.pool_kit import CPU, SHAPE, archived, assert_holds, fill, sound, started, sunk
 
 
 def test_an_idle_conversation_comes_back_from_disk(tmp_path):
@@ -59,12 +60,52 @@ def test_a_damaged_block_on_disk_is_lost_and_nothing_else(tmp_path):
     path.write_bytes(data)
     again = pool.open([*ids, 1], Lineage())
     pool.settle()
+    assert pool.stats()["fetched_blocks"] == 3
     assert pool.survey(again) == 32
     assert pool.bring(again, 65)
     pool.settle()
     assert_holds(pool, again, ids[:32])
     sound(pool)
     pool.shut()
+
+
+def test_what_is_being_written_keeps_its_place_until_it_is(tmp_path):
+    archive, go = archived(tmp_path), threading.Event()
+    pool = KvPool(SHAPE, CPU, 8, 10, "reuse", archive)
+    ids = list(range(100, 164))
+    pool.close(started(pool, ids))
+    pool.settle()
+    archive._writer.submit(go.wait)
+    pool.close(started_meanwhile(pool, [7] * 100))  # RAM is nearly full: the first conversation is to be written
+    looked_at = pool.open([*ids, 1], Lineage())
+    assert all(block.keeping for block in looked_at.blocks)
+    pool.close(looked_at)
+    for number in range(3):  # whose blocks want places in RAM, too
+        pool.close(started_meanwhile(pool, [number, *[8] * 110]))
+    assert pool.check() == []
+    go.set()
+    pool.settle()
+    for number in range(3, 6):
+        pool.close(started(pool, [number, *[8] * 110]))
+        pool.settle()
+    again = pool.open([*ids, 1], Lineage())
+    pool.settle()
+    assert again.tokens == 64
+    assert pool.stats()["fetched_blocks"] == 4
+    assert pool.bring(again, 65)
+    pool.settle()
+    assert_holds(pool, again, ids)
+    pool.shut()
+
+
+def started_meanwhile(pool, ids):
+    """A conversation, while something is being written to disk."""
+    table = pool.open(ids, Lineage())
+    assert pool.bring(table, len(ids))
+    fill(pool, table, ids)
+    pool.moves.wait()
+    pool.poll()
+    return table
 
 
 def test_a_full_disk_only_forgets(tmp_path):
@@ -93,7 +134,7 @@ def test_any_life_with_a_disk_and_any_choice(tmp_path):
     for name in ("storing", "loading", "fetching"):
         setattr(pool.costs, name, lambda blocks, tokens: chooser.choice([0, blocks, chooser.randrange(blocks + 1)]))
     live: dict[Table, list[int]] = {}
-    for step in range(400):
+    for step in range(600):
         act = chooser.choice(["open", "bring", "park", "close", "poll"])
         if act == "open" and len(live) < 4:
             start = 100 * chooser.randrange(9)
