@@ -6,7 +6,8 @@ through as its ``attention_mask``. Rows of different requests come with a :class
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Collection
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention as sdpa
@@ -17,6 +18,15 @@ from ragkv.kv import RequestKV
 from ragkv.paged_step import PagedStep
 
 NAME = "ragkv"
+_SCORED_LOGITS = 1 << 24
+
+
+class Query(NamedTuple):
+    """What some rows look for at a layer: ``rows`` (rows, heads, head_dim), rotated."""
+
+    rows: torch.Tensor
+    scale: float
+    window: int | None
 
 
 class AttentionStep:
@@ -35,17 +45,28 @@ class AttentionStep:
         length: keys in use: one more than the last slot any row may see.
         contiguous: the rows are exactly slots ``0 … length - 1`` (a full prefill).
         score_rows: collect, in ``scores``, the attention that these last rows pay to every slot.
+        slots: where the rows stand in the KV, ascending, if not at their positions.
+        kept: layers whose queries are kept, in ``queries``.
     """
 
     causal = True
 
     def __init__(
-        self, kv: RequestKV, positions: torch.Tensor, length: int, *, contiguous: bool, score_rows: int = 0
+        self,
+        kv: RequestKV,
+        positions: torch.Tensor,
+        length: int,
+        *,
+        contiguous: bool,
+        score_rows: int = 0,
+        slots: torch.Tensor | None = None,
+        kept: Collection[int] = (),
     ) -> None:
         self.kv, self.positions, self.length = kv, positions, length
-        self.slots = positions - kv.base
+        self.slots = positions - kv.base if slots is None else slots
         self.contiguous, self.score_rows = contiguous, score_rows
         self.scores: torch.Tensor | None = None
+        self.kept, self.queries = kept, dict[int, Query]()
         self._blocks: dict[int | None, list[attention_cpu.Block]] = {}
         self._masks: dict[int | None, torch.Tensor] = {}
 
@@ -94,6 +115,16 @@ class AttentionStep:
         """Add one layer's attention (length,) of the scored rows."""
         self.scores = scores if self.scores is None else self.scores + scores
 
+    def score(self, layer: int, query: Query) -> None:
+        """Collect the attention that ``query``, of all rows, pays at ``layer``."""
+        k = self.kv.read(layer, self.length)[0].transpose(0, 1)[:, None]  # (kv_heads, 1, length, head_dim)
+        heads = query.rows.transpose(0, 1)
+        q = heads.reshape(k.shape[0], -1, *heads.shape[1:])  # (kv_heads, group, rows, head_dim)
+        rows = max(1, _SCORED_LOGITS // (query.rows.shape[1] * self.length))
+        masks = torch.split(self.mask(query.window), rows)
+        for some, mask in zip(torch.split(q, rows, dim=2), masks, strict=True):
+            self.collect(_weights(some, k, mask, query.scale).sum(dim=(0, 1, 2)))
+
 
 def attention(
     module: torch.nn.Module,
@@ -110,6 +141,8 @@ def attention(
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     if isinstance(step, PagedStep):
         return step.attend(query, scale, sliding_window), None
+    if step.kept and (layer := cast(int, module.layer_idx)) in step.kept:
+        step.queries[layer] = Query(query[0].transpose(0, 1), scale, sliding_window)
     window = sliding_window if sliding_window is not None and sliding_window < step.length else None
     kv_heads, group = key.shape[1], query.shape[1] // key.shape[1]
     q = query.reshape(kv_heads, group, *query.shape[2:])

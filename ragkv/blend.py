@@ -64,7 +64,7 @@ class Blend:
         seed: int = 0,
     ) -> None:
         self.runner, self.plan, self.kv, self.loader = runner, plan, kv, loader
-        self.reused, self.ratio, self.seed, self.watch = reused, ratio, seed, watch
+        self.reused, self.ratio, self.seed, self.watch, self.known = reused, ratio, seed, watch, known
         self._strategy = strategy
         self.ids = runner.tensor(plan.ids)
         self.length = len(plan.ids)

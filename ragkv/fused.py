@@ -17,6 +17,7 @@ from typing import Any, cast
 import torch
 from torch.nn.functional import linear
 
+from ragkv.attention import AttentionStep, Query
 from ragkv.kernels import twins
 from ragkv.kernels.attend import AttendRoom, attend
 from ragkv.kernels.pointwise import rms_norm, silu_mul
@@ -105,6 +106,8 @@ class FusedLayers:
         k, v = step.kv.read(index, step.length)
         rotary = room.rotary if layer.rotates else None
         rope_write(room.qkv, rotary, layer.norms, step.slots, room.q, k, v, eps=layer.norm_eps)
+        if index in step.kept:
+            step.queries[index] = Query(room.q.clone(), layer.scale, layer.window)
         hidden.addmm_(self._attend(layer, rows, room, k, v), layer.output)
         rms_norm(hidden, layer.post_norm, layer.eps, room.normed)
         torch.mm(room.normed, layer.gate_up, out=room.gate_up)
@@ -161,12 +164,23 @@ class FusedLayers:
         window = layer.window if layer.window is not None and layer.window < step.length else None
         out, lse = attend(room.q, k, v, step.slots, scale=layer.scale, window=window, room=room.attend)
         if step.score_rows:
-            if step.scores is None:
-                step.scores = torch.zeros(step.length, dtype=torch.float32, device=k.device)
-            score_keys(
-                room.q, lse, k, step.slots, step.scores, last=step.score_rows, scale=layer.scale, window=window
-            )  # fmt: skip
+            _score(room.q, lse, k, step, layer.scale, window)
         return out.view(step.rows, -1)
+
+    def score(self, index: int, query: Query, step: AttentionStep) -> None:
+        """Add the attention that ``query``, of the step's rows, pays at layer ``index`` to the step's scores."""
+        k, v = step.kv.read(index, step.length)
+        window = query.window if query.window is not None and query.window < step.length else None
+        _, lse = attend(query.rows, k, v, step.slots, scale=query.scale, window=window)
+        _score(query.rows, lse, k, step, query.scale, window)
+
+
+def _score(
+    q: torch.Tensor, lse: torch.Tensor, k: torch.Tensor, step: AttentionStep, scale: float, window: int | None
+) -> None:
+    if step.scores is None:
+        step.scores = torch.zeros(step.length, dtype=torch.float32, device=k.device)
+    score_keys(q, lse, k, step.slots, step.scores, last=step.score_rows, scale=scale, window=window)
 
 
 def refusal(model: Any) -> str | None:

@@ -26,11 +26,12 @@ class Gathering:
         slabs: Slabs,
         codec: str,
         lease: DeviceLease | None,
+        order: Sequence[int],
     ) -> None:
         self._runner, self._kv, self._spans, self._slabs = runner, kv, spans, slabs
         self._hits, self._fills = _held(spans, lease)
         self._read = [i for i in range(len(spans)) if i not in self._hits]
-        self._next = 0
+        self._order = iter(order)
         positions = np.concatenate([np.arange(s.start, s.end) for s in spans])
         slots = _as_slice(positions, kv.base)
         self._slots = runner.tensor(positions - kv.base) if slots is None else slots
@@ -44,23 +45,23 @@ class Gathering:
         Raises:
             ChunkLostError: a slab is unreadable; nothing of it was placed.
         """
-        self._gather()
+        layer = next(self._order)
+        self._gather(layer)
         keys, values = self._unpacker.unpack(self._stage.to(self._runner.device))
-        self._kv.write(self._next, self._slots, self._runner.rope.place(keys, self._angles, self._next), values)
-        self._next += 1
+        self._kv.write(layer, self._slots, self._runner.rope.place(keys, self._angles, layer), values)
 
     def close(self) -> None:
         """Nothing is under way."""
 
-    def _gather(self) -> None:
+    def _gather(self, layer: int) -> None:
         """Fill the stage with the layer's slabs: the store's, and those that are on the device."""
         sizes, read = self._unpacker.slab_bytes, self._read
-        slabs = {i: rows[self._next, : sizes[i]].cpu().numpy() for i, rows in self._hits.items()}
+        slabs = {i: rows[layer, : sizes[i]].cpu().numpy() for i, rows in self._hits.items()}
         if read:
             found = next_layer(self._slabs, [self._spans[i] for i in read], [sizes[i] for i in read])
             slabs.update(zip(read, found, strict=True))
         for i, rows in self._fills.items():
-            rows[self._next, : sizes[i]] = torch.from_numpy(np.array(slabs[i]))
+            rows[layer, : sizes[i]] = torch.from_numpy(np.array(slabs[i]))
         stage = self._stage.numpy()
         for i, slab in slabs.items():
             for to, source in self._unpacker.pieces[i]:

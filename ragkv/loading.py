@@ -6,6 +6,7 @@ The store reads layers ahead on its own threads. What it hands out is streamed t
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 
 from ragkv.device_tier import DeviceLease
@@ -22,8 +23,8 @@ __all__ = ["ChunkLostError", "LayerLoader", "Slabs"]
 class LayerLoader:
     """Places layer after layer of ``spans``, stored with ``codec``, into ``kv``; close it before closing ``slabs``.
 
-    ``slabs`` has those of the spans, in their order, that ``lease`` does not have on the device already; what the lease
-    wants filled in is filled in on the way.
+    ``slabs`` gives layers in ``order``, by default the model's. It has those of the spans, in their order, that
+    ``lease`` does not have on the device already; what the lease wants filled in is filled in on the way.
     """
 
     def __init__(
@@ -34,20 +35,22 @@ class LayerLoader:
         slabs: Slabs,
         codec: str = "raw",
         lease: DeviceLease | None = None,
+        order: Sequence[int] | None = None,
     ) -> None:
         way = Streaming if runner.device.type == "cuda" and runner.fused is not None else Gathering
-        self._way = way(runner, kv, spans, slabs, codec, lease)
-        self._next = 0
+        order = range(runner.shape.layers) if order is None else order
+        self._way = way(runner, kv, spans, slabs, codec, lease, order)
+        self._coming = deque(order)
 
     def ensure(self, layer: int) -> None:
-        """Have all layers up to ``layer`` placed for what the current stream does next.
+        """Have ``layer``, and all before it in the order, placed for what the current stream does next.
 
         Raises:
             ChunkLostError: a slab is unreadable; nothing of it was placed.
         """
-        while self._next <= layer:
+        while layer in self._coming:
             self._way.place_next()
-            self._next += 1
+            self._coming.popleft()
 
     def close(self) -> None:
         self._way.close()

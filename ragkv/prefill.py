@@ -21,7 +21,7 @@ from ragkv.loading import ChunkLostError, LayerLoader, Slabs
 from ragkv.plan import PromptPlan, Span
 from ragkv.rows import Rows
 from ragkv.runner import ModelRunner
-from ragkv.selection import STRATEGIES
+from ragkv.selection import STRATEGIES, loading_order
 from ragkv.store import ChunkStore, EntryHeader, OpenEntry
 from ragkv.trial import Trial, read_beside
 from ragkv.types import Forecast, KvSource
@@ -178,10 +178,13 @@ class Prefill:
         kv = self._workspace()
         spans = list(entries)
         [codec] = {span.chunk.tokens.codec for span in spans}
+        order = loading_order(self._strategy, self._runner.shape.layers)
         with (
             closing(self._device_tier.lease(entry.header for entry in entries.values())) as lease,
-            closing(self._store.open_layers([e for e in entries.values() if e.key not in lease.hits])) as slabs,
-            closing(LayerLoader(self._runner, kv, spans, slabs, codec, lease)) as loader,
+            closing(
+                self._store.open_layers([e for e in entries.values() if e.key not in lease.hits], order=order)
+            ) as slabs,
+            closing(LayerLoader(self._runner, kv, spans, slabs, codec, lease, order)) as loader,
         ):
             self._watch.lap("load")
             blend = Blend(

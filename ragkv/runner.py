@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ragkv.attention import AttentionStep
+from ragkv.attention import AttentionStep, Query
 from ragkv.kv import KvShape, RequestKV
 from ragkv.rope import read_rope
 from ragkv.rows import Rows
 
 if TYPE_CHECKING:
     from ragkv.fused import FusedLayers
+    from ragkv.fused_lookahead import FusedLookahead
 
 
 _SWITCH_S = 5e-4
@@ -68,6 +69,7 @@ class ModelRunner:
             # Who launches kernels must not wait for the interpreter as long as a prefill takes.
             sys.setswitchinterval(min(sys.getswitchinterval(), _SWITCH_S))
         self.fused: FusedLayers | None = None
+        self.lookahead: FusedLookahead | None = None
         self.plain_because: str | None = "the fused layer loop needs CUDA"
         if fused is False:
             self.plain_because = "it was asked for"
@@ -77,16 +79,19 @@ class ModelRunner:
     def _fuse(self) -> None:
         try:
             from ragkv.fused import FusedLayers, refusal  # needs Triton
+            from ragkv.fused_lookahead import FusedLookahead
         except ImportError as error:
             self.plain_because = f"the fused layer loop cannot be imported: {error}"
             return
         self.plain_because = refusal(self.model)
         if self.plain_because is None:
             self.fused = FusedLayers(self.model)
+            if self.device.type == "cuda":
+                self.lookahead = FusedLookahead(self)
 
     def use_plain_loop(self, because: str) -> None:
         """Run layers with the library's own modules from now on."""
-        self.fused, self.plain_because = None, because
+        self.fused, self.lookahead, self.plain_because = None, None, because
 
     @property
     def layer_loop(self) -> str:
@@ -114,6 +119,13 @@ class ModelRunner:
             use_cache=True,
             position_embeddings=rows.rotary,
         )
+
+    def score(self, layer: int, query: Query, step: AttentionStep) -> None:
+        """Add the attention that ``query``, of the step's rows, pays at ``layer`` to the step's scores."""
+        if self.fused is not None:
+            self.fused.score(layer, query, step)
+        else:
+            step.score(layer, query)
 
     def probe_values(self, layer: int, rows: Rows) -> torch.Tensor:
         """Values (rows, kv_heads, head_dim) that ``layer`` would write for ``rows``; writes and advances nothing."""

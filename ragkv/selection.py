@@ -9,7 +9,7 @@ densely, and it never selects tokens that are not repairable.
     random    tokens at random: the yardstick every idea must beat
     question  tokens the question attends to in the middle layers (ProphetKV, QCFuse 2026)
     echo      tokens whose own words say that they lean on chunks they were encoded without
-    links     those that the question attends to: both at once
+    links     those that the question will attend to: both at once
     hkvd      tokens whose values deviate most at a check layer (CacheBlend, EuroSys'25)
 
 ``full`` is no strategy here: it is the plain prefill of :mod:`ragkv.prefill`.
@@ -21,10 +21,14 @@ from collections.abc import Generator
 
 import torch
 
+from ragkv.attention import AttentionStep
 from ragkv.blend import Blend, Start, Strategy
 from ragkv.echoes import hints
+from ragkv.lookahead import Look, look, searched_layers
 
 HKVD_CHECK_LAYER = 1
+# Of the prompt, what looks ahead besides the question: where attention goes that finds nothing, and what it is told.
+_LEAD = 64
 
 
 def none(blend: Blend) -> Generator[None, None, Start]:
@@ -65,14 +69,12 @@ def echo(blend: Blend) -> Generator[None, None, Start]:
 
 
 def links(blend: Blend) -> Generator[None, None, Start]:
-    """What the question attends to, each token weighed by its hint: of all tokens that matter few are stale, and of
-    all stale ones few matter."""
+    """What the question will attend to (:mod:`ragkv.lookahead`), each token weighed by its hint: of all tokens that
+    matter few are stale, and of all stale ones few matter."""
     if not blend.budget:
         return (yield from none(blend))
-    blend.loader.ensure(0)  # so that loading is under way meanwhile
-    weights = torch.from_numpy(hints(blend.plan)).to(blend.runner.device)
-    scores = yield from _attended(blend)
-    return _selected(blend, scores * weights)
+    scores = yield from _sought(blend)
+    return _selected(blend, scores * torch.from_numpy(hints(blend.plan)).to(scores.device))
 
 
 def hkvd(blend: Blend) -> Generator[None, None, Start]:
@@ -98,6 +100,12 @@ def hkvd(blend: Blend) -> Generator[None, None, Start]:
     return Start(rows, check, dense_layers=check)
 
 
+def loading_order(strategy: str, layers: int) -> list[int]:
+    """The layers in the order in which ``strategy`` needs their stored KV."""
+    first = searched_layers(layers) if strategy == "links" else []
+    return [*first, *(layer for layer in range(layers) if layer not in first)]
+
+
 def _attended(blend: Blend) -> Generator[None, None, torch.Tensor]:
     """float32 (length,) on the device: run only the required rows over the reused KV, up to three quarters of the
     depth, and add up the attention that the question's rows pay from one quarter on."""
@@ -111,6 +119,49 @@ def _attended(blend: Blend) -> Generator[None, None, torch.Tensor]:
     if rows.step.scores is None:
         raise RuntimeError("the attention function collected no scores")
     return rows.step.scores
+
+
+def _sought(blend: Blend) -> Generator[None, None, torch.Tensor]:
+    """float32 (length,) on the device: the attention that the question's rows, which saw none of the context, pay to
+    its stored keys."""
+    start, lead = blend.plan.question_start, min(_LEAD, blend.reused[0].start)
+    positions = torch.cat((torch.arange(lead), torch.arange(start, blend.length))).to(blend.runner.device)
+    found = yield from _look(blend, positions)
+    step = AttentionStep(blend.kv, positions[lead:], blend.length, contiguous=False, score_rows=blend.length - start)
+    absent, known = blend.places(blend.required) - blend.kv.base, min(blend.known, lead)
+    nothing = torch.zeros(1, dtype=blend.kv.shape.dtype, device=blend.runner.device)
+    for layer, query in found.queries.items():
+        blend.loader.ensure(layer)
+        blend.watch.lap("load")
+        # What is not computed yet has no keys but these, and memory may hold anything, NaN too.
+        blend.kv.write(layer, absent, nothing, nothing)
+        own = found.kv.read(layer, len(positions))
+        blend.kv.write(layer, positions[known:] - blend.kv.base, *(part[known:] for part in own))
+        blend.runner.score(layer, query._replace(rows=query.rows[lead:]), step)
+        blend.watch.lap("select")
+        yield
+        blend.watch.lap("queue")
+    if step.scores is None:
+        raise RuntimeError("the attention function collected no scores")
+    return step.scores
+
+
+def _look(blend: Blend, positions: torch.Tensor) -> Generator[None, None, Look]:
+    fused, ids = blend.runner.lookahead, blend.ids[positions]
+    if fused is not None and len(positions) <= fused.most:
+        found = fused.look(ids, positions)
+        blend.watch.lap("select")
+        return found
+    steps = look(blend.runner, ids, positions)
+    while True:
+        try:
+            next(steps)
+        except StopIteration as done:
+            ahead: Look = done.value
+            return ahead
+        blend.watch.lap("select")
+        yield
+        blend.watch.lap("queue")
 
 
 def _selected(blend: Blend, scores: torch.Tensor) -> Start:

@@ -45,20 +45,21 @@ class Streaming:
         slabs: Slabs,
         codec: str,
         lease: DeviceLease | None,
+        order: Sequence[int],
     ) -> None:
         from ragkv.kernels.slabs import SlabPlacer  # needs Triton
 
         self._kv, self._slabs, self._rotates = kv, slabs, runner.rope.rotates
-        self._device, self._layers = runner.device, runner.shape.layers
+        self._device, self._order = runner.device, deque(order)
         positions = runner.tensor(np.concatenate([np.arange(span.start, span.end) for span in spans]))
         lengths, slots = [span.length for span in spans], [span.start - kv.base for span in spans]
         self._placer = SlabPlacer(codec, runner.shape, lengths, slots, runner.rope.angles(positions))
-        self._sources, self._copies, self._read = _addresses(self._layers, spans, lease)
+        self._sources, self._copies, self._read = _addresses(runner.shape.layers, spans, lease)
         self._spans = [spans[i] for i in self._read]
         self._sizes = [self._placer.slab_bytes[i] for i in self._read]
         self._ready: SimpleQueue[Any] = SimpleQueue()
         self._under_way: deque[tuple[torch.cuda.Event, list[Any]]] = deque()
-        self._stop, self._launched = False, 0
+        self._stop = False
         self._stream: Any = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
         self._thread: threading.Thread | None = None
@@ -74,8 +75,8 @@ class Streaming:
         """
         if self._thread is None:
             with torch.cuda.stream(self._stream):
-                while self._launched < self._layers and self._ready.qsize() < LAUNCHED_AHEAD:
-                    self._launch(self._launched)
+                while self._order and self._ready.qsize() < LAUNCHED_AHEAD:
+                    self._launch(self._order.popleft())
         placed = self._ready.get()
         if isinstance(placed, BaseException):
             raise placed
@@ -93,10 +94,8 @@ class Streaming:
     def _feed(self) -> None:
         try:
             with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
-                for layer in range(self._layers):
-                    if self._stop:
-                        return
-                    self._launch(layer)
+                while self._order and not self._stop:
+                    self._launch(self._order.popleft())
         except BaseException as error:
             self._ready.put(error)
 
@@ -109,7 +108,6 @@ class Streaming:
         self._placer.place(self._sources[layer], k, v, rotated=self._rotates[layer], copies=copies)
         placed = self._stream.record_event()
         self._ready.put(placed)
-        self._launched += 1
         # What a kernel reads must stay where it is until then. What is in memory stays there for nothing.
         self._under_way.append((placed, held))
         while self._thread is not None and len(self._under_way) > LAYERS_UNDER_WAY:

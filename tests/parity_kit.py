@@ -446,7 +446,7 @@ class World:
         def watched(layer: int, rows: Any) -> None:
             kv = rows.step.kv
             done = self._watched.setdefault(kv, torch.zeros((kv.shape.layers, kv.capacity), dtype=torch.bool))
-            done[layer, (rows.step.positions - kv.base).cpu()] = True
+            done[layer, rows.step.slots.cpu()] = True
             run_layer(layer, rows)
 
         self.runner.run_layer = watched  # type: ignore[method-assign]

@@ -393,6 +393,7 @@ def requests_share_their_kv(monkeypatch):
         shared = pool.setdefault(
             shape, torch.empty((shape.layers, 2, 512, shape.kv_heads, shape.head_dim), dtype=shape.dtype)
         )
-        kv._data = shared[:, :, :capacity]
+        if capacity > 32:  # what looks ahead is smaller, and must not break but for what is tried here
+            kv._data = shared[:, :, :capacity]
 
     monkeypatch.setattr(RequestKV, "__init__", init_from_pool)

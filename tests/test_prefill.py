@@ -410,7 +410,7 @@ def test_the_loader_stops_at_an_error_of_the_store(desk):
         def close(self):
             pass
 
-    desk.store.open_layers = lambda entries: Broken()
+    desk.store.open_layers = lambda entries, order: Broken()
     with pytest.raises(OSError, match="gone"):
         drain(desk.prefill(desk.plan(*chunks), "none").run())
     assert desk.free(chunks[0])

@@ -1,0 +1,75 @@
+"""Looking ahead on CUDA: all layers of it in one launch.
+
+The rows are few and see nothing but each other, so that a pass over them is hardly more than reading the weights once:
+launching its kernels one by one would take longer. A graph is captured for a number of rows when it is first needed.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ragkv.lookahead import LayerLoop, Look, look
+
+_SIZES = (32, 64, 128, 256)
+
+
+@dataclass(frozen=True)
+class _Captured:
+    graph: Any
+    inputs: torch.Tensor
+    look: Look
+
+
+class FusedLookahead:
+    """The twin of :func:`~ragkv.lookahead.look` for up to ``most`` rows."""
+
+    most = _SIZES[-1]
+
+    def __init__(self, runner: LayerLoop) -> None:
+        self._runner = runner
+        self._captured: dict[int, _Captured] = {}
+
+    def look(self, ids: torch.Tensor, positions: torch.Tensor) -> Look:
+        """``ids`` and ``positions`` are int64 (rows,). The result stays when the next one is computed."""
+        rows = len(ids)
+        size = _SIZES[bisect_left(_SIZES, rows)]
+        if size not in self._captured:
+            self._captured[size] = self._capture(size)
+        captured = self._captured[size]
+        captured.inputs[0, :rows], captured.inputs[1, :rows] = ids, positions
+        captured.graph.replay()
+        queries = {at: one._replace(rows=one.rows[:rows].clone()) for at, one in captured.look.queries.items()}
+        kv = self._runner.new_kv(rows)
+        for layer in queries:
+            kv.write(layer, slice(0, rows), *captured.look.kv.read(layer, rows))
+        return Look(queries, kv)
+
+    def _capture(self, size: int) -> _Captured:
+        device = self._runner.device
+        # Rows behind the last that counts are seen by none before them: they may be anything.
+        inputs = torch.zeros((2, size), dtype=torch.long, device=device)
+        stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        stream.wait_stream(torch.cuda.current_stream(device))
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.stream(stream):
+            self._whole(inputs)  # what is compiled or allocated once must be before
+            graph.capture_begin(capture_error_mode="thread_local")
+            try:
+                found = self._whole(inputs)
+            finally:
+                graph.capture_end()
+        torch.cuda.current_stream(device).wait_stream(stream)
+        return _Captured(graph, inputs, found)
+
+    def _whole(self, inputs: torch.Tensor) -> Look:
+        steps = look(self._runner, inputs[0], inputs[1])
+        while True:
+            try:
+                next(steps)
+            except StopIteration as done:
+                found: Look = done.value
+                return found

@@ -1,0 +1,57 @@
+"""What a question will look for, before any of the context is there.
+
+A question's queries at a layer say what it will attend to there, and its own words decide most of that: computed
+without the context they rank its tokens as well as with it (docs/blending.md). So they are computed while stored KV is
+still on its way, and only the keys of a few layers need to arrive before tokens to repair are selected.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from typing import NamedTuple, Protocol
+
+import torch
+
+from ragkv.attention import AttentionStep, Query
+from ragkv.kv import KvShape, RequestKV
+from ragkv.rows import Rows
+
+_MOST_LAYERS = 4
+
+
+class LayerLoop(Protocol):
+    """What of a model runner is needed here."""
+
+    shape: KvShape
+    device: torch.device
+
+    def new_kv(self, capacity: int) -> RequestKV: ...
+    def rows(self, ids: torch.Tensor, step: AttentionStep) -> Rows: ...
+    def run_layer(self, layer: int, rows: Rows) -> None: ...
+
+
+class Look(NamedTuple):
+    """Of some rows that saw nothing but each other: by layer, what they look for; and their own KV up to there."""
+
+    queries: dict[int, Query]
+    kv: RequestKV
+
+
+def searched_layers(layers: int) -> list[int]:
+    """The layers whose queries rank the context: up to four of the third quarter."""
+    third = range(layers // 2, max(layers // 2 + 1, 3 * layers // 4))
+    count = min(_MOST_LAYERS, len(third))
+    return [third[i * len(third) // count] for i in range(count)]
+
+
+def look(runner: LayerLoop, ids: torch.Tensor, positions: torch.Tensor) -> Generator[None, None, Look]:
+    """``ids`` and ``positions`` are int64 (rows,), on the device. Yields between layers."""
+    layers = searched_layers(runner.shape.layers)
+    kv = runner.new_kv(len(ids))
+    slots = torch.arange(len(ids), device=runner.device)
+    step = AttentionStep(kv, positions, len(ids), contiguous=True, slots=slots, kept=layers)
+    rows = runner.rows(ids, step)
+    for layer in range(layers[-1] + 1):
+        runner.run_layer(layer, rows)
+        yield
+    return Look(step.queries, kv)
