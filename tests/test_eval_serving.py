@@ -457,7 +457,7 @@ def test_what_is_cancelled_at_the_server_is_unfinished(server: str) -> None:
 
 
 def test_the_report_shows_runs_beside_recomputing(tmp_path: Path) -> None:
-    drive = _drive(_life(0, 0.0, [1.0, 1.5, 2.5]), _life(1, 1.0, [4.0, 4.1]))
+    drive = _drive(_life(0, 0.0, [1.0, 1.5, 2.5], "<i>"), _life(1, 1.0, [4.0, 4.1], "z", 2.0))
     row = {"load": "<b>", "policy": "vtc", "preemption": "recompute", **row_of(drive, slo_ttft_ms=1, slo_tbt_ms=1)}
     better = {**row, "preemption": "reuse", "p99_ttft_ms": row["p99_ttft_ms"] / 4, "jain": 0.987}
     (tmp_path / "serving.json").write_text(json.dumps({"model": "m", "device": "d", "rows": [row, better]}))
@@ -468,6 +468,10 @@ def test_the_report_shows_runs_beside_recomputing(tmp_path: Path) -> None:
     assert 'id="serving"' in html
     assert "4.00 times as good as recompute" in html
     assert "0.987" in html
+    assert "&lt;i&gt;" in html
+    assert "<i>" not in html
+    assert "1 requests, served 14" in html  # of z, whose weight does not count here
+    assert html.count(">0.100<") == 2  # ms of scheduling a step
     assert "<b>" not in html.replace("<b>serving.json", "")
     (tmp_path / "serving.json").write_text(json.dumps({"rows": [{**row, "throughput_tok_s": "fast"}]}))
     result = CliRunner().invoke(app, ["report", str(tmp_path / "serving.json"), "--out", str(page)])

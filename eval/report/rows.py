@@ -15,6 +15,25 @@ Interval = tuple[float, float]
 Setting = tuple[str, float]
 _SPEED = {"method", "ratio", "tier", "codec", "ttft_ms", "full_prefill_ms"}
 _SERVING = {"load", "policy", "preemption", "p99_ttft_ms", "throughput_tok_s"}
+FIGURES = (
+    "requests_s",
+    "goodput",
+    "jain",
+    "service_gap",
+    "unfinished",
+    "refused",
+    "failed",
+    "steps",
+    "step_ms",
+    "scheduler_ms",
+    "scheduler_share",
+    "idle_share",
+    "preemptions",
+    "preemption_rate",
+    "swap_out_bytes",
+    "swap_in_bytes",
+    "prefix_hit_share",
+)
 _QUALITY = {"method", "ratio", "exact_match", "recomputed_share", "context_policy"}
 
 
@@ -90,25 +109,29 @@ class Run(NamedTuple):
     rate: float
     requests: int
     pool_tokens: int
+    at_once: int | None
+
+
+class TenantTimes(NamedTuple):
+    """What one tenant saw; its service is computed tokens, those of output twice."""
+
+    times: Mapping[str, float]
+    requests: int
+    service: float
 
 
 @dataclass(frozen=True)
 class Serving:
-    """A row of ``ragkv eval serving``; times in ms. ``curves`` are times at the quantiles of all rows."""
+    """A row of ``ragkv eval serving``; times in ms. ``curves`` are times at the quantiles of all rows, ``figures`` all
+    other numbers by the names that they have in the file."""
 
     run: Run
     preemption: str
     times: Mapping[str, float]
     curves: Mapping[str, tuple[float, ...]]
     throughput: float
-    goodput: float
-    preempted: float
-    moved: float
-    scheduler: float
-    idle: float
-    jain: float | None
-    gap: float | None
-    unfinished: int
+    figures: Mapping[str, float]
+    tenants: Mapping[str, TenantTimes]
 
 
 def is_serving(row: Mapping[str, Any]) -> bool:
@@ -126,23 +149,26 @@ def serving(row: Mapping[str, Any], facts: Mapping[str, Any]) -> Serving:
         rate=read.number("offered_per_s", 0.0),
         requests=int(read.number("offered", 0.0)),
         pool_tokens=int(read.number("pool_tokens", 0.0)),
+        at_once=None if (most := read.optional("max_running")) is None else int(most),
     )
-    names = [f"{p}_{what}_ms" for what in ("ttft", "tbt") for p in PERCENTILES]
     return Serving(
         run=run,
         preemption=read.text("preemption"),
-        times={name: value for name in names if (value := read.optional(name)) is not None},
+        times=_times(read),
         curves=read.curves("curves"),
         throughput=read.number("throughput_tok_s"),
-        goodput=read.number("goodput", 0.0),
-        preempted=read.number("preemption_rate", 0.0),
-        moved=read.number("swap_bytes", 0.0),
-        scheduler=read.number("scheduler_share", 0.0),
-        idle=read.number("idle_share", 0.0),
-        jain=read.optional("jain"),
-        gap=read.optional("service_gap"),
-        unfinished=int(sum(read.number(fate, 0.0) for fate in ("unfinished", "refused", "failed"))),
+        figures={name: value for name in FIGURES if (value := read.optional(name)) is not None},
+        tenants={name: _tenant(_Reader(own)) for name, own in read.tables("tenants").items()},
     )
+
+
+def _times(read: _Reader) -> dict[str, float]:
+    names = [f"{p}_{what}_ms" for what in ("ttft", "tbt") for p in PERCENTILES]
+    return {name: value for name in names if (value := read.optional(name)) is not None}
+
+
+def _tenant(read: _Reader) -> TenantTimes:
+    return TenantTimes(_times(read), int(read.number("requests", 0.0)), read.number("service", 0.0))
 
 
 def is_speed(row: Mapping[str, Any]) -> bool:
@@ -262,6 +288,12 @@ class _Reader:
         if not isinstance(value, dict):
             raise ValueError(f"{name!r} is no table of numbers")
         return {str(key): _finite(name, one) for key, one in value.items()}
+
+    def tables(self, name: str) -> dict[str, dict[str, Any]]:
+        value = self._row.get(name, {})
+        if not isinstance(value, dict) or not all(isinstance(one, dict) for one in value.values()):
+            raise ValueError(f"{name!r} is no table of tables")
+        return value
 
     def curves(self, name: str) -> dict[str, tuple[float, ...]]:
         value = self._row.get(name, {})

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from ragkv.eval.palette import preemption_look
 from ragkv.eval.report.charts import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, Axis, colour, grid
-from ragkv.eval.report.html import Html, ms, percent, tag
+from ragkv.eval.report.html import Html, ms, tag
 from ragkv.eval.report.legend import swatches
-from ragkv.eval.report.rows import Run, Serving
+from ragkv.eval.report.rows import Run, Serving, TenantTimes
 from ragkv.eval.serving_measures import PERCENTILES, QUANTILES
 
 _BASELINE = "recompute"
@@ -31,8 +31,9 @@ def section(rows: Sequence[Serving]) -> Html | None:
         tag(
             "p",
             "Many requests on one engine, each group of runs at the same load. Lines tell how many of them wait longer "
-            "than how long: further to the left is better. Figures in green and red are of a run beside the one that "
-            "throws a preempted request's KV away and computes it again.",
+            "than how long: further to the left is better. Shaded figures are of a run beside the one that throws a "
+            "preempted request's KV away and computes it again. Times are in ms where no unit stands; Jain's index and "
+            "the largest gap are of tenants' service over weight while they were backlogged.",
         ),
         swatches((way, _shade(way)) for way in ways),
         [_group(run, own) for run, own in groups.items()],
@@ -41,13 +42,15 @@ def section(rows: Sequence[Serving]) -> Html | None:
 
 
 def _group(run: Run, rows: Sequence[Serving]) -> Html:
-    facts = f"{run.requests:,} requests at {run.rate:g} a second, pool of {run.pool_tokens:,} tokens"
+    most = f", {run.at_once:,} at once" if run.at_once else ""
+    facts = f"{run.requests:,} requests at {run.rate:g} a second{most}, pool of {run.pool_tokens:,} tokens"
     charts = [tag("div", tag("h4", title), _tails(rows, name), class_="panel") for name, title in _CHARTS.items()]
     return tag(
         "div",
         tag("h3", f"{run.load}, {run.policy}", tag("small", f"{run.model} on {run.device}; {facts}")),
         tag("div", charts, class_="panels") if any(row.curves for row in rows) else None,
-        _table(rows),
+        _seen(rows),
+        _took(rows),
         class_="group",
     )
 
@@ -61,7 +64,7 @@ def _tails(rows: Sequence[Serving], name: str) -> Html | None:
     y = Axis(_FEWEST, 100.0, HEIGHT - BOTTOM, TOP, log=True)
     return tag(
         "svg",
-        grid(x, y, lambda value: ms(value).replace(".0 ", " "), f"{_CHARTS[name].lower()}", "% wait longer"),
+        grid(x, y, _tick, f"{_CHARTS[name].lower()}", "% wait longer"),
         [_line(way, line, x, y) for way, line in lines.items() if line],
         viewBox=f"0 0 {WIDTH} {HEIGHT}",
         role="group",
@@ -80,27 +83,68 @@ def _line(way: str, line: Sequence[tuple[float, float]], x: Axis, y: Axis) -> Ht
     return tag("g", tag("polyline", points=path, class_="line tail"), marks, style=colour(preemption_look(way)))
 
 
+def _tick(value: float) -> str:
+    return f"{value:g} ms" if value < 1000 else f"{value / 1000:,g} s"
+
+
 def tail(curve: Sequence[float]) -> list[tuple[float, float]]:
     """(ms, percent that wait longer), as far as a logarithmic chart shows it."""
     points = ((value, round(100 - q, 6)) for value, q in zip(curve, QUANTILES, strict=False))
     return [(value, share) for value, share in points if value > 0 and share >= _FEWEST]
 
 
-def _table(rows: Sequence[Serving]) -> Html:
+def _seen(rows: Sequence[Serving]) -> Html:
+    """What requests saw, in all and by tenant."""
     base = next((row for row in rows if row.preemption == _BASELINE), None)
-    times = [f"{p}_{what}_ms" for what in _CHARTS for p in PERCENTILES]
     heads = [f"{what.upper()} {_NAMES[p]}" for what in _CHARTS for p in PERCENTILES]
-    heads += ["tokens/s", "good/s", "preempted", "MB moved", "scheduler", "idle", "Jain", "gap", "not done"]
+    heads += ["tokens/s", "requests/s", "good/s", "Jain", "gap", "not done"]
+    body = []
+    for row in rows:
+        body.append(tag("tr", _head(row), _times(row.times, base), _rates(row, base)))
+        if len(row.tenants) > 1:
+            body += [_tenant(name, own) for name, own in row.tenants.items()]
+    return _table("what requests saw", heads, body)
+
+
+def _tenant(name: str, own: TenantTimes) -> Html:
+    said = f"{own.requests} requests, served {own.service:,.0f}"
+    return tag("tr", tag("th", tag("small", name), scope="row"), _times(own.times, None), tag("td", said, colspan=6))
+
+
+def _rates(row: Serving, base: Serving | None) -> list[Html]:
+    figures = row.figures
+    lost = sum(figures.get(fate, 0.0) for fate in ("unfinished", "refused", "failed"))
+    texts = [_figure(figures, "requests_s", ".2f"), _figure(figures, "goodput", ".2f"), _figure(figures, "jain", ".3f"),
+             _figure(figures, "service_gap", ",.0f"), f"{lost:.0f}" if lost else ""]  # fmt: skip
+    throughput = _more(row.throughput, base.throughput if base else None, f"{row.throughput:,.0f}")
+    return [throughput, *(tag("td", text) for text in texts)]
+
+
+# Of the engine: a head, the figure, what it is multiplied by, and its form.
+_ENGINE = (
+    ("steps", "steps", 1.0, ",.0f"),
+    ("ms a step", "step_ms", 1.0, ",.2f"),
+    ("scheduling ms", "scheduler_ms", 1.0, ".3f"),
+    ("of a step", "scheduler_share", 1.0, ".2%"),
+    ("idle", "idle_share", 1.0, ".1%"),
+    ("preemptions", "preemptions", 1.0, ",.0f"),
+    ("a request", "preemption_rate", 1.0, ".2f"),
+    ("MB out", "swap_out_bytes", 1e-6, ",.0f"),
+    ("MB in", "swap_in_bytes", 1e-6, ",.0f"),
+    ("prefix hits", "prefix_hit_share", 1.0, ".0%"),
+)
+
+
+def _took(rows: Sequence[Serving]) -> Html:
+    """What the engine did."""
     body = [
-        tag(
-            "tr",
-            tag("th", _dot(row.preemption), row.preemption, scope="row"),
-            [_time(row, base, key) for key in times],
-            _more(row.throughput, base.throughput if base else None, f"{row.throughput:,.0f}"),
-            _rest(row),
-        )
+        tag("tr", _head(row), [tag("td", _figure(row.figures, name, form, by)) for _, name, by, form in _ENGINE])
         for row in rows
     ]
+    return _table("what the engine did", [head for head, *_ in _ENGINE], body)
+
+
+def _table(name: str, heads: Sequence[str], body: Sequence[Html]) -> Html:
     return tag(
         "div",
         tag("table", tag("thead", tag("tr", tag("th"), [tag("th", head) for head in heads])), tag("tbody", body),
@@ -108,23 +152,27 @@ def _table(rows: Sequence[Serving]) -> Html:
         class_="scroll",
         tabindex=0,
         role="region",
-        aria_label="figures of every run",
+        aria_label=name,
     )  # fmt: skip
 
 
-def _rest(row: Serving) -> list[Html]:
-    texts = [f"{row.goodput:.2f}", f"{row.preempted:.2f}", f"{row.moved / 1e6:,.0f}", percent(row.scheduler, 2),
-             percent(row.idle), "" if row.jain is None else f"{row.jain:.3f}",
-             "" if row.gap is None else f"{row.gap:,.0f}", str(row.unfinished or "")]  # fmt: skip
-    return [tag("td", text) for text in texts]
+def _head(row: Serving) -> Html:
+    return tag("th", _dot(row.preemption), row.preemption, scope="row")
 
 
-def _time(row: Serving, base: Serving | None, key: str) -> Html:
-    value = row.times.get(key)
+def _figure(figures: Mapping[str, float], name: str, form: str, by: float = 1.0) -> str:
+    return f"{by * figures[name]:{form}}" if name in figures else ""
+
+
+def _times(times: Mapping[str, float], base: Serving | None) -> list[Html]:
+    keys = [f"{p}_{what}_ms" for what in _CHARTS for p in PERCENTILES]
+    return [_time(times.get(key), base.times.get(key) if base else None) for key in keys]
+
+
+def _time(value: float | None, other: float | None) -> Html:
     if value is None:
         return tag("td")
-    other = base.times.get(key) if base else None
-    return _more(1 / value if value else 0.0, 1 / other if other else None, ms(value))
+    return _more(1 / value if value else 0.0, 1 / other if other else None, ms(value).removesuffix(" ms"))
 
 
 def _more(value: float, base: float | None, text: str) -> Html:
