@@ -1,7 +1,8 @@
 """Tables in the docs, made of result files: ``python -m ragkv.eval.tables docs/*.md`` writes them anew.
 
-In a page a table stands between ``<!-- quality FILE field=value … -->``, or with ``ttft``, ``decode`` or ``serving``,
-and ``<!-- end -->``; rows with other values are left out. Files are looked for from the folder one works in.
+In a page a table stands between ``<!-- quality FILE field=value … -->``, or with ``ttft``, ``decode``, ``serving``,
+``streams`` or ``tenants``, and ``<!-- end -->``; rows with other values are left out. Files are looked for from the
+folder one works in.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 Row = dict[str, Any]
-_TABLE = re.compile(r"(<!-- (quality|ttft|decode|serving) (\S+)((?: \w+=\S+)*) -->\n).*?(<!-- end -->)", re.DOTALL)
+    r"(<!-- (quality|ttft|decode|serving|streams|tenants) (\S+)((?: \w+=\S+)*) -->\n).*?(<!-- end -->)", re.DOTALL
+)
 
 
 def rendered(page: str, root: Path = Path()) -> str:
@@ -97,12 +99,42 @@ def _serving(rows: Sequence[Row]) -> list[str]:
     return lines
 
 
+def _streams(rows: Sequence[Row]) -> list[str]:
+    """Runs of as many requests at once as ``max_running``; times in ms."""
+    fewest = min(rows, key=lambda row: int(row["max_running"]))
+    lines = [_line(["at once", "tokens/s", "", "TBT P50", "P99", "a step"]), "|" + "---|" * 6]
+    for row in sorted(rows, key=lambda row: int(row["max_running"])):
+        cells = [
+            str(row["max_running"]),
+            f"{row['throughput_tok_s']:,.0f}",
+            f"**{row['throughput_tok_s'] / fewest['throughput_tok_s']:.1f}×**",
+            *(f"{row[name]:.1f}" for name in ("p50_tbt_ms", "p99_tbt_ms", "step_ms")),
+        ]
+        lines.append(_line(cells))
+    return lines
+
+
+def _tenants(rows: Sequence[Row]) -> list[str]:
+    """Times in seconds."""
+    lines = [_line(["load", "Jain", "gap", "tenant", "requests", "TTFT P50", "P99"]), "|" + "---|" * 7]
+    for row in rows:
+        head = [f"`{row['load']}`", f"{row['jain']:.3f}", f"{row['service_gap']:,.0f}"]
+        for name, own in row["tenants"].items():
+            times = [f"{own[f'{p}_ttft_ms'] / 1000:.1f}" for p in ("p50", "p99")]
+            lines.append(_line([*head, name, str(own["requests"]), *times]))
+            head = ["", "", ""]
+    return lines
+
+
 _KINDS: dict[str, Callable[[Sequence[Row]], list[str]]] = {
     "quality": _quality,
     "ttft": _ttft,
     "decode": _decode,
     "serving": _serving,
+    "streams": _streams,
+    "tenants": _tenants,
 }
+_TABLE = re.compile(rf"(<!-- ({'|'.join(_KINDS)}) (\S+)((?: \w+=\S+)*) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def _method(row: Row) -> str:

@@ -48,3 +48,19 @@ def test_times_stand_by_length_with_what_the_default_chose(tmp_path):
     assert "| from | codec | method | 4,096 | 8,192 |" in made
     assert "| ssd | raw | `default` 10% | 90 ms (full), **1.1×**, 1.2 | 90 ms (full), **1.1×**, 1.2 |" in made
     assert "|  |  | `full` | 96 ms, 80% of the matrix rate |  |" in made
+
+
+def test_streams_are_held_against_the_fewest(tmp_path):
+    row = {"max_running": 32, "throughput_tok_s": 400.0, "p50_tbt_ms": 50.0, "p99_tbt_ms": 60.0, "step_ms": 55.0}
+    rows = [row, {**row, "max_running": 1, "throughput_tok_s": 100.0, "p50_tbt_ms": 8.04}]
+    (tmp_path / "rows.json").write_text(json.dumps({"rows": rows}))
+    made = rendered("<!-- streams rows.json -->\n<!-- end -->", tmp_path).splitlines()
+    assert made[4:6] == ["| 1 | 100 | **1.0×** | 8.0 | 60.0 | 55.0 |", "| 32 | 400 | **4.0×** | 50.0 | 60.0 | 55.0 |"]
+
+
+def test_tenants_stand_under_their_load(tmp_path):
+    own = {"requests": 20, "p50_ttft_ms": 1500.0, "p99_ttft_ms": 2000.0}
+    row = {"load": "tenants-overload", "jain": 0.9994, "service_gap": 1042.0, "tenants": {"a": own, "b": own}}
+    (tmp_path / "rows.json").write_text(json.dumps({"rows": [row]}))
+    made = rendered("<!-- tenants rows.json -->\n<!-- end -->", tmp_path)
+    assert "| `tenants-overload` | 0.999 | 1,042 | a | 20 | 1.5 | 2.0 |\n|  |  |  | b | 20 | 1.5 | 2.0 |" in made
