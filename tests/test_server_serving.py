@@ -109,6 +109,24 @@ async def test_hanging_up_frees_the_request(engine, stream):
         await asyncio.to_thread(wait_idle, engine)
 
 
+async def test_all_who_hang_up_in_mid_stream_at_once_are_freed(engine):
+    headers = (b"authorization", b"Bearer the-key-of-bob")
+    clients, app = [], create_app(engine)
+    for number in range(50):
+        ask = {"question": f"Who is number {number}?", "max_tokens": 2000, "temperature": 10.0, "stream": True}
+        clients.append(HangUp(ask, 3))
+    scopes = [client.scope("/v1/query") for client in clients]
+    for scope in scopes:
+        scope["headers"].append(headers)
+    async with asyncio.timeout(60):
+        await asyncio.gather(*(app(s, c.receive, c.send) for s, c in zip(scopes, clients, strict=True)))
+        assert {client.messages[0]["status"] for client in clients} == {200}
+        await asyncio.to_thread(wait_idle, engine)
+    stats = engine.metrics()
+    assert stats["tokens"] < 50 * 100
+    assert stats["pool_free_blocks"] + stats["pool_idle_blocks"] >= stats["pool_blocks"] - 1  # one may be being copied
+
+
 async def test_a_full_queue_is_429_and_when_to_come_back(make_engine):
     engine = make_engine(model="bundled", max_queued_tokens=1, max_running=1)
     async with official(engine) as client:
