@@ -15,8 +15,6 @@ from pathlib import Path
 from typing import Any
 
 Row = dict[str, Any]
-    r"(<!-- (quality|ttft|decode|serving|streams|tenants) (\S+)((?: \w+=\S+)*) -->\n).*?(<!-- end -->)", re.DOTALL
-)
 
 
 def rendered(page: str, root: Path = Path()) -> str:
