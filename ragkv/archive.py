@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from functools import partial
 
 import numpy as np
@@ -73,30 +74,38 @@ class Archive:
         self._tells = False
 
     def _fetch(self, names: list[bytes], memory: PagedKV, blocks: list[int]) -> list[bool]:
-        opened = self._store.open([self._key(name) for name in names])
-        came = [isinstance(entry, OpenEntry) and entry.header.geometry == memory.shape.geometry for entry in opened]
-        there = [i for i, whole in enumerate(came) if whole]
-        entries = [entry for entry in opened if isinstance(entry, OpenEntry)]
+        came = [False] * len(names)
         try:
-            readable = [entry for i in there if isinstance(entry := opened[i], OpenEntry)]
-            for layer, slabs in enumerate(self._store.open_layers(readable) if readable else ()):
-                for i, slab in zip(there, slabs, strict=True):
-                    if isinstance(slab, np.ndarray):
-                        self._place(memory, blocks[i], layer, slab)
-                    else:
-                        came[i] = False
+            with ExitStack() as leases:
+                entries = self._open(names, memory, leases)
+                for i in entries:
+                    came[i] = True
+                for layer, slabs in enumerate(self._store.open_layers(list(entries.values())) if entries else ()):
+                    for i, slab in zip(entries, slabs, strict=True):
+                        came[i] &= self._place(memory, blocks[i], layer, slab)
         except StoreError as error:
             self._tell(error)
             return [False] * len(names)
-        finally:
-            for entry in entries:
-                entry.close()
         return came
 
+    def _open(self, names: list[bytes], memory: PagedKV, leases: ExitStack) -> dict[int, OpenEntry]:
+        """The entries of ``names`` that are there, by their number, as far as they are blocks of ``memory``."""
+        right = (memory.shape.geometry, BLOCK_TOKENS, "raw")
+        entries = {}
+        for i, entry in enumerate(self._store.open([self._key(name) for name in names])):
+            if isinstance(entry, OpenEntry):
+                header = leases.enter_context(entry).header
+                if (header.geometry, header.tokens, header.codec) == right:
+                    entries[i] = entry
+        return entries
+
     @staticmethod
-    def _place(memory: PagedKV, block: int, layer: int, slab: np.ndarray) -> None:
+    def _place(memory: PagedKV, block: int, layer: int, slab: np.ndarray | StoreError) -> bool:
+        if isinstance(slab, StoreError):
+            return False
         to = memory.data[block, layer]
         to.copy_(torch.from_numpy(slab.copy()).view(to.dtype).view(to.shape))
+        return True
 
     def _key(self, name: bytes) -> bytes:
         return blake3(b"ragkv block\0" + self._model.encode() + b"\0" + name).digest()

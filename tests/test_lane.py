@@ -43,7 +43,7 @@ def test_what_it_waits_for_first_is_not_counted(monkeypatch, lane):
 def test_what_was_asked_for_before_is_waited_for(monkeypatch, lane):
     clock, go = Clock(monkeypatch), threading.Event()
     lane.submit(1, clock.takes(0.5)).result()
-    held = lane.submit(5, go.wait)
+    held = lane.submit(5, lambda: go.wait(10))
     behind = lane.submit(2, clock.takes(1.0))
     assert lane.seconds(3) == pytest.approx(0.5 * (5 + 2 + 3))
     go.set()

@@ -114,6 +114,19 @@ def test_without_reuse_everything_moves_again():
         assert pool.moves.back.lane.blocks == 7 * round_
 
 
+def test_what_others_use_is_not_copied_for_a_victim():
+    pool = make_pool(preemption="async")
+    table = started(pool, list(range(64)))
+    started(pool, [*range(32), *[9] * 8])
+    pool.park(table)
+    pool.settle()
+    assert pool.moves.out.lane.blocks == 2
+    assert pool.bring(table, 64)
+    pool.settle()
+    assert_holds(pool, table, list(range(64)))
+    sound(pool)
+
+
 def test_what_has_no_room_in_ram_is_lost_and_said_to_be():
     pool = make_pool(blocks=8, host=2)
     table = started(pool, list(range(70)))
@@ -141,6 +154,23 @@ def test_a_finished_conversation_is_found_in_ram():
     assert_holds(pool, again, [*ids, 1])
 
 
+def test_growing_goes_on_behind_the_last_block():
+    pool = make_pool(blocks=7)
+    short, table = started(pool, [1] * 5), started(pool, [2] * 5)
+    assert (short.places, table.places) == ([0], [1])
+    pool.close(short)
+    assert pool.grow(table, 17)
+    assert table.places == [1, 2]
+
+
+def test_parking_gives_back_what_nobody_else_uses():
+    pool = make_pool()
+    table = started(pool, list(range(64)))
+    assert pool.exclusive(table) == 4
+    started(pool, [*range(32), *[9] * 8])
+    assert pool.exclusive(table) == 2
+
+
 def test_closing_twice_frees_once():
     pool = make_pool()
     table = started(pool, list(range(40)))
@@ -159,6 +189,7 @@ def test_cut_leaves_shared_blocks_alone():
     assert pool.bring(two, 70)
     fill(pool, two, [*range(32), *[9] * 33])
     assert_holds(pool, one, ids)
+    assert pool.open([*range(32), *[9] * 33], Lineage()).blocks == two.blocks[:4]
     sound(pool)
 
 
@@ -175,10 +206,11 @@ def test_freeing_counts_what_is_on_its_way():
 
 def test_what_is_copied_while_in_use_frees_nothing():
     pool, go = make_pool(), threading.Event()
-    pool.moves.out.lane.submit(0, go.wait)
+    pool.moves.out.lane.submit(0, lambda: go.wait(10))
     table = pool.open(ids := list(range(64)), Lineage())
     assert pool.bring(table, 64)
     fill(pool, table, ids)
+    pool.close(pool.open([*ids, 1], Lineage()))
     assert pool.freeing == 0
     pool.close(table)
     assert pool.freeing == 4

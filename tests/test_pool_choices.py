@@ -81,6 +81,19 @@ def test_what_is_in_ram_is_brought_where_that_is_sooner(seconds, tokens):
     sound(pool)
 
 
+def test_only_what_is_not_on_the_device_is_computed_again():
+    pool = make_pool(blocks=8, host=64)
+    ids = list(range(70))
+    table = away(pool, ids)
+    assert pool.bring(pool.open(ids[:33], Lineage()), 33)
+    pool.settle()
+    computes(pool, AT_ONCE)
+    before = pool.stats()["recomputed_blocks"]
+    assert pool.survey(table) == 32
+    assert pool.stats()["recomputed_blocks"] == before + 3
+    sound(pool)
+
+
 def test_what_is_still_on_the_device_is_kept_whatever_is_sooner():
     pool = make_pool(blocks=8, host=64)
     ids = list(range(70))
@@ -122,6 +135,13 @@ def test_what_was_blended_comes_back_even_if_computing_is_sooner(tmp_path):
     table = away(pool, list(range(70)), Lineage(exact=20))
     computes(pool, AT_ONCE)
     assert pool.survey(table) == 70
+    assert pool.bring(table, 72)
+    pool.settle()
+    fill(pool, table, list(range(72)))
+    moved = pool.moves.out.lane.blocks
+    pool.park(table)
+    pool.settle()
+    assert pool.moves.out.lane.blocks == moved + 1
     pool = KvPool(SHAPE, CPU, 8, 10, "reuse", archived(tmp_path))
     ids, mine = list(range(100, 164)), Lineage(exact=20)
     sunk(pool, ids, mine)

@@ -6,6 +6,7 @@ import random
 import threading
 from pathlib import Path
 
+from ragkv.archive import Archive
 from ragkv.lineage import Lineage
 from ragkv.pool import KvPool, Table
 from tests.pool_kit import CPU, SHAPE, archived, assert_holds, fill, sound, started, sunk
@@ -23,6 +24,21 @@ def test_an_idle_conversation_comes_back_from_disk(tmp_path):
     pool.settle()
     assert_holds(pool, again, ids)
     sound(pool)
+    pool.shut()
+
+
+def test_what_came_from_disk_is_not_written_again(tmp_path, monkeypatch):
+    pool, written = KvPool(SHAPE, CPU, 8, 10, "reuse", archived(tmp_path)), []
+    keep = Archive.keep
+    monkeypatch.setattr(Archive, "keep", lambda self, names, *to: written.extend(names) or keep(self, names, *to))
+    ids = list(range(100, 164))
+    sunk(pool, ids)
+    for _ in range(2):
+        pool.close(pool.open([*ids, 1], Lineage()))
+        pool.settle()
+        pool.close(started(pool, [len(written), *[6] * 110]))
+        pool.settle()
+    assert len(written) == len(set(written)) > 4
     pool.shut()
 
 
@@ -75,7 +91,7 @@ def test_what_is_being_written_keeps_its_place_until_it_is(tmp_path):
     ids = list(range(100, 164))
     pool.close(started(pool, ids))
     pool.settle()
-    archive._writer.submit(go.wait)
+    archive._writer.submit(go.wait, 10)
     pool.close(started_meanwhile(pool, [7] * 100))  # RAM is nearly full: the first conversation is to be written
     looked_at = pool.open([*ids, 1], Lineage())
     assert all(block.keeping for block in looked_at.blocks)
