@@ -75,6 +75,11 @@ def test_from_disk_only_what_it_saves_counts():
     assert costs_of(back=0.1, disk=1.0, computing={50: 5.0, 100: 10.0}).fetching(2, 90) == 2
 
 
+def test_from_disk_the_way_on_to_the_device_counts():
+    assert costs_of(back=1.0, disk=1.0, computing={16: 3.0, 160: 30.0}).fetching(2, 100) == 2
+    assert costs_of(back=5.0, disk=1.0, computing={16: 3.0, 160: 30.0}).fetching(2, 100) == 0
+
+
 def test_what_is_queued_before_counts():
     computing = {16: 4.0, 160: 40.0}
     costs = MoveCosts(Road(1.0), Road(1.0, asked=3), Road(1.0))
