@@ -21,6 +21,7 @@ from ragkv.loading import LayerLoader
 from ragkv.plan import PromptPlan, Span
 from ragkv.rows import Rows
 from ragkv.runner import ModelRunner
+from ragkv.uploading import uploaded
 
 
 @dataclass(frozen=True)
@@ -104,7 +105,7 @@ class Blend:
 
     def places(self, where: torch.Tensor) -> torch.Tensor:
         """The positions, on the device, where ``where``, bool (length,) on the host, holds."""
-        return where.nonzero()[:, 0].to(self.runner.device)
+        return uploaded(where.nonzero()[:, 0], self.runner.device)
 
     def rows(self, positions: torch.Tensor, *, score_question: bool = False) -> Rows:
         """Rows at layer 0 for ``positions`` (rows,), ascending, on the device."""
@@ -134,6 +135,10 @@ class Blend:
 
         Scores that are on the device stay there, and nobody waits for them.
         """
-        ranked = scores.float().masked_fill(~self.repairable.to(scores.device), float("-inf"))
-        best = ranked.topk(self.budget).indices.to(self.runner.device)
+        barred = ~self.repairable
+        if scores.device != barred.device:
+            barred = uploaded(barred, scores.device)
+        best = scores.float().masked_fill(barred, float("-inf")).topk(self.budget).indices
+        if best.device != self.runner.device:
+            best = uploaded(best, self.runner.device)
         return torch.cat((self.places(self.required), best)).sort().values

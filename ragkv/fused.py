@@ -18,6 +18,7 @@ import torch
 from torch.nn.functional import linear
 
 from ragkv.attention import AttentionStep, Query
+from ragkv.fused_graphs import Captured, LayerGraphs
 from ragkv.kernels import twins
 from ragkv.kernels.attend import AttendRoom, attend
 from ragkv.kernels.pointwise import rms_norm, silu_mul
@@ -84,6 +85,7 @@ class FusedLayers:
 
     Attributes:
         layers: what each needs.
+        graphs: run the layers where they can.
     """
 
     def __init__(self, model: Any) -> None:
@@ -91,11 +93,21 @@ class FusedLayers:
         self._head_dim = int(decoder.layers[0].self_attn.head_dim)
         self._heads = int(config.num_attention_heads)
         self.layers = [_read(layer, config) for layer in decoder.layers]
+        self.graphs: LayerGraphs | None = None
         if model.device.type == "cuda":
             torch.cuda.empty_cache()  # what the separate matrices held is in pieces that nothing else fits into
 
     def run(self, index: int, rows: Rows) -> None:
         """Advance ``rows`` through layer ``index``, writing their keys and values into the step's KV."""
+        if rows.room is None and self.graphs is not None:
+            rows.room = self.graphs.room(rows)
+        if isinstance(rows.room, Captured) and not rows.step.score_rows:
+            rows.room.replay(index)
+        else:
+            self.launch(index, rows)
+
+    def launch(self, index: int, rows: Rows) -> None:
+        """The same, kernel by kernel."""
         layer, step, room = self.layers[index], rows.step, self._room(rows)
         hidden = rows.hidden[0]
         rms_norm(hidden, layer.input_norm, layer.eps, room.normed)
@@ -115,9 +127,9 @@ class FusedLayers:
 
     def values(self, index: int, rows: Rows) -> torch.Tensor:
         """Values (rows, kv_heads, head_dim) that layer ``index`` would write for ``rows``."""
-        layer, room = self.layers[index], self._room(rows)
-        rms_norm(rows.hidden[0], layer.input_norm, layer.eps, room.normed)
-        values: torch.Tensor = linear(room.normed, layer.value.weight, layer.value.bias)
+        layer, normed = self.layers[index], torch.empty_like(rows.hidden[0])
+        rms_norm(rows.hidden[0], layer.input_norm, layer.eps, normed)
+        values: torch.Tensor = linear(normed, layer.value.weight, layer.value.bias)
         return values.view(values.shape[0], -1, self._head_dim)
 
     def find_fault(self) -> str | None:

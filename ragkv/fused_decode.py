@@ -23,6 +23,7 @@ from ragkv.kernels.vector import product
 from ragkv.paged import BLOCK_TOKENS, PagedKV
 from ragkv.paged_step import Lane
 from ragkv.runner import ModelRunner
+from ragkv.uploading import uploaded
 
 _SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128)
 
@@ -94,8 +95,7 @@ class FusedLoop:
 
     def _up(self, numbers: Any) -> torch.Tensor:
         """int64, on the device, without waiting for it."""
-        there = torch.tensor(numbers)
-        return there.pin_memory().to(self._runner.device, non_blocking=True) if self._cuda else there
+        return uploaded(torch.tensor(numbers), self._runner.device)
 
     def _capture(self, size: int) -> Any:
         """A graph of ``size`` rows. Other threads may go on with what they do on streams of their own."""

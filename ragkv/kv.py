@@ -48,6 +48,13 @@ class RequestKV:
             (shape.layers, 2, capacity, shape.kv_heads, shape.head_dim), dtype=shape.dtype, device=device
         )
 
+    def first(self, capacity: int) -> RequestKV:
+        """The first ``capacity`` slots, in the same memory."""
+        part = object.__new__(RequestKV)
+        part.shape, part.capacity, part.base = self.shape, capacity, self.base
+        part._data = self._data[:, :, :capacity]
+        return part
+
     def write(self, layer: int, slots: torch.Tensor | slice, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Store rows of rotated ``keys`` and ``values``, each (n, kv_heads, head_dim), at ``slots``."""
         self._data[layer, 0, slots] = keys

@@ -81,7 +81,9 @@ class _Bench:
     def layer(self, rows: int, keys: int) -> float:
         """Seconds of a layer over ``rows`` rows, spread over ``keys`` positions; a full prefill if as many."""
         runner = self._runner
-        kv = RequestKV(replace(runner.shape, layers=self.layers), keys, runner.device)
+        graphs = runner.fused.graphs if runner.fused is not None else None
+        kv = graphs.lease(keys) if graphs is not None else None
+        kv = kv or RequestKV(replace(runner.shape, layers=self.layers), keys, runner.device)
         for layer in range(self.layers):
             for tensor in kv.read(layer, keys):
                 tensor.zero_()

@@ -209,9 +209,11 @@ class Prefill:
                 trial.reader = slabs
             lease.commit()
         tiers = {span: "device" if entry.key in lease.hits else entry.tier for span, entry in entries.items()}
-        outcomes = [self._outcome(span, tiers.get(span), blend) for span in self._plan.spans]
         rows = (yield from self._rest(kv, len(self._plan.ids))) or rows
-        return PrefillResult(self._runner.logits(rows), kv, outcomes, exact=min(span.start for span in spans))
+        # The device has all its work before it is waited for.
+        logits, computed = self._runner.logits(rows), blend.computed
+        outcomes = [self._outcome(span, tiers.get(span), blend.dense_layers, computed) for span in self._plan.spans]
+        return PrefillResult(logits, kv, outcomes, exact=min(span.start for span in spans))
 
     def _read_on(self, slabs: Slabs, spans: list[Span], lost: ChunkLostError) -> Generator[None, None, None]:
         """Find what else is lost, lest every chunk cost an attempt. The sound ones are then in RAM for the next."""
@@ -221,12 +223,12 @@ class Prefill:
             yield
             self._watch.lap("queue")
 
-    def _outcome(self, span: Span, tier: str | None, blend: Blend) -> SpanOutcome:
+    def _outcome(self, span: Span, tier: str | None, dense_layers: int, computed: torch.Tensor) -> SpanOutcome:
         layers = self._runner.shape.layers
         if tier is None:
             return self._computed(span)
-        repaired = int(blend.computed[span.start : span.end].sum())
-        dense = blend.dense_layers if span.context_present else 0
+        repaired = int(computed[span.start : span.end].sum())
+        dense = dense_layers if span.context_present else 0
         return SpanOutcome(
             cast(KvSource, tier),
             None if span.context_present else "not repaired: its document context is not in this prompt",
@@ -243,7 +245,7 @@ class Prefill:
         return PrefillResult(self._runner.logits(rows), kv, outcomes, exact=ALL)
 
     def _workspace(self) -> RequestKV:
-        kv = self._runner.new_kv(len(self._plan.ids) + len(self._tail) + self._room)
+        kv = self._runner.workspace(len(self._plan.ids) + len(self._tail) + self._room)
         self._known.fill(kv)
         return kv
 

@@ -15,6 +15,7 @@ from ragkv.attention import AttentionStep, Query
 from ragkv.kv import KvShape, RequestKV
 from ragkv.rope import read_rope
 from ragkv.rows import Rows
+from ragkv.uploading import uploaded
 
 if TYPE_CHECKING:
     from ragkv.fused import FusedLayers
@@ -79,6 +80,7 @@ class ModelRunner:
     def _fuse(self) -> None:
         try:
             from ragkv.fused import FusedLayers, refusal  # needs Triton
+            from ragkv.fused_graphs import LayerGraphs
             from ragkv.fused_lookahead import FusedLookahead
         except ImportError as error:
             self.plain_because = f"the fused layer loop cannot be imported: {error}"
@@ -88,6 +90,7 @@ class ModelRunner:
             self.fused = FusedLayers(self.model)
             if self.device.type == "cuda":
                 self.lookahead = FusedLookahead(self)
+                self.fused.graphs = LayerGraphs(self.shape, self.max_positions, self.device, self.fused.launch)
 
     def use_plain_loop(self, because: str) -> None:
         """Run layers with the library's own modules from now on."""
@@ -100,6 +103,12 @@ class ModelRunner:
 
     def new_kv(self, capacity: int, base: int = 0) -> RequestKV:
         return RequestKV(self.shape, capacity, self.device, base)
+
+    def workspace(self, capacity: int) -> RequestKV:
+        """KV for a prefill: the one whose layers run in graphs, if nobody has it now."""
+        graphs = self.fused.graphs if self.fused is not None else None
+        leased = graphs.lease(capacity) if graphs is not None else None
+        return self.new_kv(capacity) if leased is None else leased
 
     def rows(self, ids: torch.Tensor, step: AttentionStep) -> Rows:
         """Embed token ``ids`` (rows,) for the positions of ``step``."""
@@ -172,7 +181,8 @@ class ModelRunner:
         return self.logits(rows)
 
     def tensor(self, ids: Any) -> torch.Tensor:
-        return torch.as_tensor(ids, dtype=torch.long, device=self.device)
+        """int64, on the device."""
+        return uploaded(torch.as_tensor(ids, dtype=torch.long), self.device)
 
     def synchronize(self) -> None:
         """Wait for the device, so that a clock read next means something."""

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 
 import torch
 
+from ragkv.uploading import uploaded
+
 _LEAST_TEMPERATURE = 1e-5
 
 
@@ -71,7 +73,7 @@ class Sampler:
             self.counts = torch.zeros(vocab_size, dtype=torch.int32, device=device)
             prompted = torch.zeros(vocab_size, dtype=torch.bool)
             prompted[torch.tensor(sorted(set(prompt_ids)), dtype=torch.int64)] = True
-            self.prompted = _on_device(prompted, device)
+            self.prompted = uploaded(prompted, device)
 
     def uniform(self) -> float:
         """The next number in [0, 1)."""
@@ -102,7 +104,7 @@ def sample(logits: torch.Tensor, samplers: Sequence[Sampler]) -> Sampled:
     tokens = logits.argmax(dim=-1)
     chance = [row for row, p in enumerate(params) if not p.greedy]
     if chance:
-        rows = _on_device(torch.tensor(chance), logits.device)
+        rows = uploaded(torch.tensor(chance), logits.device)
         tokens[rows] = _drawn(logits[rows], [samplers[row] for row in chance])
     for row, sampler in enumerate(samplers):
         if sampler.counts is not None:
@@ -132,7 +134,7 @@ def _drawn(logits: torch.Tensor, samplers: Sequence[Sampler]) -> torch.Tensor:
         for sampler in samplers
         for p in [sampler.params]
     ]
-    columns = _on_device(torch.tensor(table, dtype=torch.float64), device)[:, :, None]
+    columns = uploaded(torch.tensor(table, dtype=torch.float64), device)[:, :, None]
     temperature, top_k, min_p, top_p, uniforms = columns.unbind(1)
 
     values, tokens = logits.sort(dim=-1, descending=True, stable=True)
@@ -161,8 +163,3 @@ def _scores(logits: torch.Tensor, tokens: torch.Tensor, best: int) -> tuple[torc
 def _on_host(part: torch.Tensor) -> torch.Tensor:
     host = torch.empty(part.shape, dtype=part.dtype, pin_memory=True)
     return host.copy_(part, non_blocking=True)
-
-
-def _on_device(part: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """From page-locked memory: copies from ordinary memory wait for the stream."""
-    return part.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else part.to(device)

@@ -25,6 +25,7 @@ from ragkv.attention import AttentionStep
 from ragkv.blend import Blend, Start, Strategy
 from ragkv.echoes import hints
 from ragkv.lookahead import Look, look, searched_layers
+from ragkv.uploading import uploaded
 
 HKVD_CHECK_LAYER = 1
 # Of the prompt, what looks ahead besides the question: where attention goes that finds nothing, and what it is told.
@@ -74,7 +75,7 @@ def links(blend: Blend) -> Generator[None, None, Start]:
     if not blend.budget:
         return (yield from none(blend))
     scores = yield from _sought(blend)
-    return _selected(blend, scores * torch.from_numpy(hints(blend.plan)).to(scores.device))
+    return _selected(blend, scores * uploaded(torch.from_numpy(hints(blend.plan)), scores.device))
 
 
 def hkvd(blend: Blend) -> Generator[None, None, Start]:
@@ -125,7 +126,7 @@ def _sought(blend: Blend) -> Generator[None, None, torch.Tensor]:
     """float32 (length,) on the device: the attention that the question's rows, which saw none of the context, pay to
     its stored keys."""
     start, lead = blend.plan.question_start, min(_LEAD, blend.reused[0].start)
-    positions = torch.cat((torch.arange(lead), torch.arange(start, blend.length))).to(blend.runner.device)
+    positions = uploaded(torch.cat((torch.arange(lead), torch.arange(start, blend.length))), blend.runner.device)
     found = yield from _look(blend, positions)
     step = AttentionStep(blend.kv, positions[lead:], blend.length, contiguous=False, score_rows=blend.length - start)
     absent, known = blend.places(blend.required) - blend.kv.base, min(blend.known, lead)

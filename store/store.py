@@ -166,10 +166,10 @@ class ChunkStore:
     ) -> LayerReader:
         """Read ``entries`` layer by layer, ``depth`` layers ahead of the caller.
 
-        Yields, for layer 0, 1, 2 … (or the layers as ``order`` names them, each once), one uint8 array (a slab: K, then V) per entry, in the order given. A slab
-        that does not match its checksum gives a CorruptEntryError in its entry's place, from then on; the
-        entry is quarantined. A remote tier that fails gives another StoreError there. Entries read to the end
-        move into the RAM tier, and from the remote tier to the SSD, in the background.
+        Yields, for layer 0, 1, 2 … (or the layers as ``order`` names them, each once), one uint8 array (a slab: K,
+        then V) per entry, in the order given. A slab that does not match its checksum gives a CorruptEntryError in its
+        entry's place, from then on; the entry is quarantined. A remote tier that fails gives another StoreError there.
+        Entries read to the end move into the RAM tier, and from the remote tier to the SSD, in the background.
 
         ``allocate(nbytes)`` provides the buffers for what is read from the SSD; they stay the caller's,
         who may use one again once he is done with its slab. It is called on the reading threads, and up to

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import random
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from itertools import combinations, product
@@ -444,25 +444,30 @@ class World:
         run_layer = self.runner.run_layer
 
         def watched(layer: int, rows: Any) -> None:
+            if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+                return run_layer(layer, rows)  # what looks ahead: it is nobody's prompt
             kv = rows.step.kv
             done = self._watched.setdefault(kv, torch.zeros((kv.shape.layers, kv.capacity), dtype=torch.bool))
             done[layer, rows.step.slots.cpu()] = True
-            run_layer(layer, rows)
+            return run_layer(layer, rows)
 
         self.runner.run_layer = watched  # type: ignore[method-assign]
 
     def _spoil(self) -> None:
         """NaN in every slot of a new KV: what is read but was never written shows, whatever memory held before."""
-        new_kv = self.runner.new_kv
+        for name in ("new_kv", "workspace"):
+            setattr(self.runner, name, _spoiling(getattr(self.runner, name)))
 
-        def spoilt(*args: Any, **options: Any) -> RequestKV:
-            kv = new_kv(*args, **options)
-            for layer in range(kv.shape.layers):
-                for part in kv.read(layer, kv.capacity):
-                    part.fill_(float("nan"))
-            return kv
 
-        self.runner.new_kv = spoilt  # type: ignore[method-assign]
+def _spoiling(make: Callable[..., RequestKV]) -> Callable[..., RequestKV]:
+    def spoilt(*args: Any, **options: Any) -> RequestKV:
+        kv = make(*args, **options)
+        for layer in range(kv.shape.layers):
+            for part in kv.read(layer, kv.capacity):
+                part.fill_(float("nan"))
+        return kv
+
+    return spoilt
 
 
 def _blind(case: Case) -> bool:

@@ -18,6 +18,7 @@ import triton.language as tl
 from ragkv.kernels.shapes import next_power_of_2
 from ragkv.kv import KvShape
 from ragkv.store import CODECS
+from ragkv.uploading import uploaded
 
 # Programs, by whether a byte is an element: the fewest that keep a link of 55 GB/s busy on an H200
 # (tests/bench/loading.py).
@@ -205,7 +206,7 @@ class SlabPlacer:
         table = np.column_stack([lengths, rows, slots, np.array(offsets).reshape(len(lengths), 3)])
         self._cos, self._sin = (part.contiguous() for part in angles)
         self._device = self._cos.device
-        self._spans = torch.from_numpy(table.astype(np.int64)).to(self._device)
+        self._spans = uploaded(torch.from_numpy(table.astype(np.int64)), self._device)
         self._chunks = len(lengths)
         half, hd = self._cos.shape[-1], shape.head_dim
         size = 1 if codec != "raw" else shape.dtype.itemsize

@@ -70,7 +70,7 @@ def slabs_of(runner, spans, codec, *, locked):
 
 def placed(way, runner, spans, layers, codec, lease=None):
     kv = runner.new_kv()
-    with closing(way(runner, kv, spans, iter(layers), codec, lease)) as loader:
+    with closing(way(runner, kv, spans, iter(layers), codec, lease, range(LAYERS))) as loader:
         for _ in range(LAYERS):
             loader.place_next()
         torch.cuda.synchronize()
@@ -129,13 +129,13 @@ def test_a_lost_chunk_is_told_in_its_layer_and_closing_early_is_safe():
     runner, spans = Runner(), planned((0, 40), (40, 90))
     layers = slabs_of(runner, spans, "raw", locked=True)
     layers[3][1] = CorruptEntryError("flipped")
-    loader = Streaming(runner, runner.new_kv(), spans, iter(layers), "raw", None)
+    loader = Streaming(runner, runner.new_kv(), spans, iter(layers), "raw", None, range(LAYERS))
     for _ in range(3):
         loader.place_next()
     with pytest.raises(ChunkLostError) as lost:
         loader.place_next()
     assert list(lost.value.causes) == [spans[1]]
     loader.close()
-    loader = Streaming(runner, runner.new_kv(), spans, iter(layers), "raw", None)
+    loader = Streaming(runner, runner.new_kv(), spans, iter(layers), "raw", None, range(LAYERS))
     loader.place_next()
     loader.close()

@@ -1,0 +1,83 @@
+"""What runs in CUDA graphs beside the same launched kernel by kernel."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from ragkv.attention import AttentionStep
+from ragkv.eval.steps import drained
+from ragkv.fused_graphs import SIZES
+from ragkv.lookahead import look, searched_layers
+from ragkv.runner import ModelRunner
+from tests.families import make_model
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+WIDE = {"hidden_size": 256, "num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 128}
+LONG = {"max_position_embeddings": 8192}
+
+
+def made(family: str = "llama", **options: object) -> ModelRunner:
+    model = make_model(family, options={**WIDE, **LONG, **options}).to("cuda", torch.bfloat16)
+    return ModelRunner(model)
+
+
+def close(actual: torch.Tensor, expected: torch.Tensor) -> None:
+    error = (actual.float() - expected.float()).norm() / expected.float().norm()
+    assert error < 4e-2, float(error)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2-windowed", "smollm3", "qwen3"])
+@torch.inference_mode()
+def test_layers_give_the_same_in_graphs(family):
+    runner = made(family)
+    for length, count in ((300, 1), (300, 64), (3000, 65), (3000, 700), (900, 900), (8000, SIZES[-1]), (3000, 450)):
+        generator = torch.Generator("cuda").manual_seed(count)
+        shape = (length, runner.shape.kv_heads, runner.shape.head_dim)
+        stored = torch.randn((runner.shape.layers, 2, *shape), generator=generator, device="cuda").bfloat16()
+        ids = torch.randint(3, 256, (count,), generator=generator, device="cuda")
+        positions = torch.linspace(length - 1 if count == 1 else 0, length - 1, count, device="cuda").long()
+        ends = []
+        for kv in (runner.workspace(length), runner.new_kv(length)):
+            for layer in range(runner.shape.layers):
+                for part, some in zip(kv.read(layer, length), stored[layer], strict=True):
+                    part.copy_(some)
+            rows = runner.rows(ids, AttentionStep(kv, positions, length, contiguous=count == length))
+            for layer in range(runner.shape.layers):
+                runner.run_layer(layer, rows)
+            assert (type(rows.room).__name__ == "Captured") == (len(ends) == 0)
+            ends.append((rows.hidden.clone(), kv.slots(0, length).clone(), runner.logits(rows)))
+        for one, other in zip(*ends, strict=True):
+            close(one, other)
+
+
+@torch.inference_mode()
+def test_the_workspace_is_one_prompts_at_a_time():
+    runner = made()
+    first = runner.workspace(500)
+    assert first.slots(0, 1).data_ptr() != runner.workspace(400).slots(0, 1).data_ptr()
+    where = first.slots(0, 1).data_ptr()
+    del first
+    again = runner.workspace(600)
+    assert again.slots(0, 1).data_ptr() == where
+    assert runner.workspace(runner.max_positions + 1).slots(0, 1).data_ptr() != where
+
+
+@torch.inference_mode()
+def test_looking_ahead_gives_the_same_in_graphs():
+    runner = made()
+    assert runner.lookahead is not None
+    kept = []
+    for count in (1, 31, 32, 33, 200):
+        ids = torch.randint(3, 256, (count,), device="cuda", generator=torch.Generator("cuda").manual_seed(count))
+        positions = torch.arange(5000, 5000 + count, device="cuda")
+        plain, fused = drained(look(runner, ids, positions)), runner.lookahead.look(ids, positions)
+        assert list(fused.queries) == list(plain.queries) == searched_layers(runner.shape.layers)
+        kept.append((fused, {layer: query.rows.clone() for layer, query in fused.queries.items()}))
+        for layer, query in plain.queries.items():
+            close(fused.queries[layer].rows, query.rows)
+            for one, other in zip(fused.kv.read(layer, count), plain.kv.read(layer, count), strict=True):
+                close(one, other)
+    # What was computed later has not touched it.
+    assert all(torch.equal(found.queries[layer].rows, rows) for found, before in kept for layer, rows in before.items())
