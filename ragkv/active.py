@@ -37,6 +37,7 @@ class Active:
         written: tokens whose KV is written or being written.
         sampled: tokens of output chosen, of which the host may not know the last.
         lane: its place in the decoder.
+        prefill_s: seconds of its prefill, in the slices before this one.
     """
 
     generation: Generation
@@ -47,6 +48,7 @@ class Active:
     sampler: Sampler | None = None
     prefill: Generator[None, None, PrefillResult] | None = None
     lane: int | None = None
+    prefill_s: float = 0.0
     written: int = 0
     sampled: int = 0
 

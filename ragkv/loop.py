@@ -32,18 +32,19 @@ from ragkv.encode import EncodedChunk, encode
 from ragkv.errors import EngineClosedError, NotFoundError, PromptTooLongError, RagkvError
 from ragkv.generation import Generation, TokenScores
 from ragkv.kv import Known, RequestKV
+from ragkv.lineage import ALL
 from ragkv.paged import BLOCK_TOKENS
 from ragkv.plan import Span
 from ragkv.pool import KvPool, blocks_for
 from ragkv.prefill import Prefill, PrefillResult
 from ragkv.runner import ModelRunner
 from ragkv.sampling import Sampler, sample
-from ragkv.scheduling import Scheduler, Ticket
+from ragkv.scheduling import Plan, Scheduler, Ticket
 from ragkv.store import ChunkStore
 from ragkv.types import FinishReason
 
-# In their prefill at once; the best goes first, so a better one that comes later need not wait for it.
-PREFILLS = 2
+# In their prefill at once; the last place is kept for who may displace the others, and is computed before them.
+PREFILLS = 3
 # Layers launched ahead of the device while others decode: a clock of the host's that is not fooled.
 LAUNCHED_AHEAD = 2
 _ENCODE_SLICE_S = 0.05
@@ -125,6 +126,7 @@ class EngineLoop:
         self._by_ticket: dict[Ticket, Active] = {}
         self._admitted: list[Active] = []
         self._prefills: list[Active] = []
+        self._slice_began = 0.0
         self._served: list[Ticket] = []
         self._encodes: deque[tuple[EncodeGroup, OnEncoded]] = deque()
         self._encoding: _Encoding | None = None
@@ -279,6 +281,10 @@ class EngineLoop:
             time.sleep(_WAIT_FOR_MOVES_S)  # moves are waited for
 
     def _schedule(self) -> None:
+        while self._apply(self._plan()).preempt:
+            pass  # what that set free at once is given away at once
+
+    def _plan(self) -> Plan:
         began = time.perf_counter()
         for request in self._decodes.requests:
             table, ticket = request.table, request.ticket
@@ -288,6 +294,9 @@ class EngineLoop:
             self._charge()
             plan = self._scheduler.plan(self._pool.available, self._pool.freeing, starting=PREFILLS)
         self.tally.scheduler_seconds += time.perf_counter() - began
+        return plan
+
+    def _apply(self, plan: Plan) -> Plan:
         # Preempting one delivers tokens, which may end another.
         preempted, started = ([self._by_ticket[ticket] for ticket in tickets] for tickets in (plan.preempt, plan.start))
         for request in preempted:
@@ -296,6 +305,7 @@ class EngineLoop:
             request.generation.watch.lap("queue")
             request.phase = Phase.ADMITTED
             self._admitted.append(request)
+        return plan
 
     def _charge(self) -> None:
         """Tell the scheduler of the tokens delivered since. Under the lock."""
@@ -359,9 +369,8 @@ class EngineLoop:
             controller=None if generation.as_asked else self._controller,
             device_tier=self._device_tier,
         )
-        request.prefill, request.phase = prefill.run(), Phase.PREFILL
+        request.prefill, request.phase, request.prefill_s = prefill.run(), Phase.PREFILL, 0.0
         self._prefills.append(request)
-        self._prefills.sort(key=lambda r: r.ticket.place)
 
     def _preempt(self, request: Active) -> None:
         """Give its room to others. What it was to deliver is delivered first; then the host knows all its tokens."""
@@ -394,19 +403,21 @@ class EngineLoop:
 
     def _advance_prefills(self) -> float:
         """Advance the best prefill for a slice of time. Returns about how many tokens of its prompt that was."""
-        deadline, ahead, done = time.perf_counter() + self._stall_s, deque[Any](), 0.0
+        with self._wake:
+            turn = self._scheduler.in_turn([request.ticket for request in self._prefills])
+        self._prefills = [self._by_ticket[ticket] for ticket in turn]
+        self._slice_began = time.perf_counter()
+        deadline, ahead, done = self._slice_began + self._stall_s, deque[Any](), 0.0
         while self._prefills:
             request = self._prefills[0]
             done += self._prefill_layer(request)
             if request.prefill is None:
                 self._owes_encoding = True
                 break
-            if not self._decodes.requests:
-                if time.perf_counter() > deadline:
-                    break
-                continue
-            self._pace(ahead)
+            if self._decodes.requests:
+                self._pace(ahead)
             if self._closed or time.perf_counter() > deadline:
+                request.prefill_s += time.perf_counter() - self._slice_began
                 break
         return done
 
@@ -455,6 +466,9 @@ class EngineLoop:
             )
         sampled = sample(result.logits[None], [request.sampler])
         token = int(sampled.tokens[0])
+        if result.exact == ALL:  # nothing of it was loaded
+            seconds = request.prefill_s + time.perf_counter() - self._slice_began
+            self._pool.costs.computed(len(request.ids) - known, seconds)
         first = not request.sampled
         request.sampled += 1
         request.ids.append(token)

@@ -125,3 +125,12 @@ def test_whatever_is_chosen_changes_no_token(tmp_path):
         counts = place.pool.costs.counts
         assert counts["recomputed"] > 0 < counts["loaded"]
         place.check()
+
+
+def test_the_engine_tells_what_prefills_take(tmp_path, monkeypatch):
+    told = []
+    monkeypatch.setattr(MoveCosts, "computed", lambda self, tokens, seconds: told.append((tokens, seconds > 0)))
+    with hall(tmp_path) as place:
+        place.ask(token_ids(100, seed=1)).wait()
+        place.ask([*token_ids(100, seed=1), *token_ids(30, seed=2)]).wait()
+    assert told == [(100, True), (34, True)]
