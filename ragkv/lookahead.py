@@ -38,10 +38,10 @@ class Look(NamedTuple):
 
 
 def searched_layers(layers: int) -> list[int]:
-    """The layers whose queries rank the context: up to four of the third quarter."""
+    """The layers whose queries rank the context: up to four in the middle of the third quarter."""
     third = range(layers // 2, max(layers // 2 + 1, 3 * layers // 4))
-    count = min(_MOST_LAYERS, len(third))
-    return [third[i * len(third) // count] for i in range(count)]
+    spare = max(0, len(third) - _MOST_LAYERS)
+    return list(third[spare // 2 :][:_MOST_LAYERS])
 
 
 def look(runner: LayerLoop, ids: torch.Tensor, positions: torch.Tensor) -> Generator[None, None, Look]:

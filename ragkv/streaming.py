@@ -1,9 +1,9 @@
-"""Bringing stored chunks into a request's KV on CUDA, layer by layer, ahead of whoever computes.
+"""Bringing stored chunks into a request's KV on CUDA: one launch for some layers, ahead of whoever computes.
 
-Layer after layer is taken from the store and copied to the device as it is, by the copy engine, which takes nothing
-from what computes meanwhile: a kernel that reads over the link would hold multiprocessors as long as that takes. What
-has arrived is decoded, rotated and written into its slots by a short kernel (:mod:`ragkv.kernels.slabs`). All that runs
-on a stream of its own, as fast as tier and link allow; the stream that computes waits for the layers it needs.
+Layer after layer is taken from the store, and a kernel launched that reads the slabs where they are, in page-locked
+memory or on the device, and writes them decoded and rotated into their slots (:mod:`ragkv.kernels.slabs`). That runs on
+a stream of its own, as fast as the tier and the link allow; the stream that computes waits for the layers it needs.
+Copies by the copy engine were slower: a call for each of many slabs takes the host longer than the link.
 
 What is in memory already is launched a few layers ahead by the thread that computes; a second one would only take the
 interpreter from it. What has to be read first is waited for by a thread of its own.
@@ -11,7 +11,6 @@ interpreter from it. What has to be read first is waited for by a thread of its 
 
 from __future__ import annotations
 
-import ctypes
 import threading
 from collections import deque
 from collections.abc import Sequence
@@ -30,8 +29,10 @@ from ragkv.runner import ModelRunner
 from ragkv.slabs import Slabs, in_memory, next_layer
 
 LAYERS_UNDER_WAY = 3
-LAUNCHED_AHEAD = 6
-_ALIGNMENT = 64
+LAUNCHED_AHEAD = 12
+# In one launch: what computes the first of them waits for the last.
+_TOGETHER = 2
+_STAGE_ALIGNMENT = 64
 # One thread copies 5 GB/s; a host's memory gives several times that, and a link to the device wants it.
 _COPIERS = ThreadPoolExecutor(6, thread_name_prefix="ragkv-copier")
 
@@ -59,13 +60,10 @@ class Streaming:
         self._sources, self._copies, self._read = _addresses(runner.shape.layers, spans, lease)
         self._spans = [spans[i] for i in self._read]
         self._sizes = [self._placer.slab_bytes[i] for i in self._read]
-        self._arrived = _cut(torch.empty(_room(self._sizes), dtype=torch.uint8, device=runner.device), self._sizes)
-        self._sources[:, self._read] = torch.tensor([part.data_ptr() for part in self._arrived], dtype=torch.int64)
         self._ready: SimpleQueue[Any] = SimpleQueue()
         self._under_way: deque[tuple[torch.cuda.Event, list[Any]]] = deque()
         self._stop = False
-        # What computes has many blocks waiting: those of the short kernel go first.
-        self._stream: Any = torch.cuda.Stream(self._device, priority=-1)  # type: ignore[no-untyped-call]
+        self._stream: Any = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
         self._thread: threading.Thread | None = None
         if not in_memory(slabs):
@@ -81,7 +79,7 @@ class Streaming:
         if self._thread is None:
             with torch.cuda.stream(self._stream):
                 while self._order and self._ready.qsize() < LAUNCHED_AHEAD:
-                    self._launch(self._order.popleft())
+                    self._launch(self._next_layers())
         placed = self._ready.get()
         if isinstance(placed, BaseException):
             raise placed
@@ -98,24 +96,39 @@ class Streaming:
 
     def _feed(self) -> None:
         try:
-            with torch.inference_mode(), torch.cuda.device(self._device), torch.cuda.stream(self._stream):
+            with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
                 while self._order and not self._stop:
-                    self._launch(self._order.popleft())
+                    self._launch([self._order.popleft()])
         except BaseException as error:
             self._ready.put(error)
 
-    def _launch(self, layer: int) -> None:
-        slabs = next_layer(self._slabs, self._spans, self._sizes) if self._spans else []
-        locked = _locked(slabs)
-        if locked:
-            torch._foreach_copy_(self._arrived, locked, non_blocking=True)
-        k, v = self._kv.read(layer, self._kv.capacity)
-        copies = self._copies[layer] if self._copies is not None else None
-        self._placer.place(self._sources[layer], k, v, rotated=self._rotates[layer], copies=copies)
+    def _next_layers(self) -> list[int]:
+        """Layers that follow each other in the KV, and rotate alike."""
+        found = [self._order.popleft()]
+        while self._order and len(found) < _TOGETHER:
+            layer, last = self._order[0], found[-1]
+            if layer != last + 1 or self._rotates[layer] != self._rotates[last]:
+                break
+            found.append(self._order.popleft())
+        return found
+
+    def _launch(self, layers: list[int]) -> None:
+        held = []
+        for layer in layers:
+            if self._spans:
+                readable, addresses = _readable(next_layer(self._slabs, self._spans, self._sizes))
+                self._sources[layer].numpy()[self._read] = addresses
+                held.append(readable)
+        first, those = layers[0], slice(layers[0], layers[-1] + 1)
+        k, v = self._kv.read(first, self._kv.capacity)
+        copies = self._copies[those] if self._copies is not None else None
+        rotated, stride = self._rotates[first], self._kv.layer_stride
+        self._placer.place(self._sources[those], k, v, rotated=rotated, copies=copies, layer_stride=stride)
         placed = self._stream.record_event()
-        self._ready.put(placed)
+        for _ in layers:
+            self._ready.put(placed)
         # What a kernel reads must stay where it is until then. What is in memory stays there for nothing.
-        self._under_way.append((placed, [slabs, locked]))
+        self._under_way.append((placed, held))
         while self._thread is not None and len(self._under_way) > LAYERS_UNDER_WAY:
             self._under_way[0][0].synchronize()
             self._under_way.popleft()
@@ -124,8 +137,8 @@ class Streaming:
 def _addresses(
     layers: int, spans: Sequence[Span], lease: DeviceLease | None
 ) -> tuple[torch.Tensor, torch.Tensor | None, list[int]]:
-    """Where slabs are on the device, as far as they are, and where they are copied besides, int64 (layers, spans) each;
-    and which spans the store has to read. Rows are padded to 16 bytes: the kernel is compiled for such."""
+    """Where slabs are read, and where they are copied besides, int64 (layers, spans) each; and which spans the store
+    has to read. Rows are padded to 16 bytes: the kernel is compiled for such."""
     width = len(spans) + len(spans) % 2
     sources = torch.zeros((layers, width), dtype=torch.int64, pin_memory=True)
     if lease is None:
@@ -144,33 +157,20 @@ def _addresses(
     return sources, copies, read
 
 
-def _locked(slabs: Sequence[np.ndarray]) -> list[torch.Tensor]:
-    """The slabs in page-locked memory: they, or copies of them. They do not keep ``slabs`` alive."""
+def _readable(slabs: Sequence[np.ndarray]) -> tuple[list[Any], list[int]]:
+    """Where a kernel can read these slabs, and what must be held meanwhile: they, or page-locked copies of them."""
+    held: list[Any] = list(slabs)
     addresses = [slab.__array_interface__["data"][0] for slab in slabs]
-    locked = [_memory(address, slab.nbytes) for address, slab in zip(addresses, slabs, strict=True)]
     far = [i for i, slab in enumerate(slabs) if not is_page_locked(addresses[i], slab.nbytes)]
     if not far:
-        return locked
-    sizes = [slabs[i].nbytes for i in far]
-    parts = _cut(torch.empty(_room(sizes), dtype=torch.uint8, pin_memory=True), sizes)
-    copying = [_COPIERS.submit(np.copyto, part.numpy(), slabs[i]) for i, part in zip(far, parts, strict=True)]
+        return held, addresses
+    sizes = [-(-slabs[i].nbytes // _STAGE_ALIGNMENT) * _STAGE_ALIGNMENT for i in far]
+    stage = torch.empty(sum(sizes), dtype=torch.uint8, pin_memory=True)
+    start, copying = 0, []
+    for i, nbytes in zip(far, sizes, strict=True):
+        copying.append(_COPIERS.submit(np.copyto, stage.numpy()[start : start + slabs[i].nbytes], slabs[i]))
+        addresses[i] = stage.data_ptr() + start
+        start += nbytes
     for copied in wait(copying).done:
         copied.result()
-    for i, part in zip(far, parts, strict=True):
-        locked[i] = part
-    return locked
-
-
-def _memory(address: int, nbytes: int) -> torch.Tensor:
-    """uint8 (nbytes,), to be read only: arrays of the store do not let themselves be taken for tensors."""
-    return torch.frombuffer((ctypes.c_uint8 * nbytes).from_address(address), dtype=torch.uint8)
-
-
-def _room(sizes: Sequence[int]) -> int:
-    return sum(-(-nbytes // _ALIGNMENT) * _ALIGNMENT for nbytes in sizes)
-
-
-def _cut(memory: torch.Tensor, sizes: Sequence[int]) -> list[torch.Tensor]:
-    """Pieces of these sizes, aligned."""
-    starts = [_room(sizes[:i]) for i in range(len(sizes))]
-    return [memory[start : start + nbytes] for start, nbytes in zip(starts, sizes, strict=True)]
+    return [*held, stage], addresses

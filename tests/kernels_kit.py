@@ -194,13 +194,17 @@ def check_slabs(codec: str, shape: Shape, turning: int, dtype: torch.dtype) -> N
     keys, values = unpacker.unpack(torch.from_numpy(stage))
     placer = SlabPlacer(codec, kv_shape, lengths, first, angles)
     copies = [_at_64(np.zeros_like(slab)) for slab in slabs]
-    sources, targets = (torch.tensor([slab.ctypes.data for slab in some]) for some in (slabs, copies))
-    targets[1] = 0
-    for layer, copied in ((0, None), (1, targets)):
-        kv = torch.full((2, length, shape.kv_heads, shape.head_dim), 7.0, dtype=dtype)
+    sources, targets = (torch.tensor([[slab.ctypes.data for slab in some] + [0]]) for some in (slabs, copies))
+    targets[0, 1] = 0
+    # One layer and, of the same slabs, two at once; the last without a place beside.
+    nowhere = torch.zeros_like(targets)
+    for layer, together, copied in ((0, 1, None), (1, 1, targets), (0, 2, torch.cat((targets, nowhere)))):
+        kv = torch.full((together, 2, length, shape.kv_heads, shape.head_dim), 7.0, dtype=dtype)
         expected = kv.clone()
-        expected[0, positions], expected[1, positions] = rope.place(keys, angles, layer), values
-        placer.place(sources, kv[0], kv[1], rotated=rope.rotates[layer], copies=copied, workers=3)
+        expected[:, 0, positions], expected[:, 1, positions] = rope.place(keys, angles, layer), values
+        table, stride = sources.expand(together, -1).contiguous(), kv.stride(0)
+        options = {"rotated": rope.rotates[layer], "copies": copied, "layer_stride": stride, "workers": 3}
+        placer.place(table, kv[0, 0], kv[0, 1], **options)
         close(kv, expected, dtype)
     for number, (slab, copy) in enumerate(zip(slabs, copies, strict=True)):
         assert np.array_equal(copy, slab) == (number != 1)

@@ -152,7 +152,7 @@ def test_links_takes_what_the_question_will_attend_to_weighed_by_hints(tmp_path,
     desk.store.close()
 
 
-@pytest.mark.parametrize(("layers", "searched"), [(1, [0]), (4, [2]), (12, [6, 7, 8]), (32, [16, 18, 20, 22])])
+@pytest.mark.parametrize(("layers", "searched"), [(1, [0]), (4, [2]), (12, [6, 7, 8]), (32, [18, 19, 20, 21])])
 def test_at_most_four_layers_of_the_third_quarter_are_searched(layers, searched):
     assert searched_layers(layers) == searched
     order = loading_order("links", layers)

@@ -1,4 +1,4 @@
-"""From slabs where they lie to a layer of the KV: read, decoded, rotated and written in one launch.
+"""From slabs where they lie to some layers of the KV: read, decoded, rotated and written in one launch.
 
 The kernel reads through addresses, so a slab may lie on the device or in page-locked memory of the host: then the bytes
 cross the link as the kernel asks for them, and touch the device's memory once, as KV. A link is slow, so that a few
@@ -50,7 +50,7 @@ def _field(base, offset, ELEMENT: tl.constexpr):
     return (base + offset).to(tl.pointer_type(ELEMENT))
 
 
-@triton.jit(do_not_specialize=["chunks"])
+@triton.jit(do_not_specialize=["chunks", "layers", "width", "layer_stride"])
 def _place(
     sources,
     copies,
@@ -60,6 +60,9 @@ def _place(
     k,
     v,
     chunks,
+    layers,
+    width,
+    layer_stride,
     KV_HEADS: tl.constexpr,
     HD: tl.constexpr,
     HALF: tl.constexpr,
@@ -82,14 +85,19 @@ def _place(
     dtype = k.dtype.element_ty
     i = tl.arange(0, HALF_PAD)[None, :]
     j = tl.arange(0, REST_PAD)[None, :]
-    for chunk in range(chunks):
-        base = tl.load(sources + chunk)
+    for step in range(layers * chunks):
+        layer = step // chunks
+        chunk = step % chunks
+        base = tl.load(sources + layer * width + chunk)
+        to_layer = tl.cast(layer, tl.int64) * layer_stride
+        k_here = k + to_layer
+        v_here = v + to_layer
         row = tl.load(spans + chunk * 6 + 1)
         first_slot = tl.load(spans + chunk * 6 + 2)
         to_values = tl.load(spans + chunk * 6 + 3)
         pairs = (tl.load(spans + chunk * 6) * KV_HEADS).to(tl.int32)
         if COPIED:
-            copy = tl.load(copies + chunk)
+            copy = tl.load(copies + layer * width + chunk)
         # Chunks that do not fill all programs begin with another one each.
         start = ((tl.program_id(0) + chunk) % workers) * BLOCK
         for first in range(start, pairs, workers * BLOCK):
@@ -160,23 +168,23 @@ def _place(
                 turned = x * c - y * s
                 y = y * c + x * s
                 x = turned
-            tl.store(k + target + i, x.to(dtype), mask=held)
-            tl.store(k + target + HALF + i, y.to(dtype), mask=held)
+            tl.store(k_here + target + i, x.to(dtype), mask=held)
+            tl.store(k_here + target + HALF + i, y.to(dtype), mask=held)
             x = _decoded(vx, CODEC)
             y = _decoded(vy, CODEC)
             if CODEC != 0:
                 x = x * sv[:, None]
                 y = y * sv[:, None]
-            tl.store(v + target + i, x.to(dtype), mask=held)
-            tl.store(v + target + HALF + i, y.to(dtype), mask=held)
+            tl.store(v_here + target + i, x.to(dtype), mask=held)
+            tl.store(v_here + target + HALF + i, y.to(dtype), mask=held)
             if REST > 0:
                 x = _decoded(kz, CODEC)
                 y = _decoded(vz, CODEC)
                 if CODEC != 0:
                     x = x * sz
                     y = y * sv[:, None]
-                tl.store(k + target + 2 * HALF + j, x.to(dtype), mask=rest_held)
-                tl.store(v + target + 2 * HALF + j, y.to(dtype), mask=rest_held)
+                tl.store(k_here + target + 2 * HALF + j, x.to(dtype), mask=rest_held)
+                tl.store(v_here + target + 2 * HALF + j, y.to(dtype), mask=rest_held)
 
 
 class SlabPlacer:
@@ -228,15 +236,17 @@ class SlabPlacer:
         *,
         rotated: bool,
         copies: torch.Tensor | None = None,
+        layer_stride: int = 0,
         workers: int | None = None,
     ) -> None:
-        """Write one layer's keys, rotated unless the layer has no RoPE, and values.
+        """Write some layers' keys, rotated unless these layers have no RoPE, and values.
 
         Args:
-            sources: int64 (chunks,), where each chunk's slab begins: addresses the device can read, multiples of 16.
-                Like ``copies`` it may be page-locked memory of the host itself.
-            k: (length, kv_heads, head_dim) of the KV; v has its strides.
-            copies: int64 (chunks,), where to put each slab as it is, besides; 0: nowhere.
+            sources: int64 (layers, at least chunks), where each chunk's slab begins: addresses the device can read,
+                multiples of 16. Like ``copies`` it may be page-locked memory of the host itself.
+            k: (length, kv_heads, head_dim) of the first layer; v has its strides.
+            copies: where to put each slab as it is, besides, in the form of ``sources``; 0: nowhere.
+            layer_stride: elements from one layer to the next in the KV.
         """
         half = self._rotary if rotated else self._plain
         rest = self._fixed["HD"] - 2 * half
@@ -249,6 +259,9 @@ class SlabPlacer:
             k,
             v,
             self._chunks,
+            len(sources),
+            sources.stride(0),
+            layer_stride,
             HALF=half,
             HALF_PAD=next_power_of_2(half),
             REST=rest,

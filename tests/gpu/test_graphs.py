@@ -19,13 +19,13 @@ LONG = {"max_position_embeddings": 8192}
 
 
 def made(family: str = "llama", **options: object) -> ModelRunner:
-    model = make_model(family, options={**WIDE, **LONG, **options}).to("cuda", torch.bfloat16)
+    model = make_model(family, options={**WIDE, **LONG, **options}).to("cuda", torch.float16)
     return ModelRunner(model)
 
 
 def close(actual: torch.Tensor, expected: torch.Tensor) -> None:
     error = (actual.float() - expected.float()).norm() / expected.float().norm()
-    assert error < 4e-2, float(error)
+    assert error < 1e-2, float(error)
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2-windowed", "smollm3", "qwen3"])
@@ -35,7 +35,7 @@ def test_layers_give_the_same_in_graphs(family):
     for length, count in ((300, 1), (300, 64), (3000, 65), (3000, 700), (900, 900), (8000, SIZES[-1]), (3000, 450)):
         generator = torch.Generator("cuda").manual_seed(count)
         shape = (length, runner.shape.kv_heads, runner.shape.head_dim)
-        stored = torch.randn((runner.shape.layers, 2, *shape), generator=generator, device="cuda").bfloat16()
+        stored = torch.randn((runner.shape.layers, 2, *shape), generator=generator, device="cuda").half()
         ids = torch.randint(3, 256, (count,), generator=generator, device="cuda")
         positions = torch.linspace(length - 1 if count == 1 else 0, length - 1, count, device="cuda").long()
         ends = []
