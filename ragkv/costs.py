@@ -107,23 +107,27 @@ class Piece:
 
 @dataclass(frozen=True)
 class Work:
-    """A prompt of ``length`` tokens, ``pieces`` of which are stored; ``ratio`` of the loaded ones is repaired."""
+    """A prompt of ``length`` tokens, ``pieces`` of which are stored; ``ratio`` of the loaded ones is repaired.
+    ``asking`` tokens look ahead where a strategy does."""
 
     length: int
     pieces: tuple[Piece, ...]
     strategy: str
     ratio: float
+    asking: int = 0
 
 
 @dataclass(frozen=True)
 class Pass:
-    """Layers ``first … end - 1`` over ``rows`` that look at ``pairs`` keys in all; ``part`` is the watch's."""
+    """Layers ``first … end - 1`` over ``rows`` that look at ``pairs`` keys in all; ``part`` is the watch's. ``alone``:
+    over nothing that is loaded."""
 
     part: str
     first: int
     end: int
     rows: float
     pairs: float
+    alone: bool = False
 
 
 @dataclass(frozen=True)
@@ -206,7 +210,10 @@ class Machine:
             if one.part == "select":
                 seconds *= self.selector(work.strategy).value
             parts[one.part] += seconds * (one.end - one.first)
-            line.run(one.first, one.end, seconds)
+            if one.alone:
+                line.pass_by((one.end - one.first) * seconds)
+            else:
+                line.run(one.first, one.end, seconds)
         load = line.now + self.head - sum(parts.values())
         limit = slowest if load > 0.1 * line.now else None
         return Times(
@@ -227,7 +234,11 @@ def passes(work: Work, loaded: Sequence[Piece], layers: int) -> list[Pass]:
     if work.strategy == "hkvd":
         dense = Pass("recompute", 0, 1, rows + repaired / ratio, pairs + their_pairs / ratio)
         return [dense, Pass("recompute", 1, layers, main.rows, main.pairs)]
-    return [Pass("select", 0, max(1, 3 * layers // 4), rows, pairs), main]
+    deep = max(1, 3 * layers // 4)
+    if work.strategy == "links":
+        ahead = Pass("select", 0, deep, work.asking, work.asking**2 / 2, alone=True)
+        return [ahead, Pass("select", 0, min(4, max(1, layers // 4)), 0, work.asking * work.length), main]
+    return [Pass("select", 0, deep, rows, pairs), main]
 
 
 class _Timeline:
@@ -256,6 +267,10 @@ class _Timeline:
             last_there = max(0.0, new - self._ahead) * self._read
             self._advance(self.now + max(first_there + new * step, last_there + step), placed=new)
             self._placed = end
+
+    def pass_by(self, seconds: float) -> None:
+        """Something is computed that needs nothing."""
+        self._advance(self.now + seconds, placed=0)
 
     def _advance(self, until: float, placed: int) -> None:
         read = (until - self.now) / self._read if self._read else math.inf

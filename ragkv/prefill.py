@@ -21,7 +21,7 @@ from ragkv.loading import ChunkLostError, LayerLoader, Slabs
 from ragkv.plan import PromptPlan, Span
 from ragkv.rows import Rows
 from ragkv.runner import ModelRunner
-from ragkv.selection import STRATEGIES, loading_order
+from ragkv.selection import STRATEGIES, loading_order, lookahead_positions
 from ragkv.store import ChunkStore, EntryHeader, OpenEntry
 from ragkv.trial import Trial, read_beside
 from ragkv.types import Forecast, KvSource
@@ -122,7 +122,9 @@ class Prefill:
             return None
         spans = list(entries)
         pieces = [self._piece(span, entry) for span, entry in entries.items()]
-        choice = self._controller.choose(Work(len(self._plan.ids), tuple(pieces), self._strategy, self._ratio))
+        asking = len(lookahead_positions(self._plan))
+        work = Work(len(self._plan.ids), tuple(pieces), self._strategy, self._ratio, asking)
+        choice = self._controller.choose(work)
         if choice is None:
             return None
         if choice.beside is not None:

@@ -25,6 +25,7 @@ from ragkv.attention import AttentionStep
 from ragkv.blend import Blend, Start, Strategy
 from ragkv.echoes import hints
 from ragkv.lookahead import Look, look, searched_layers
+from ragkv.plan import PromptPlan
 from ragkv.uploading import uploaded
 
 HKVD_CHECK_LAYER = 1
@@ -122,13 +123,20 @@ def _attended(blend: Blend) -> Generator[None, None, torch.Tensor]:
     return rows.step.scores
 
 
+def lookahead_positions(plan: PromptPlan) -> torch.Tensor:
+    """int64: the prompt's first tokens, and the question's."""
+    first = plan.spans[0].start if plan.spans else plan.question_start
+    return torch.cat((torch.arange(min(_LEAD, first)), torch.arange(plan.question_start, len(plan.ids))))
+
+
 def _sought(blend: Blend) -> Generator[None, None, torch.Tensor]:
     """float32 (length,) on the device: the attention that the question's rows, which saw none of the context, pay to
     its stored keys."""
-    start, lead = blend.plan.question_start, min(_LEAD, blend.reused[0].start)
-    positions = uploaded(torch.cat((torch.arange(lead), torch.arange(start, blend.length))), blend.runner.device)
+    positions = uploaded(lookahead_positions(blend.plan), blend.runner.device)
+    asking = blend.length - blend.plan.question_start
+    lead = len(positions) - asking
     found = yield from _look(blend, positions)
-    step = AttentionStep(blend.kv, positions[lead:], blend.length, contiguous=False, score_rows=blend.length - start)
+    step = AttentionStep(blend.kv, positions[lead:], blend.length, contiguous=False, score_rows=asking)
     absent, known = blend.places(blend.required) - blend.kv.base, min(blend.known, lead)
     nothing = torch.zeros(1, dtype=blend.kv.shape.dtype, device=blend.runner.device)
     for layer, query in found.queries.items():
