@@ -57,7 +57,7 @@ class PagedStep:
         out = query.new_empty((1, rows, heads, width))
         for row in range(rows):
             keys, values = self._read(row, window)
-            out[0, row] = sdpa(q[row][None], keys[None], values[None], scale=scale).view(heads, width)
+            out[0, row] = sdpa(q[row][None], keys[None], values[None], scale=scale).reshape(heads, width)
         return out
 
     def _read(self, row: int, window: int | None) -> torch.Tensor:

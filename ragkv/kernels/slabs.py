@@ -50,7 +50,8 @@ def _field(base, offset, ELEMENT: tl.constexpr):
     return (base + offset).to(tl.pointer_type(ELEMENT))
 
 
-@triton.jit(do_not_specialize=["chunks", "layers", "width", "layer_stride"])
+# Compiled knowing that ``layer_stride`` is a multiple of 16: else nothing is aligned, and elements are stored one by one.
+@triton.jit(do_not_specialize=["chunks", "layers", "width"])
 def _place(
     sources,
     copies,
