@@ -50,7 +50,7 @@ def _field(base, offset, ELEMENT: tl.constexpr):
     return (base + offset).to(tl.pointer_type(ELEMENT))
 
 
-# Compiled knowing that ``layer_stride`` is a multiple of 16: else nothing is aligned, and elements are stored one by one.
+# Compiled knowing that ``layer_stride`` is a multiple of 16: or else elements are stored one by one.
 @triton.jit(do_not_specialize=["chunks", "layers", "width"])
 def _place(
     sources,
