@@ -402,7 +402,7 @@ class EngineLoop:
     # Computing.
 
     def _advance_prefills(self) -> float:
-        """Advance the best prefill for a slice of time. Returns about how many tokens of its prompt that was."""
+        """Advance the best prefills for a slice of time. Returns about how many tokens of their prompts that was."""
         with self._wake:
             turn = self._scheduler.in_turn([request.ticket for request in self._prefills])
         self._prefills = [self._by_ticket[ticket] for ticket in turn]
@@ -411,14 +411,15 @@ class EngineLoop:
         while self._prefills:
             request = self._prefills[0]
             done += self._prefill_layer(request)
-            if request.prefill is None:
-                self._owes_encoding = True
-                break
+            over = request.prefill is None
+            self._owes_encoding |= over
             if self._decodes.requests:
                 self._pace(ahead)
             if self._closed or time.perf_counter() > deadline:
                 request.prefill_s += time.perf_counter() - self._slice_began
                 break
+            if over:  # there is time left for the next
+                self._slice_began = time.perf_counter()
         return done
 
     def _pace(self, ahead: deque[Any]) -> None:
