@@ -111,8 +111,9 @@ def measure_load(settings: Settings, plan: LoadPlan, *, say: Say, save: Save = l
         others = [_Method(m, r, _serving(bench, place, m, r)) for m, r in plan.asked if m != FULL]
         for method in [full, *others]:
             row = _row(bench, plan, method if method is full else _measured(method, requests, say), requests, limit)
-            first = result["rows"][0] if result["rows"] else row
-            row["relative_to_full"] = row["requests_per_s"] / first["requests_per_s"]
+            most = (result["rows"][0] if result["rows"] else row)["requests_per_s"]
+            # A disturbed machine may keep the limit at no rate.
+            row["relative_to_full"] = row["requests_per_s"] / most if most else None
             where = {"model": settings.model, "tier": plan.tier, "codec": plan.codec, "context_tokens": plan.context}
             result["rows"].append({**where, **row, "full_prefill_by": by, "device": result["device"]})
             save(result)

@@ -71,7 +71,7 @@ def brief_load(row: Row) -> dict[str, str]:
         "method": _named(row),
         "ratio": f"{row['ratio']:.2f}",
         "requests/s": f"{row['requests_per_s']:.2f}",
-        "to full": f"{row['relative_to_full']:.2f}x",
+        "to full": "" if row["relative_to_full"] is None else f"{row['relative_to_full']:.2f}x",
         **{f"{p} ms": f"{row.get(f'{p}_ttft_ms', float('nan')):.0f}" for p in ("p50", "p90", "p99")},
         "in time": f"{row.get('in_time', 0.0):.0%}" + ("" if row["confirmed"] else " (too few)"),
         "requests": str(row.get("requests", 0)),

@@ -17,7 +17,7 @@ from ragkv.errors import ConfigError
 from ragkv.eval.arrivals import highest_rate, poisson, serve_at, times_in_system, typical_arrivals
 from ragkv.eval.cli import app
 from ragkv.eval.load import LoadPlan
-from ragkv.eval.ttft_show import show_load
+from ragkv.eval.ttft_show import brief_load, show_load
 
 
 def test_times_are_those_of_a_queue_walked_by_hand() -> None:
@@ -109,14 +109,15 @@ def test_the_command_measures_every_method(tmp_path: Path, monkeypatch: pytest.M
     assert done.exit_code == 0, done.output
     rows = json.loads(done.stdout)
     assert [row["method"] for row in rows] == ["full", "none", "default"]
-    assert rows[0]["relative_to_full"] == 1.0
+    full = rows[0]["requests_per_s"]
+    assert rows[0]["relative_to_full"] == (1.0 if full else None)
     assert {row["ttft_limit_ms"] for row in rows} == {rows[0]["ttft_limit_ms"]}
     for row in rows:
         assert (row["chose"] is not None) == (row["method"] == "default")
         if row["requests_per_s"]:
             assert row["confirmed"] == (row["p90_ttft_ms"] <= row["ttft_limit_ms"])
             assert 0.9 * row["simulated_requests_per_s"] < row["requests_per_s"] <= row["simulated_requests_per_s"]
-            assert row["relative_to_full"] == pytest.approx(row["requests_per_s"] / rows[0]["requests_per_s"])
+            assert row["relative_to_full"] == (pytest.approx(row["requests_per_s"] / full) if full else None)
             assert row["p50_ttft_ms"] <= row["p90_ttft_ms"] <= row["p99_ttft_ms"]
             assert 0 < row["utilisation"] < 1
             assert row["requests"] >= 12
@@ -127,3 +128,8 @@ def test_the_command_measures_every_method(tmp_path: Path, monkeypatch: pytest.M
     show_load(Console(file=text, width=80), rows)
     assert "requests/s" in text.getvalue()
     assert "48 tokens from ram, raw: p90 within" in text.getvalue()
+
+
+def test_a_limit_that_full_prefill_keeps_at_no_rate_leaves_nothing_to_compare_with():
+    row = {"method": "none", "chose": None, "ratio": 0.0, "requests_per_s": 3.0, "relative_to_full": None}
+    assert brief_load({**row, "confirmed": True, "service_ms": 5.0})["to full"] == ""
