@@ -25,6 +25,8 @@ _HEAD = 12
 _HEADS, _ASKED, _APART, _OTHER = 2.0, 0.5, 0.5, 0.2
 # Of documents that share no word with the question, against the one that shares most.
 _UNRELATED = 0.05
+# Of a token that recurs all over the prompt, against one that stands once.
+_COMMON = 0.1
 
 
 def hints(plan: PromptPlan) -> Floats:
@@ -38,6 +40,14 @@ def hints(plan: PromptPlan) -> Floats:
     out = np.zeros(len(plan.ids), np.float32)
     out[: plan.question_start] = stale * (words.relevance() ** 2 + _UNRELATED) * (words.document >= 0)
     return out
+
+
+def scarcity(plan: PromptPlan) -> Floats:
+    """(prompt tokens,): how much a token may carry that is asked for, whoever attends to it: least those that recur
+    all over the prompt, such as articles, pronouns and full stops; most, 1, those that stand once."""
+    _, same, counts = np.unique(np.asarray(plan.ids, np.int64), return_inverse=True, return_counts=True)
+    rarity = _scaled(np.log2(len(plan.ids) / counts).astype(np.float32)[same])
+    return (_COMMON + (1 - _COMMON) * rarity**2).astype(np.float32)
 
 
 class _Words:

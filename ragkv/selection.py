@@ -23,7 +23,7 @@ import torch
 
 from ragkv.attention import AttentionStep
 from ragkv.blend import Blend, Start, Strategy
-from ragkv.echoes import hints
+from ragkv.echoes import hints, scarcity
 from ragkv.lookahead import Look, look, searched_layers
 from ragkv.plan import PromptPlan
 from ragkv.uploading import uploaded
@@ -71,12 +71,13 @@ def echo(blend: Blend) -> Generator[None, None, Start]:
 
 
 def links(blend: Blend) -> Generator[None, None, Start]:
-    """What the question will attend to (:mod:`ragkv.lookahead`), each token weighed by its hint: of all tokens that
-    matter few are stale, and of all stale ones few matter."""
+    """What the question will attend to (:mod:`ragkv.lookahead`), each token weighed by its hint and its scarcity: of
+    all tokens that matter few are stale, of all stale ones few matter, and function words hardly ever do."""
     if not blend.budget:
         return (yield from none(blend))
     scores = yield from _sought(blend)
-    return _selected(blend, scores * uploaded(torch.from_numpy(hints(blend.plan)), scores.device))
+    weights = torch.from_numpy(hints(blend.plan) * scarcity(blend.plan))
+    return _selected(blend, scores * uploaded(weights, scores.device))
 
 
 def hkvd(blend: Blend) -> Generator[None, None, Start]:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from ragkv.chunks import ChunkTokens
-from ragkv.echoes import hints
+from ragkv.echoes import hints, scarcity
 from ragkv.plan import PlannedChunk, PromptPlan, make_plan
 from ragkv.retrievers import Chunk
 
@@ -127,3 +127,10 @@ def test_the_head_of_a_document_comes_before_the_rest_of_it():
 def test_chunks_of_a_token_or_two(n):
     plan = prompt(("a", 0, 0, plain(100, n)), ("b", 0, 0, plain(100, n)), question=(100,))
     assert np.isfinite(hints(plan)).all()
+
+
+def test_a_token_that_stands_once_is_scarcest_and_one_that_recurs_hardly_counts():
+    plan = prompt(("a", 0, 0, [7, 50, 7, 51, 7, 52, 8, 8]), ("b", 0, 0, [7, 60, 7, 61, 7, 62]))
+    scarce = dict(zip(plan.ids, scarcity(plan).tolist(), strict=True))
+    assert scarce[50] == scarce[62] == 1.0
+    assert 0.1 < scarce[7] < 0.3 < scarce[8] < 1.0

@@ -8,7 +8,7 @@ import torch
 from ragkv.attention import NAME
 from ragkv.blend import Blend
 from ragkv.clock import Stopwatch
-from ragkv.echoes import hints
+from ragkv.echoes import hints, scarcity
 from ragkv.loading import LayerLoader
 from ragkv.lookahead import searched_layers
 from ragkv.selection import STRATEGIES, loading_order
@@ -137,7 +137,7 @@ def looked_for(runner, plan, layer: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_links_takes_what_the_question_will_attend_to_weighed_by_hints(tmp_path, family):
+def test_links_takes_what_the_question_will_attend_to_weighed_by_hints_and_scarcity(tmp_path, family):
     """The question's queries come from rows that saw nothing of the context; the keys are the stored ones."""
     desk = Desk(tmp_path, family)
     chunks = desk.document("d", 20, 3, 17)
@@ -145,7 +145,7 @@ def test_links_takes_what_the_question_will_attend_to_weighed_by_hints(tmp_path,
     plan = desk.plan(*chunks)
     desk.runner.model.set_attn_implementation("eager")
     [layer] = searched_layers(LAYERS)
-    scores = looked_for(desk.runner, plan, layer) * torch.from_numpy(hints(plan))[1:41]
+    scores = looked_for(desk.runner, plan, layer) * torch.from_numpy(hints(plan) * scarcity(plan))[1:41]
     desk.runner.model.set_attn_implementation(NAME)
     best = (scores.topk(8).indices + 1).sort().values.tolist()
     assert selected(blended(desk, plan, "links", 0.2)[0]) == best
