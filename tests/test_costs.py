@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import pytest
 
@@ -146,3 +147,23 @@ def test_what_may_not_be_repaired_is_not_counted_as_repaired():
 def test_the_passes_of_a_strategy(strategy, ratio, expected):
     job = work(4, 100, strategy=strategy, ratio=ratio, question=20)
     assert [(p.part, p.first, p.end, round(p.rows)) for p in passes(job, job.pieces, 8)] == expected
+
+
+def test_looking_ahead_waits_for_nothing_that_is_loaded():
+    """`links` repairs while the rest is read; `question` begins when three quarters have been."""
+    costs = machine(24, row=1e-5, place=0.0, read=2.6e-9, overlapped=True, window=24)
+    job = work(8, 100, strategy="links", token_bytes=24_000)
+    times = costs.blend(replace(job, asking=32), job.pieces)
+    reading = times.reading["ssd"]
+    main = 24 * costs.sparse.seconds(passes(job, job.pieces, 24)[-1].rows, 0)
+    assert reading <= times.total < reading + 0.2 * main
+    asked = costs.blend(replace(job, strategy="question"), job.pieces)
+    assert asked.total > times.total + 0.4 * main
+
+
+def test_what_looks_ahead_is_the_question_alone_then_a_few_layers_keys():
+    job = replace(work(4, 100, strategy="links", ratio=0.1, question=20), asking=25)
+    ahead, scoring, main = passes(job, job.pieces, layers=32)
+    assert (ahead.end, ahead.rows, ahead.pairs, ahead.alone) == (24, 25, 25**2 / 2, True)
+    assert (scoring.end, scoring.rows, scoring.pairs, scoring.alone) == (4, 0, 25 * 420, False)
+    assert (main.first, main.end, main.rows) == (0, 32, 20 + 40)
