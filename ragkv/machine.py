@@ -34,6 +34,9 @@ _LAYERS = {"cuda": 8, "cpu": 2}
 _PLACED_TOKENS = {"cuda": 2048, "cpu": 256}
 _REPEATS, _ENOUGH_S = 5, 0.1
 _SECONDS = 1.0
+_ALIKE = 1.5
+
+Knots = list[tuple[int, float]]
 
 
 def measure_machine(
@@ -42,8 +45,8 @@ def measure_machine(
     """Measure what a model costs on this machine: in about two seconds, on a GPU in less once its kernels are compiled.
     Yields between measurements."""
     bench = _Bench(runner, clock)
-    dense: list[tuple[int, float]] = []
-    sparse: list[tuple[int, float]] = []
+    dense: Knots = []
+    sparse: Knots = []
     for rows in _LADDER:
         # Four times the rows take four times as long once they fill the machine, and are run four times.
         if rows > bench.most or (sparse and bench.spent + 16 * bench.layers * sparse[-1][1] > _SECONDS):
@@ -57,6 +60,7 @@ def measure_machine(
     placing = bench.placing(codec)
     yield
     streamed = runner.device.type == "cuda" and runner.fused is not None
+    dense, sparse = undisturbed(dense, sparse)
     return Machine(
         layers=runner.shape.layers,
         dense=Curve([(rows, _without(seconds, per_pair * rows**2 / 2)) for rows, seconds in dense], per_pair),
@@ -66,6 +70,22 @@ def measure_machine(
         overlapped=streamed,
         window=runner.shape.layers if streamed else _READER_DEPTH,
     )
+
+
+def undisturbed(dense: Knots, sparse: Knots) -> tuple[Knots, Knots]:
+    """What two curves over the same rows say of each other and of themselves: whatever else the machine did meanwhile
+    can only have made layers slower. Fewer rows never take longer than more, and a layer over some rows of a prompt
+    takes hardly longer than a full prefill of as many, or the other way round."""
+    most = [_ALIKE * min(one, other) for (_, one), (_, other) in zip(dense, sparse, strict=True)]
+    return _rising(dense, most), _rising(sparse, most)
+
+
+def _rising(knots: Knots, most: list[float]) -> Knots:
+    least, found = float("inf"), list[tuple[int, float]]()
+    for (rows, seconds), bound in zip(reversed(knots), reversed(most), strict=True):
+        least = min(least, seconds, bound)
+        found.append((rows, least))
+    return found[::-1]
 
 
 def _as_the_store_has_it(nbytes: int, device: torch.device) -> np.ndarray:
