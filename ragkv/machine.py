@@ -34,6 +34,7 @@ _LAYERS = {"cuda": 8, "cpu": 2}
 _PLACED_TOKENS = {"cuda": 2048, "cpu": 256}
 _REPEATS, _ENOUGH_S = 5, 0.1
 _SECONDS = 1.0
+_KNOTS = 3
 _ALIKE = 1.5
 
 Knots = list[tuple[int, float]]
@@ -48,8 +49,10 @@ def measure_machine(
     dense: Knots = []
     sparse: Knots = []
     for rows in _LADDER:
-        # Four times the rows take four times as long once they fill the machine, and are run four times.
-        if rows > bench.most or (sparse and bench.spent + 16 * bench.layers * sparse[-1][1] > _SECONDS):
+        # Four times the rows take four times as long once they fill the machine, and are run four times. A curve of
+        # fewer knots would be at the mercy of whatever disturbed one of them.
+        long = len(sparse) >= _KNOTS and bench.spent + 16 * bench.layers * sparse[-1][1] > _SECONDS
+        if rows > bench.most or long:
             break
         dense.append((rows, bench.layer(rows, rows)))
         yield
