@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 
 from ragkv.attention import AttentionStep
+from ragkv.eval.steps import drained
+from ragkv.lookahead import look
 from ragkv.runner import ModelRunner, Rows
 from tests.families import make_model
 
@@ -106,3 +108,22 @@ def check_some_rows_go_on(name: str, dtype: torch.dtype, device: str) -> None:
             runner.run_layer(layer, rows)
         results.append(runner.logits(rows))
     near(results[0], results[1], dtype)
+
+
+@torch.inference_mode()
+def check_looking_ahead(name: str, dtype: torch.dtype, device: str) -> None:
+    """Queries of a few rows that stand apart, and the attention that the last six pay to other keys."""
+    results = []
+    for runner in runners(name, dtype, device):
+        ids, kv = ids_of(runner, 61), runner.new_kv(61)
+        runner.prefill(ids, kv)
+        positions = torch.cat((torch.arange(3), torch.arange(55, 61))).to(runner.device)
+        found = drained(look(runner, ids[positions], positions))
+        step = AttentionStep(kv, positions[3:], 61, contiguous=False, score_rows=6)
+        for layer, query in found.queries.items():
+            runner.score(layer, query._replace(rows=query.rows[3:]), step)
+        queries = torch.stack([query.rows for query in found.queries.values()])
+        results.append((queries, torch.stack(found.kv.read(0, 9)), step.scores))
+    for actual, expected in zip(*results, strict=True):
+        assert actual.shape == expected.shape
+        near(actual, expected, dtype)

@@ -41,6 +41,11 @@ def test_some_rows_go_on():
     kit.check_some_rows_go_on("qwen3", torch.float32, "cpu")
 
 
+@pytest.mark.parametrize("name", ["llama", "qwen2-windowed", "qwen3", "smollm3"])
+def test_looking_ahead(name):
+    kit.check_looking_ahead(name, torch.float32, "cpu")
+
+
 @pytest.mark.parametrize("name", sorted(set(MOVABLE) - set(kit.FUSED)))
 def test_what_it_does_not_know_is_refused(name):
     model = make_model(name)

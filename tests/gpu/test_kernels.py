@@ -78,6 +78,11 @@ def test_some_rows_go_on(name):
     fused_kit.check_some_rows_go_on(name, torch.bfloat16, "cuda")
 
 
+@pytest.mark.parametrize("name", ["llama", "qwen2-windowed", "qwen3", "smollm3"])
+def test_looking_ahead(name):
+    fused_kit.check_looking_ahead(name, torch.float16, "cuda")
+
+
 @pytest.mark.parametrize("name", fused_kit.FUSED)
 def test_a_model_on_the_device_runs_fused(name):
     runner = ModelRunner(make_model(name).to("cuda", torch.bfloat16))
