@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import replace
 
 import numpy as np
 import torch
@@ -19,7 +18,6 @@ from ragkv.attention import AttentionStep
 from ragkv.chunks import ChunkTokens
 from ragkv.costs import Curve, Estimate, Machine
 from ragkv.errors import StoreError
-from ragkv.kv import RequestKV
 from ragkv.loading import LayerLoader
 from ragkv.pinned import PageLocking
 from ragkv.plan import PlannedChunk, Span
@@ -117,9 +115,7 @@ class _Bench:
     def layer(self, rows: int, keys: int) -> float:
         """Seconds of a layer over ``rows`` rows, spread over ``keys`` positions; a full prefill if as many."""
         runner = self._runner
-        graphs = runner.fused.graphs if runner.fused is not None else None
-        kv = graphs.lease(keys) if graphs is not None else None
-        kv = kv or RequestKV(replace(runner.shape, layers=self.layers), keys, runner.device)
+        kv = runner.workspace(keys)
         for layer in range(self.layers):
             for tensor in kv.read(layer, keys):
                 tensor.zero_()
