@@ -75,9 +75,12 @@ def links(blend: Blend) -> Generator[None, None, Start]:
     all tokens that matter few are stale, of all stale ones few matter, and function words hardly ever do."""
     if not blend.budget:
         return (yield from none(blend))
-    scores = yield from _sought(blend)
-    weights = torch.from_numpy(hints(blend.plan) * scarcity(blend.plan))
-    return _selected(blend, scores * uploaded(weights, scores.device))
+    positions = uploaded(lookahead_positions(blend.plan), blend.runner.device)
+    found = yield from _look(blend, positions)
+    # The host reads the words while the device looks ahead.
+    weights = uploaded(torch.from_numpy(hints(blend.plan) * scarcity(blend.plan)), blend.runner.device)
+    scores = yield from _sought(blend, positions, found)
+    return _selected(blend, scores * weights)
 
 
 def hkvd(blend: Blend) -> Generator[None, None, Start]:
@@ -130,13 +133,11 @@ def lookahead_positions(plan: PromptPlan) -> torch.Tensor:
     return torch.cat((torch.arange(min(_LEAD, first)), torch.arange(plan.question_start, len(plan.ids))))
 
 
-def _sought(blend: Blend) -> Generator[None, None, torch.Tensor]:
+def _sought(blend: Blend, positions: torch.Tensor, found: Look) -> Generator[None, None, torch.Tensor]:
     """float32 (length,) on the device: the attention that the question's rows, which saw none of the context, pay to
-    its stored keys."""
-    positions = uploaded(lookahead_positions(blend.plan), blend.runner.device)
+    its stored keys. ``found`` is of ``positions``."""
     asking = blend.length - blend.plan.question_start
     lead = len(positions) - asking
-    found = yield from _look(blend, positions)
     step = AttentionStep(blend.kv, positions[lead:], blend.length, contiguous=False, score_rows=asking)
     absent, known = blend.places(blend.required) - blend.kv.base, min(blend.known, lead)
     nothing = torch.zeros(1, dtype=blend.kv.shape.dtype, device=blend.runner.device)
