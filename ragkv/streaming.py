@@ -1,11 +1,12 @@
-"""Bringing stored chunks into a request's KV on CUDA: one launch for some layers, ahead of whoever computes.
+"""Bringing stored chunks into a request's KV on CUDA: copied and placed ahead of whoever computes.
 
-Layer after layer is taken from the store, and a kernel launched that reads the slabs where they are, in page-locked
-memory or on the device, and writes them decoded and rotated into their slots (:mod:`ragkv.kernels.slabs`). That runs on
-a stream of its own, as fast as the tier and the link allow; the stream that computes waits for the layers it needs.
-Copies by the copy engine were slower: a call for each of many slabs takes the host longer than the link.
+Layer after layer is taken from the store. The copy engine brings its slabs over the link as they are, and a kernel
+writes them decoded and rotated into their slots (:mod:`ragkv.kernels.slabs`). Each has a stream of its own, so that the
+link never waits for a kernel nor the multiprocessors for the link; the stream that computes waits for the layers it
+needs. A kernel that reads the slabs where they are, in the host's memory, was slower on hosts that are far from their
+device, and took multiprocessors from matrix products, which then need another wave (docs/blending.md).
 
-What is in memory already is launched a few layers ahead by the thread that computes; a second one would only take the
+What is in memory already is launched some layers ahead by the thread that computes; a second one would only take the
 interpreter from it. What has to be read first is waited for by a thread of its own.
 """
 
@@ -27,12 +28,15 @@ from ragkv.pinned import is_page_locked
 from ragkv.plan import Span
 from ragkv.runner import ModelRunner
 from ragkv.slabs import Slabs, in_memory, next_layer
+from ragkv.uploading import copy_over, uploaded
 
+# Launched before they are needed, and how many of them at a time: the host has other things to launch in between.
+LAUNCHED_AHEAD, _AT_ONCE = 12, 4
+# Layers whose slabs are on the device at a time: one is placed, one has come, one is coming.
+_STAGED = 3
+# Layers of which page-locked copies are held.
 LAYERS_UNDER_WAY = 3
-LAUNCHED_AHEAD = 12
-# In one launch: what computes the first of them waits for the last.
-_TOGETHER = 2
-_STAGE_ALIGNMENT = 64
+_ALIGNMENT = 64
 # One thread copies 5 GB/s; a host's memory gives several times that, and a link to the device wants it.
 _COPIERS = ThreadPoolExecutor(6, thread_name_prefix="ragkv-copier")
 
@@ -53,20 +57,22 @@ class Streaming:
         from ragkv.kernels.slabs import SlabPlacer  # needs Triton
 
         self._kv, self._slabs, self._rotates = kv, slabs, runner.rope.rotates
-        self._device, self._order = runner.device, deque(order)
+        self._device, self._order = runner.device, deque(enumerate(order))
         positions = runner.tensor(np.concatenate([np.arange(span.start, span.end) for span in spans]))
         lengths, slots = [span.length for span in spans], [span.start - kv.base for span in spans]
         self._placer = SlabPlacer(codec, runner.shape, lengths, slots, runner.rope.angles(positions))
-        self._sources, self._copies, self._read = _addresses(runner.shape.layers, spans, lease)
-        self._spans = [spans[i] for i in self._read]
-        self._sizes = [self._placer.slab_bytes[i] for i in self._read]
+        self._stage = _Stage(spans, self._placer.slab_bytes, order, lease, runner.device)
+        self._spans = [spans[i] for i in self._stage.read]
+        self._sizes = [self._placer.slab_bytes[i] for i in self._stage.read]
         self._ready: SimpleQueue[Any] = SimpleQueue()
         self._under_way: deque[tuple[torch.cuda.Event, list[Any]]] = deque()
+        self._placed: list[torch.cuda.Event] = []
         self._stop = False
-        self._stream: Any = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
-        self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        self._copying, self._placing = (_stream_behind_this(self._device) for _ in range(2))
         self._thread: threading.Thread | None = None
-        if not in_memory(slabs):
+        if in_memory(slabs):
+            self._launch_ahead()
+        else:
             self._thread = threading.Thread(target=self._feed, name="ragkv-loader", daemon=True)
             self._thread.start()
 
@@ -77,9 +83,7 @@ class Streaming:
             ChunkLostError: a slab is unreadable; nothing of it was placed.
         """
         if self._thread is None:
-            with torch.cuda.stream(self._stream):
-                while self._order and self._ready.qsize() < LAUNCHED_AHEAD:
-                    self._launch(self._next_layers())
+            self._launch_ahead()
         placed = self._ready.get()
         if isinstance(placed, BaseException):
             raise placed
@@ -90,81 +94,104 @@ class Streaming:
         self._stop = True
         if self._thread is not None:
             self._thread.join()
-        if self._under_way:
-            self._under_way[-1][0].synchronize()
+        if self._placed:
+            self._placed[-1].synchronize()
+        self._copying.synchronize()  # a layer whose placing failed
         self._under_way.clear()
 
+    def _launch_ahead(self) -> None:
+        for _ in range(_AT_ONCE):
+            if self._order and self._ready.qsize() < LAUNCHED_AHEAD:
+                self._launch_or_tell()
+
     def _feed(self) -> None:
+        with torch.cuda.device(self._device):
+            self._copying.query()  # makes the device's context this thread's, which the driver wants
+            while self._order and not self._stop:
+                self._launch_or_tell()
+
+    def _launch_or_tell(self) -> None:
+        """What goes wrong with a layer is raised for whoever needs it, and nothing comes behind it."""
         try:
-            with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
-                while self._order and not self._stop:
-                    self._launch([self._order.popleft()])
+            self._launch(*self._order.popleft())
         except BaseException as error:
+            self._order.clear()
             self._ready.put(error)
 
-    def _next_layers(self) -> list[int]:
-        """Layers that follow each other in the KV, and rotate alike."""
-        found = [self._order.popleft()]
-        while self._order and len(found) < _TOGETHER:
-            layer, last = self._order[0], found[-1]
-            if layer != last + 1 or self._rotates[layer] != self._rotates[last]:
-                break
-            found.append(self._order.popleft())
-        return found
+    def _launch(self, turn: int, layer: int) -> None:
+        if turn >= _STAGED:
+            self._copying.wait_event(self._placed[turn - _STAGED])
+        if self._spans:
+            readable, addresses = _readable(next_layer(self._slabs, self._spans, self._sizes))
+            for target, source, nbytes in zip(self._stage.targets[turn], addresses, self._sizes, strict=True):
+                copy_over(target, source, nbytes, self._copying)
+            copied = self._copying.record_event()
+            self._placing.wait_event(copied)
+            self._hold(copied, readable)
+        k, v = self._kv.read(layer, self._kv.capacity)
+        with torch.cuda.stream(self._placing):
+            self._placer.place(self._stage.sources[turn], k, v, rotated=self._rotates[layer])
+        self._placed.append(self._placing.record_event())
+        self._ready.put(self._placed[-1])
 
-    def _launch(self, layers: list[int]) -> None:
-        held = []
-        for layer in layers:
-            if self._spans:
-                readable, addresses = _readable(next_layer(self._slabs, self._spans, self._sizes))
-                self._sources[layer].numpy()[self._read] = addresses
-                held.append(readable)
-        first, those = layers[0], slice(layers[0], layers[-1] + 1)
-        k, v = self._kv.read(first, self._kv.capacity)
-        copies = self._copies[those] if self._copies is not None else None
-        rotated, stride = self._rotates[first], self._kv.layer_stride
-        self._placer.place(self._sources[those], k, v, rotated=rotated, copies=copies, layer_stride=stride)
-        placed = self._stream.record_event()
-        for _ in layers:
-            self._ready.put(placed)
-        # What a kernel reads must stay where it is until then. What is in memory stays there for nothing.
-        self._under_way.append((placed, held))
-        while self._thread is not None and len(self._under_way) > LAYERS_UNDER_WAY:
-            self._under_way[0][0].synchronize()
-            self._under_way.popleft()
+    def _hold(self, copied: torch.cuda.Event, readable: list[Any]) -> None:
+        """What is copied must stay where it is until then. What is in memory stays there for nothing."""
+        if self._thread is not None:
+            self._under_way.append((copied, readable))
+            if len(self._under_way) > LAYERS_UNDER_WAY:
+                self._under_way.popleft()[0].synchronize()
 
 
-def _addresses(
-    layers: int, spans: Sequence[Span], lease: DeviceLease | None
-) -> tuple[torch.Tensor, torch.Tensor | None, list[int]]:
-    """Where slabs are read, and where they are copied besides, int64 (layers, spans) each; and which spans the store
-    has to read. Rows are padded to 16 bytes: the kernel is compiled for such."""
-    width = len(spans) + len(spans) % 2
-    sources = torch.zeros((layers, width), dtype=torch.int64, pin_memory=True)
-    if lease is None:
-        return sources, None, list(range(len(spans)))
-    copies = torch.zeros_like(sources, pin_memory=True) if lease.fills else None
-    read = []
-    for i, span in enumerate(spans):
-        key = span.chunk.tokens.key
-        if (hit := lease.hits.get(key)) is not None:
-            sources[:, i] = hit.data_ptr() + hit.stride(0) * torch.arange(layers)
-            continue
-        read.append(i)
-        fill = lease.fills.get(key)
-        if copies is not None and fill is not None:
-            copies[:, i] = fill.data_ptr() + fill.stride(0) * torch.arange(layers)
-    return sources, copies, read
+class _Stage:
+    """Where slabs lie on the device: in the device tier, in what it wants to have filled in, or here.
+
+    Attributes:
+        read: indices of the spans that the store has to read.
+        sources: int64 (layers, spans), on the device: addresses of all spans' slabs, a row for each turn of the order.
+        targets: of those that are read, where to copy them.
+    """
+
+    def __init__(
+        self,
+        spans: Sequence[Span],
+        sizes: Sequence[int],
+        order: Sequence[int],
+        lease: DeviceLease | None,
+        device: torch.device,
+    ) -> None:
+        hits, fills = (lease.hits, lease.fills) if lease is not None else ({}, {})
+        keys = [span.chunk.tokens.key for span in spans]
+        self.read = [i for i, key in enumerate(keys) if key not in hits]
+        own = [i for i in self.read if keys[i] not in fills]
+        ends = np.cumsum([-(-sizes[i] // _ALIGNMENT) * _ALIGNMENT for i in own])
+        nbytes = int(ends[-1]) if own else 0
+        self._memory = torch.empty((_STAGED, nbytes), dtype=torch.uint8, device=device)
+        turns, layers = np.arange(len(order)), np.asarray(order)
+        sources = np.zeros((len(order), len(spans)), np.int64)
+        for i, key in enumerate(keys):
+            held = hits.get(key, fills.get(key))
+            if held is not None:
+                sources[:, i] = held.data_ptr() + held.stride(0) * layers
+        for i, start in zip(own, [0, *ends[:-1]], strict=True):
+            sources[:, i] = self._memory.data_ptr() + nbytes * (turns % _STAGED) + start
+        self.sources = uploaded(torch.from_numpy(sources), device)
+        self.targets: list[list[int]] = sources[:, self.read].tolist()
+
+
+def _stream_behind_this(device: torch.device) -> Any:
+    stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    stream.wait_stream(torch.cuda.current_stream(device))
+    return stream
 
 
 def _readable(slabs: Sequence[np.ndarray]) -> tuple[list[Any], list[int]]:
-    """Where a kernel can read these slabs, and what must be held meanwhile: they, or page-locked copies of them."""
+    """Where the copy engine can read these slabs, and what must be held meanwhile: they, or page-locked copies."""
     held: list[Any] = list(slabs)
     addresses = [slab.__array_interface__["data"][0] for slab in slabs]
     far = [i for i, slab in enumerate(slabs) if not is_page_locked(addresses[i], slab.nbytes)]
     if not far:
         return held, addresses
-    sizes = [-(-slabs[i].nbytes // _STAGE_ALIGNMENT) * _STAGE_ALIGNMENT for i in far]
+    sizes = [-(-slabs[i].nbytes // _ALIGNMENT) * _ALIGNMENT for i in far]
     stage = torch.empty(sum(sizes), dtype=torch.uint8, pin_memory=True)
     start, copying = 0, []
     for i, nbytes in zip(far, sizes, strict=True):

@@ -179,7 +179,7 @@ def check_silu_mul(kernels: ModuleType, width: int, dtype: torch.dtype, device: 
 
 
 def check_slabs(codec: str, shape: Shape, turning: int, dtype: torch.dtype) -> None:
-    """Chunks of several lengths against unpacking, rotating and writing one by one, and copied on the way."""
+    """Chunks of several lengths against unpacking, rotating and writing one by one."""
     lengths, first, length = [5, 1, 37, 70], [2, 9, 11, 60], 140
     kv_shape = KvShape(1, shape.kv_heads, shape.head_dim, dtype)
     slabs = [_at_64(encoded(random_kv(kv_shape, n, seed=n), codec)) for n in lengths]
@@ -193,21 +193,13 @@ def check_slabs(codec: str, shape: Shape, turning: int, dtype: torch.dtype) -> N
             stage[to] = slab[source]
     keys, values = unpacker.unpack(torch.from_numpy(stage))
     placer = SlabPlacer(codec, kv_shape, lengths, first, angles)
-    copies = [_at_64(np.zeros_like(slab)) for slab in slabs]
-    sources, targets = (torch.tensor([[slab.ctypes.data for slab in some] + [0]]) for some in (slabs, copies))
-    targets[0, 1] = 0
-    # One layer and, of the same slabs, two at once; the last without a place beside.
-    nowhere = torch.zeros_like(targets)
-    for layer, together, copied in ((0, 1, None), (1, 1, targets), (0, 2, torch.cat((targets, nowhere)))):
-        kv = torch.full((together, 2, length, shape.kv_heads, shape.head_dim), 7.0, dtype=dtype)
+    sources = torch.tensor([*(slab.ctypes.data for slab in slabs), 0])
+    for layer in (0, 1):
+        kv = torch.full((2, length, shape.kv_heads, shape.head_dim), 7.0, dtype=dtype)
         expected = kv.clone()
-        expected[:, 0, positions], expected[:, 1, positions] = rope.place(keys, angles, layer), values
-        table, stride = sources.expand(together, -1).contiguous(), kv.stride(0)
-        options = {"rotated": rope.rotates[layer], "copies": copied, "layer_stride": stride, "workers": 3}
-        placer.place(table, kv[0, 0], kv[0, 1], **options)
+        expected[0, positions], expected[1, positions] = rope.place(keys, angles, layer), values
+        placer.place(sources, kv[0], kv[1], rotated=rope.rotates[layer])
         close(kv, expected, dtype)
-    for number, (slab, copy) in enumerate(zip(slabs, copies, strict=True)):
-        assert np.array_equal(copy, slab) == (number != 1)
 
 
 def _at_64(slab: np.ndarray) -> np.ndarray:

@@ -185,21 +185,25 @@ def _join(
     HD: tl.constexpr,
     HD_PAD: tl.constexpr,
     SPLITS: tl.constexpr,
+    PAIRS: tl.constexpr,
 ):
-    # A program for each row and head: it has the loads of all splits in flight at once.
-    pair = tl.program_id(0)
+    # A program has the loads of all splits of its rows' heads in flight at once.
+    pair = tl.program_id(0) * PAIRS + tl.arange(0, PAIRS)
     split = tl.arange(0, SPLITS)
     d = tl.arange(0, HD_PAD)
-    held = split < splits
-    place = split * pairs + pair
+    alive = pair < pairs
+    held = (split < splits)[:, None] & alive[None, :]
+    place = (split * pairs)[:, None] + pair[None, :]
     logs = tl.load(part_lse + place, mask=held, other=float("-inf"))
-    parts = tl.load(part + place[:, None] * HD + d[None, :], mask=held[:, None] & (d < HD)[None, :], other=0.0)
-    top = tl.max(logs, 0)
-    weights = tl.exp2(logs - top)
-    total = tl.sum(weights, 0)
-    joined = tl.sum(weights[:, None] * parts, 0) / total
-    tl.store(out + pair * HD + d, joined.to(out.dtype.element_ty), mask=d < HD)
-    tl.store(lse + pair, (top + tl.log2(total)) * LN2)
+    at = place[:, :, None] * HD + d[None, None, :]
+    parts = tl.load(part + at, mask=held[:, :, None] & (d < HD)[None, None, :], other=0.0)
+    top = tl.where(alive, tl.max(logs, 0), 0.0)
+    weights = tl.exp2(logs - top[None, :])
+    total = tl.where(alive, tl.sum(weights, 0), 1.0)
+    joined = tl.sum(weights[:, :, None] * parts, 0) / total[:, None]
+    to = pair[:, None] * HD + d[None, :]
+    tl.store(out + to, joined.to(out.dtype.element_ty), mask=alive[:, None] & (d < HD)[None, :])
+    tl.store(lse + pair, (top + tl.log2(total)) * LN2, mask=alive)
 
 
 class AttendRoom:
@@ -293,10 +297,12 @@ def attend(
         num_stages=tile.stages,
     )
     if room.splits > 1:
-        pairs = rows * heads
-        _join[(pairs,)](
-            room.part, room.part_lse, room.out, room.lse, pairs, room.splits, head_dim, pad, MAX_SPLITS, num_warps=4
-        )
+        pairs, splits = rows * heads, next_power_of_2(room.splits)
+        together = MAX_SPLITS // splits
+        _join[(-(-pairs // together),)](
+            room.part, room.part_lse, room.out, room.lse, pairs, room.splits, head_dim, pad, splits, together,
+            num_warps=4,
+        )  # fmt: skip
     return room.out, room.lse
 
 

@@ -1,5 +1,5 @@
-"""Chunks from page-locked RAM into a request's KV on CUDA: bytes a second beside a plain copy over the link, and what a
-matrix product loses meanwhile.
+"""Chunks from page-locked RAM into a request's KV on CUDA: what slabs copied one by one make of the link, and what
+placing them makes of the device's memory.
 
     python -m tests.bench.loading --out loading.json
 """
@@ -9,8 +9,8 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-from collections.abc import Callable
-from functools import partial
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,11 @@ from ragkv.kernels import slabs as kernel
 from ragkv.kv import KvShape, RequestKV
 from ragkv.pinned import PageLocking
 from ragkv.rope import Rope
+from ragkv.uploading import copy_over
 
 SHAPE = KvShape(32, 8, 128, torch.bfloat16)
-CHUNKS, TOKENS = 16, 512
+TOKENS = 8192
+_SLOT = 2 << 20
 
 
 def seconds(work: Callable[[], object], repeats: int = 7) -> float:
@@ -37,77 +39,69 @@ def seconds(work: Callable[[], object], repeats: int = 7) -> float:
     return statistics.median(times[1:])
 
 
-def _place(placer: kernel.SlabPlacer, kv: RequestKV, sources: torch.Tensor, workers: int) -> None:
-    for layer in range(SHAPE.layers):
-        k, v = kv.read(layer, kv.capacity)
-        placer.place(sources[layer], k, v, rotated=True, workers=workers)
+class Bench:
+    def __init__(self) -> None:
+        self.device = torch.device("cuda")
+        self.memory = PageLocking(self.device)(TOKENS // 64 * _SLOT)
+        self.memory[:] = 3
+        self.near = torch.zeros(self.memory.nbytes, dtype=torch.uint8, device=self.device)
+        self.kv = RequestKV(SHAPE, TOKENS, self.device)
 
+    def link(self) -> float:
+        source = torch.empty(256 << 20, dtype=torch.uint8, pin_memory=True)
+        return source.nbytes / seconds(lambda: self.near[: source.nbytes].copy_(source, non_blocking=True))
 
-def measure() -> dict[str, Any]:
-    device, rows = torch.device("cuda"), []
-    kv = RequestKV(SHAPE, CHUNKS * TOKENS, device)
-    frequencies = 1.0 / 500000 ** (torch.arange(64, device=device) / 64)
-    angles = Rope(frequencies, (True,), None).angles(torch.arange(CHUNKS * TOKENS, device=device))
-    memory = PageLocking(device)(CHUNKS * SHAPE.layers * (2 << 20))
-    memory[:] = 3
-    link_from = torch.empty(256 << 20, dtype=torch.uint8, pin_memory=True)
-    link_to = torch.empty(256 << 20, dtype=torch.uint8, device=device)
-    link = link_from.nbytes / seconds(lambda: link_to.copy_(link_from, non_blocking=True))
-    a, b = (torch.randn(4096, 4096, device=device, dtype=torch.bfloat16) for _ in range(2))
+    def copying(self) -> Iterator[dict[str, Any]]:
+        """Slabs of a layer, copied one by one."""
+        stream = torch.cuda.current_stream()
+        for nbytes in (64 << 10, 128 << 10, 256 << 10, 1 << 20, 2 << 20):
+            count = min(64, self.memory.nbytes // _SLOT)
+            pairs = [(self.near.data_ptr() + i * _SLOT, self.memory.ctypes.data + i * _SLOT) for i in range(count)]
 
-    def product() -> None:
-        for _ in range(100):
-            torch.mm(a, b)
+            def work(pairs: list[tuple[int, int]] = pairs, nbytes: int = nbytes) -> None:
+                for target, source in pairs:
+                    copy_over(target, source, nbytes, stream)
 
-    alone = seconds(product)
-    side = torch.cuda.Stream()
-    for codec in ("raw", "int8", "fp8"):
-        placer = kernel.SlabPlacer(codec, SHAPE, [TOKENS] * CHUNKS, [i * TOKENS for i in range(CHUNKS)], angles)
-        nbytes = sum(placer.slab_bytes) * SHAPE.layers
-        start = memory.ctypes.data
-        sources = torch.tensor(
-            [[start + (i * CHUNKS + c) * (2 << 20) for c in range(CHUNKS)] for i in range(SHAPE.layers)]
-        ).pin_memory()
-        on_device = torch.zeros(CHUNKS * (2 << 20), dtype=torch.uint8, device=device)
-        near = torch.tensor([[on_device.data_ptr() + c * (2 << 20) for c in range(CHUNKS)]] * SHAPE.layers).pin_memory()
-        for block, warps in ((64, 8), (128, 8), (128, 16)):
-            kernel.BLOCK_PAIRS, kernel.WARPS = block, warps
-            placer = kernel.SlabPlacer(codec, SHAPE, [TOKENS] * CHUNKS, [i * TOKENS for i in range(CHUNKS)], angles)
-            for workers in (4, 8, 16, 32):
-                load = partial(_place, placer, kv, sources, workers)
+            took = seconds(work)
+            torch.cuda.synchronize()
+            began = time.perf_counter()
+            work()
+            host = time.perf_counter() - began
+            yield {"slab_bytes": nbytes, "copied_gb_s": count * nbytes / took / 1e9, "host_us": 1e6 * host / count}
 
-                def beside(load: Callable[[], None] = load) -> None:
-                    with torch.cuda.stream(side):
-                        load()
-                    product()
-
-                load()
-                took = seconds(load, 4)
-                both = seconds(beside, 3)
-                torch.cuda.synchronize()
-                row = {
-                    "codec": codec,
-                    "block": block,
-                    "warps": warps,
-                    "workers": workers,
-                    "gb_s": nbytes / took / 1e9,
-                    "of_link": nbytes / took / link,
-                    "product_slower": both / alone,
-                    "product_lost_ms": 1000 * (both - alone),
-                    "load_ms": 1000 * took,
-                    "from_device_gb_s": nbytes / seconds(partial(_place, placer, kv, near, workers), 4) / 1e9,
-                }
-                rows.append(row)
-                print(" ".join(f"{k}={v:.3g}" if isinstance(v, float) else f"{k}={v}" for k, v in row.items()))
-    return {"gpu": torch.cuda.get_device_name(), "link_gb_s": link / 1e9, "product_ms": 1000 * alone, "rows": rows}
+    def placing(self) -> Iterator[dict[str, Any]]:
+        """A layer's slabs, from the device's memory into the KV."""
+        frequencies = 1.0 / 500000 ** (torch.arange(64, device=self.device) / 64)
+        angles = Rope(frequencies, (True,), None).angles(torch.arange(TOKENS, device=self.device))
+        k, v = self.kv.read(0, TOKENS)
+        for codec in ("raw", "int8", "fp8"):
+            for tokens in (64, 512):
+                for block, warps in ((16, 4), (32, 4), (64, 4), (64, 8), (128, 8)):
+                    kernel.BLOCK_PAIRS, kernel.WARPS = block, warps
+                    count = TOKENS // tokens
+                    placer = kernel.SlabPlacer(
+                        codec, SHAPE, [tokens] * count, [i * tokens for i in range(count)], angles
+                    )
+                    sources = torch.tensor([self.near.data_ptr() + i * _SLOT for i in range(count)], device=self.device)
+                    took = seconds(lambda p=placer, s=sources: p.place(s, k, v, rotated=True), 9)  # type: ignore[misc]
+                    moved = sum(placer.slab_bytes) + 2 * k.nbytes
+                    yield {
+                        "codec": codec, "tokens": tokens, "block": block, "warps": warps, "us": 1e6 * took,
+                        "moved_gb_s": moved / took / 1e9,
+                    }  # fmt: skip
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path)
     out = parser.parse_args().out
-    found = measure()
-    print({k: v for k, v in found.items() if k != "rows"})
+    bench = Bench()
+    found = {"gpu": torch.cuda.get_device_name(), "link_gb_s": bench.link() / 1e9, "rows": list[dict[str, Any]]()}
+    print(found)
+    for rows in (bench.copying(), bench.placing()):
+        for row in rows:
+            found["rows"].append(row)
+            print(" ".join(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in row.items()), flush=True)
     if out:
         out.write_text(json.dumps(found, indent=1) + "\n")
 
