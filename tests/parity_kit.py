@@ -23,10 +23,12 @@ from transformers import DynamicCache
 
 from ragkv.chunks import ChunkTokens, EncodeGroup
 from ragkv.clock import Stopwatch
+from ragkv.decoding import Decoder
 from ragkv.device_tier import DeviceTier
 from ragkv.encode import encode
 from ragkv.eval.steps import drained
-from ragkv.kv import RequestKV
+from ragkv.kv import Known, RequestKV
+from ragkv.paged import BLOCK_TOKENS, PagedKV
 from ragkv.plan import PlannedChunk, PromptPlan, Span, make_plan
 from ragkv.prefill import FULL, Prefill, SpanOutcome
 from ragkv.retrievers import Chunk
@@ -39,6 +41,7 @@ from tests.families import BASE, MOVABLE, make_model
 AWAY = 61  # where exact KV is made that is to be moved
 ROOM = 3
 MAX_TOKENS = 4096
+LANES = 4
 SHARE = 3  # one in so many of a family's pairs is run every time, the others in the slow run
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Relative to what is right: of logits the norm of the difference, of any token's keys and values its largest element.
@@ -75,6 +78,7 @@ LAYOUTS: dict[str, tuple[Piece, ...]] = {
     "alone": (Piece(16), Piece(14, context=False), Piece(6)),
 }
 PREFIXES = {"none": 0, "bos": 1, "system": 9}
+KNOWN = ("nothing", "lead", "prefix", "chunk", "question")
 FACTORS: dict[str, Sequence[Any]] = {
     "layout": tuple(LAYOUTS),
     "strategy": (*STRATEGIES, FULL),
@@ -85,6 +89,7 @@ FACTORS: dict[str, Sequence[Any]] = {
     "company": (False, True),
     "tier": ("ssd", "ram", "device"),
     "ratio": (0.3, 1.0),
+    "known": KNOWN,
     "library": ("eager", "sdpa"),
 }
 
@@ -96,7 +101,8 @@ class Case:
     ``kv``: what the store has of it: exact KV made at the prompt's own positions (``same``) or elsewhere (``moved``),
     chunks encoded alone (``foreign``), or exact KV in which the tokens to be repaired are spoilt (``poisoned``).
     ``layout``: a name of :data:`LAYOUTS`, or the number of tokens of a single chunk. ``company``: blended while others
-    are, in turns.
+    are, in turns, and decoded with them. ``known``: how far the prompt's KV is there from an earlier one: to the last
+    token before its prefix ends, to there, to the end of its first chunk, or into its question; no part of a chunk.
     """
 
     family: str
@@ -111,10 +117,17 @@ class Case:
     ratio: float = 0.3
     library: str = "eager"
     question: int = 7
+    known: str = "nothing"
 
     @property
     def pieces(self) -> tuple[Piece, ...]:
         return LAYOUTS[self.layout] if self.layout in LAYOUTS else (Piece(int(self.layout)),)
+
+    @property
+    def known_tokens(self) -> int:
+        prefix, chunks = PREFIXES[self.prefix], [piece.tokens for piece in self.pieces]
+        ends = (0, max(0, prefix - 1), prefix, prefix + sum(chunks[:1]), prefix + sum(chunks) + 1)
+        return ends[KNOWN.index(self.known)]
 
 
 def pairs(family: str, *, seed: int = 0, factors: dict[str, Sequence[Any]] = FACTORS) -> list[Case]:
@@ -255,6 +268,7 @@ class Run:
     computed: torch.Tensor  # bool (layers, n): the rows each layer was run for
     poisoned: torch.Tensor  # bool (n,)
     outcomes: list[SpanOutcome] = field(default_factory=list)
+    source: RequestKV | None = None  # until the next token is decoded
     kv: torch.Tensor | None = None  # (layers, 2, kv_heads, n, head_dim)
     logits: torch.Tensor | None = None  # (2, vocab): after the prompt, and after one token more
 
@@ -283,6 +297,8 @@ class World:
         self.runner = ModelRunner(model, fused=fused)
         self._stores: dict[str, ChunkStore] = {}
         self._device_tier = DeviceTier(2**28, self.runner.device)
+        self._pool = PagedKV(self.runner.shape, LANES * MAX_TOKENS // BLOCK_TOKENS, self.runner.device)
+        self._decoder = Decoder(self.runner, self._pool, lanes=LANES, max_tokens=MAX_TOKENS)
         self._put_already: set[tuple[str, bytes]] = set()
         self._exact: dict[Any, torch.Tensor] = {}
         self._slabs: dict[bytes, torch.Tensor] = {}
@@ -307,7 +323,7 @@ class World:
     # Prompts
 
     def steps(self, case: Case) -> Generator[None, None, Run]:
-        """Blend and decode a token, in steps."""
+        """Blend, in steps."""
         clean = replace(case, kv="moved") if case.kv == "poisoned" else case
         plan = self.plan(clean)
         poisoned = torch.zeros(len(plan.ids), dtype=torch.bool)
@@ -328,17 +344,34 @@ class World:
         length, layers = len(plan.ids), self.runner.shape.layers
         options: dict[str, Any] = {"ratio": case.ratio, "room": ROOM, "watch": Stopwatch(), "seed": 5}
         options["device_tier"] = self._device_tier if case.tier == "device" else None
+        known = self._known(case, plan)
+        options["known"] = Known(case.known_tokens, lambda kv: kv.slots(0, case.known_tokens).copy_(known))
         steps = Prefill(self.runner, self.store(case.tier), plan, strategy=case.strategy, **options).run()
         result = yield from steps
         computed = self._watched[result.kv][:, :length]
-        run = Run(case, plan, self._stored(plan, computed), self._is_exact(case), computed, poisoned)
+        run = Run(case, plan, self._stored(plan, computed, known), self._is_exact(case), computed, poisoned)
         yield
-        after = self.runner.decode(run.next_token, length, result.kv)
-        run.logits = torch.stack((result.logits, after)).float()
-        run.outcomes = result.outcomes
+        run.logits, run.outcomes, run.source = result.logits[None].float(), result.outcomes, result.kv
         kv = [torch.stack(result.kv.read(layer, length)) for layer in range(layers)]
         run.kv = torch.stack(kv).transpose(2, 3).float()
         return run
+
+    def decode(self, runs: Sequence[Run], chance: random.Random) -> None:
+        """The token behind every prompt, in one step, from blocks that lie about in a pool of what nobody wrote."""
+        free = chance.sample(range(self._pool.blocks), self._pool.blocks)
+        lanes = chance.sample(range(LANES), len(runs))
+        for run, lane in zip(runs, lanes, strict=True):
+            length = len(run.plan.ids)
+            blocks = [free.pop() for _ in range(length // BLOCK_TOKENS + 1)]
+            self._pool.data[blocks] = float("nan")
+            assert run.source is not None
+            self._pool.scatter(run.source, blocks, 0, length)
+            self._decoder.enter(lane, run.next_token, length, blocks)
+            run.source = None
+        for run, lane, logits in zip(runs, lanes, self._decoder.step(lanes).clone(), strict=True):
+            assert run.logits is not None
+            run.logits = torch.cat((run.logits, logits[None]))
+            self._decoder.left(lane)
 
     def plan(self, case: Case, poisoned: torch.Tensor | None = None) -> PromptPlan:
         """The case's prompt, its stored chunks put into the case's store, some of their tokens (n,) spoilt."""
@@ -403,6 +436,18 @@ class World:
             self._exact[name] = torch.stack(lifted).to(DTYPES[self.dtype]).cpu()
         return self._exact[name]
 
+    def _known(self, case: Case, plan: PromptPlan) -> torch.Tensor:
+        """What an earlier prompt left, in the model's dtype: exact, or not, where that reused what was not.
+
+        (layers, 2, tokens, kv_heads, head_dim)
+        """
+        name = (plan.ids, "known")
+        if name not in self._exact:
+            _, seen = self.library.forward([plan.ids], "eager")
+            self._exact[name] = torch.stack([both[0].transpose(1, 2) for both in seen]).to(DTYPES[self.dtype])
+        left = self._exact[name][:, :, : case.known_tokens]
+        return left * 1.5 if case.kv == "foreign" else left
+
     def _foreign(self, span: Span) -> torch.Tensor:
         """A chunk's KV as the product encodes it, alone behind a BOS."""
         tokens = span.chunk.tokens
@@ -412,7 +457,7 @@ class World:
         slabs = [torch.from_numpy(slab.copy()).view(shape.dtype) for slab in chunk.slabs]
         return torch.stack(slabs).reshape(shape.layers, 2, span.length, shape.kv_heads, shape.head_dim)
 
-    def _stored(self, plan: PromptPlan, computed: torch.Tensor) -> Stored:
+    def _stored(self, plan: PromptPlan, computed: torch.Tensor, known: torch.Tensor) -> Stored:
         """NaN where nothing is stored: whoever reuses such rows will see it."""
         shape = self.runner.shape
         size = (shape.layers, 2, shape.kv_heads, len(plan.ids), shape.head_dim)
@@ -424,6 +469,7 @@ class World:
             for layer, both in enumerate(slabs.to(self.library.device)):
                 placed = self.library.place(both[0], span.start, layer).to(shape.dtype).float()
                 table[layer, :, :, span.start : span.end] = torch.stack((placed, both[1])).transpose(1, 2)
+        table[:, :, :, : known.shape[2]] = known.transpose(2, 3).float()
         return Stored(table, ~computed.to(table.device))
 
     def _repaired(self, plan: PromptPlan, computed: torch.Tensor) -> torch.Tensor:
@@ -568,14 +614,17 @@ def misread(run: Run) -> list[str]:
     a product that reuses nothing."""
     case, plan, computed = run.case, run.plan, run.computed
     wrong = []
-    context = torch.zeros(len(plan.ids), dtype=torch.bool)
-    may, stored_rows = context.clone(), context.clone()
+    nowhere = torch.zeros(len(plan.ids), dtype=torch.bool)
+    may, stored_rows, known = nowhere.clone(), nowhere.clone(), nowhere.clone()
+    known[: case.known_tokens] = True
     for span, piece in zip(plan.spans, case.pieces, strict=True):
         where = slice(span.start, span.end)
-        context[where] = True
         stored_rows[where] = piece.stored and case.strategy != FULL
         may[where] = piece.stored and piece.context
-    if not bool(computed[:, ~stored_rows].all()):
+    stored_rows &= ~known
+    if bool(computed[:, known].any()):
+        wrong.append("what is known was computed again")
+    if not bool(computed[:, ~stored_rows & ~known].all()):
         wrong.append("rows that nobody stored were not computed")
     if case.strategy != FULL and bool(computed[:, stored_rows & ~may].any()):
         wrong.append("tokens were repaired without their context")
@@ -587,14 +636,16 @@ def misread(run: Run) -> list[str]:
         rows = int(computed[:, span.start : span.end].sum())
         if outcome.token_layers != rows:
             wrong.append(f"a chunk reports {outcome.token_layers} token-layers, {rows} were run")
-        if outcome.kv != (case.tier if piece.stored and case.strategy != FULL else "computed"):
+        source = case.tier if piece.stored and case.strategy != FULL else "computed"
+        if outcome.kv != ("prefix" if span.end <= case.known_tokens else source):
             wrong.append(f"a chunk's KV is said to come from {outcome.kv}")
     return wrong
 
 
 @torch.inference_mode()
 def interleaved(world: World, cases: Sequence[Case], seed: int) -> list[Run]:
-    """The runs of ``cases``, advanced a step at a time, whose turn it is being a matter of chance."""
+    """The runs of ``cases``, advanced a step at a time, whose turn it is being a matter of chance; what comes next is
+    decoded for all of them together."""
     chance = random.Random(seed)
     going = [world.steps(case) for case in cases]
     runs: list[Run] = []
@@ -605,6 +656,7 @@ def interleaved(world: World, cases: Sequence[Case], seed: int) -> list[Run]:
         except StopIteration as done:
             going.remove(steps)
             runs.append(done.value)
+    world.decode(runs, chance)
     return runs
 
 

@@ -15,13 +15,13 @@ from transformers import AttentionInterface
 from ragkv import attention, gathering, prefill, selection, unpacking
 from ragkv.attention import NAME, AttentionStep
 from ragkv.blend import Blend
+from ragkv.decoding import Decoder
 from ragkv.device_tier import DeviceTier
-from ragkv.kv import RequestKV
+from ragkv.kv import NOTHING, Known, RequestKV
 from ragkv.loading import LayerLoader
-from ragkv.plan import Span
+from ragkv.plan import PromptPlan, Span
 from ragkv.prefill import FULL, Prefill
 from ragkv.rope import Rope, read_rope
-from ragkv.runner import ModelRunner
 from ragkv.store.source import RamSource
 from ragkv.unpacking import Unpacker
 from tests.families import make_model
@@ -139,9 +139,9 @@ def query_heads_read_each_others_keys(monkeypatch):
 
 @mutant()
 def the_token_after_the_prompt_stands_one_too_far(monkeypatch):
-    decode = ModelRunner.decode
+    enter = Decoder.enter
     monkeypatch.setattr(
-        ModelRunner, "decode", lambda runner, token, position, kv: decode(runner, token, position + 1, kv)
+        Decoder, "enter", lambda loop, lane, token, position, blocks: enter(loop, lane, token, position + 1, blocks)
     )
 
 
@@ -238,7 +238,7 @@ def chunks_stand_one_too_far(monkeypatch):
     placing(monkeypatch, lambda spans: [moved(span, 1) for span in spans])
 
 
-@mutant(only=lambda case: case.prefix != "none")
+@mutant(only=lambda case: case.prefix != "none" or case.known == "chunk")
 def the_prefix_does_not_count(monkeypatch):
     placing(monkeypatch, lambda spans: [moved(span, -spans[0].start) for span in spans])
 
@@ -348,6 +348,7 @@ def what_must_not_be_repaired_is(monkeypatch):
         def __init__(self, *args, **options):
             super().__init__(*args, **options)
             self.repairable = ~self.required
+            self.repairable[: self.known] = False
 
     monkeypatch.setattr(prefill, "Blend", Eager)
 
@@ -381,7 +382,86 @@ def twice_as_much_is_repaired(monkeypatch):
     monkeypatch.setattr(Blend, "budget", property(lambda blend: min(2 * budget(blend), int(blend.repairable.sum()))))
 
 
+# What is known
+
+
+def knowing(monkeypatch: pytest.MonkeyPatch, change: Callable[[Known, PromptPlan], Known]) -> None:
+    """Prefills take ``change`` of what is known for it."""
+    init = Prefill.__init__
+
+    def changed(self, runner, store, plan, *, known=NOTHING, **options):
+        init(self, runner, store, plan, known=change(known, plan) if known.tokens else known, **options)
+
+    monkeypatch.setattr(Prefill, "__init__", changed)
+
+
+def is_known(case: Case) -> bool:
+    return case.known_tokens > 0
+
+
+def knows_a_chunk(case: Case) -> bool:
+    return case.known in ("chunk", "question") and bool(case.pieces)
+
+
+@mutant(only=is_known)
+def what_is_known_is_not_brought(monkeypatch):
+    knowing(monkeypatch, lambda known, plan: Known(known.tokens))
+
+
+@mutant(only=is_known)
+def what_is_known_is_one_token_more(monkeypatch):
+    knowing(monkeypatch, lambda known, plan: Known(known.tokens + 1, known.fill))
+
+
+@mutant(only=is_known)
+def what_is_known_ends_a_token_sooner(monkeypatch):
+    knowing(monkeypatch, lambda known, plan: Known(known.tokens - 1, known.fill))
+
+
+@mutant(only=is_known)
+def what_is_known_stands_a_token_too_far(monkeypatch):
+    def fill(known, kv):
+        known.fill(kv)
+        slots = kv.slots(0, known.tokens)
+        slots.copy_(slots.roll(1, dims=2))
+
+    knowing(monkeypatch, lambda known, plan: Known(known.tokens, lambda kv: fill(known, kv)))
+
+
+@mutant(only=knows_a_chunk)
+def chunks_that_are_known_are_loaded_and_repaired_again(monkeypatch):
+    def prefix(known, plan):
+        return Known(min([known.tokens, *[span.start for span in plan.spans]]), known.fill)
+
+    knowing(monkeypatch, prefix)
+
+
+@mutant("olmo2", "phi3-windowed", only=lambda case: case.strategy == "links" and is_known(case))
+def what_looks_ahead_writes_over_what_is_known(monkeypatch):
+    sought = selection._sought
+
+    def forgetful(blend, *rest):
+        blend.known = 0
+        return sought(blend, *rest)
+
+    monkeypatch.setattr(selection, "_sought", forgetful)
+
+
 # Company
+
+
+@mutant(only=lambda case: case.company)
+def requests_decode_from_each_others_blocks(monkeypatch):
+    step = Decoder.step
+
+    def step_from_others(decoder, lanes):
+        states = [decoder._lanes[lane] for lane in lanes]
+        tables = [state.blocks for state in states]
+        for state, blocks in zip(states, tables[1:] + tables[:1], strict=True):
+            state.blocks = blocks + tables[-1] * 9  # however long it is
+        return step(decoder, lanes)
+
+    monkeypatch.setattr(Decoder, "step", step_from_others)
 
 
 @mutant(only=lambda case: case.company)
