@@ -11,6 +11,8 @@ from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from ragkv.methods import Outline, outline
+
 _NOISE = math.log(1.15)
 _NOISE_GAIN, _NEWS_GAIN = 0.3, 0.8
 # What was not measured for so many requests may have become better meanwhile, by so much at the most.
@@ -228,17 +230,17 @@ def passes(work: Work, loaded: Sequence[Piece], layers: int) -> list[Pass]:
     ratio = 0.0 if work.strategy == "none" else work.ratio
     able = [piece for piece in loaded if piece.repairable]
     repaired, their_pairs = ratio * sum(p.tokens for p in able), ratio * sum(p.pairs for p in able)
-    main = Pass("recompute", 0, layers, rows + repaired, pairs + their_pairs)
-    if work.strategy in ("none", "epic", "random", "echo") or not repaired:
-        return [main]
-    if work.strategy == "hkvd":
-        dense = Pass("recompute", 0, 1, rows + repaired / ratio, pairs + their_pairs / ratio)
-        return [dense, Pass("recompute", 1, layers, main.rows, main.pairs)]
-    deep = max(1, 3 * layers // 4)
-    if work.strategy == "links":
-        ahead = Pass("select", 0, deep, work.asking, work.asking**2 / 2, alone=True)
-        return [ahead, Pass("select", 0, min(4, max(1, layers // 4)), 0, work.asking * work.length), main]
-    return [Pass("select", 0, deep, rows, pairs), main]
+    first = outline(work.strategy, layers) if repaired else Outline()
+    steps: list[Pass] = []
+    if first.searched:
+        steps.append(Pass("select", 0, first.ahead, work.asking, work.asking**2 / 2, alone=True))
+        # These layers are loaded before the others, so that they count as the first.
+        steps.append(Pass("select", 0, len(first.searched), 0, work.asking * work.length))
+    if first.asked:
+        steps.append(Pass("select", 0, first.asked.stop, rows, pairs))
+    if first.dense:
+        steps.append(Pass("recompute", 0, first.dense, rows + repaired / ratio, pairs + their_pairs / ratio))
+    return [*steps, Pass("recompute", first.dense, layers, rows + repaired, pairs + their_pairs)]
 
 
 class _Timeline:

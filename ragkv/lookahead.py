@@ -14,9 +14,8 @@ import torch
 
 from ragkv.attention import AttentionStep, Query
 from ragkv.kv import KvShape, RequestKV
+from ragkv.methods import searched_layers
 from ragkv.rows import Rows
-
-_MOST_LAYERS = 4
 
 
 class LayerLoop(Protocol):
@@ -35,13 +34,6 @@ class Look(NamedTuple):
 
     queries: dict[int, Query]
     kv: RequestKV
-
-
-def searched_layers(layers: int) -> list[int]:
-    """The layers whose queries rank the context: up to four in the middle of the third quarter."""
-    third = range(layers // 2, max(layers // 2 + 1, 3 * layers // 4))
-    spare = max(0, len(third) - _MOST_LAYERS)
-    return list(third[spare // 2 :][:_MOST_LAYERS])
 
 
 def look(runner: LayerLoop, ids: torch.Tensor, positions: torch.Tensor) -> Generator[None, None, Look]:

@@ -18,10 +18,11 @@ from ragkv.errors import MissingEntryError, RagkvError, StoreError
 from ragkv.kv import NOTHING, Known, RequestKV
 from ragkv.lineage import ALL
 from ragkv.loading import ChunkLostError, LayerLoader, Slabs
+from ragkv.methods import outline
 from ragkv.plan import PromptPlan, Span
 from ragkv.rows import Rows
 from ragkv.runner import ModelRunner
-from ragkv.selection import STRATEGIES, loading_order, lookahead_positions
+from ragkv.selection import STRATEGIES, lookahead_positions
 from ragkv.store import ChunkStore, EntryHeader, OpenEntry
 from ragkv.trial import Trial, read_beside
 from ragkv.types import Forecast, KvSource
@@ -180,7 +181,8 @@ class Prefill:
         kv = self._workspace()
         spans = list(entries)
         [codec] = {span.chunk.tokens.codec for span in spans}
-        order = loading_order(self._strategy, self._runner.shape.layers)
+        layers = self._runner.shape.layers
+        order = outline(self._strategy, layers).loading_order(layers)
         with (
             closing(self._device_tier.lease(entry.header for entry in entries.values())) as lease,
             closing(

@@ -24,11 +24,11 @@ import torch
 from ragkv.attention import AttentionStep
 from ragkv.blend import Blend, Start, Strategy
 from ragkv.echoes import hints, scarcity
-from ragkv.lookahead import Look, look, searched_layers
+from ragkv.lookahead import Look, look
+from ragkv.methods import outline
 from ragkv.plan import PromptPlan
 from ragkv.uploading import uploaded
 
-HKVD_CHECK_LAYER = 1
 # Of the prompt, what looks ahead besides the question: where attention goes that finds nothing, and what it is told.
 _LEAD = 64
 
@@ -86,7 +86,7 @@ def links(blend: Blend) -> Generator[None, None, Start]:
 def hkvd(blend: Blend) -> Generator[None, None, Start]:
     """Dense up to the check layer; there compare fresh values with stored ones, d = Σ (V_new − V_old)², and go
     on with the tokens that differ most."""
-    check = min(HKVD_CHECK_LAYER, blend.runner.shape.layers - 1)
+    check = outline("hkvd", blend.runner.shape.layers).dense
     if not blend.budget:
         return (yield from none(blend))
     # Rows that must not be repaired may not be recomputed on the way either.
@@ -106,22 +106,15 @@ def hkvd(blend: Blend) -> Generator[None, None, Start]:
     return Start(rows, check, dense_layers=check)
 
 
-def loading_order(strategy: str, layers: int) -> list[int]:
-    """The layers in the order in which ``strategy`` needs their stored KV."""
-    first = searched_layers(layers) if strategy == "links" else []
-    return [*first, *(layer for layer in range(layers) if layer not in first)]
-
-
 def _attended(blend: Blend) -> Generator[None, None, torch.Tensor]:
     """float32 (length,) on the device: run only the required rows over the reused KV, up to three quarters of the
     depth, and add up the attention that the question's rows pay from one quarter on."""
-    layers = blend.runner.shape.layers
-    first, end = layers // 4, max(layers // 4 + 1, 3 * layers // 4)
+    asked = outline("question", blend.runner.shape.layers).asked
     rows = blend.rows(blend.places(blend.required), score_question=True)
     score_rows, rows.step.score_rows = rows.step.score_rows, 0
-    yield from blend.advance(rows, 0, first, "select")
+    yield from blend.advance(rows, 0, asked.start, "select")
     rows.step.score_rows = score_rows
-    yield from blend.advance(rows, first, end, "select")
+    yield from blend.advance(rows, asked.start, asked.stop, "select")
     if rows.step.scores is None:
         raise RuntimeError("the attention function collected no scores")
     return rows.step.scores

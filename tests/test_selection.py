@@ -10,8 +10,8 @@ from ragkv.blend import Blend
 from ragkv.clock import Stopwatch
 from ragkv.echoes import hints, scarcity
 from ragkv.loading import LayerLoader
-from ragkv.lookahead import searched_layers
-from ragkv.selection import STRATEGIES, loading_order
+from ragkv.methods import outline
+from ragkv.selection import STRATEGIES
 from tests.blend_kit import Desk, close, drain
 
 REPAIRING = sorted(set(STRATEGIES) - {"none"})
@@ -29,7 +29,7 @@ def blended(desk, plan, strategy, ratio, seed=0):
     """The Blend after its run over all chunks of ``plan``, and its last rows."""
     kv = desk.runner.new_kv(len(plan.ids))
     entries = desk.store.open([span.chunk.tokens.key for span in plan.spans])
-    order = loading_order(strategy, LAYERS)
+    order = outline(strategy, LAYERS).loading_order(LAYERS)
     reader = desk.store.open_layers(entries, order=order)
     loader = LayerLoader(desk.runner, kv, plan.spans, reader, order=order)
     options = {"strategy": STRATEGIES[strategy], "ratio": ratio, "watch": Stopwatch(), "seed": seed}
@@ -144,21 +144,12 @@ def test_links_takes_what_the_question_will_attend_to_weighed_by_hints_and_scarc
     desk.put(*chunks)
     plan = desk.plan(*chunks)
     desk.runner.model.set_attn_implementation("eager")
-    [layer] = searched_layers(LAYERS)
+    [layer] = outline("links", LAYERS).searched
     scores = looked_for(desk.runner, plan, layer) * torch.from_numpy(hints(plan) * scarcity(plan))[1:41]
     desk.runner.model.set_attn_implementation(NAME)
     best = (scores.topk(8).indices + 1).sort().values.tolist()
     assert selected(blended(desk, plan, "links", 0.2)[0]) == best
     desk.store.close()
-
-
-@pytest.mark.parametrize(("layers", "searched"), [(1, [0]), (4, [2]), (12, [6, 7, 8]), (32, [18, 19, 20, 21])])
-def test_at_most_four_layers_of_the_third_quarter_are_searched(layers, searched):
-    assert searched_layers(layers) == searched
-    order = loading_order("links", layers)
-    assert order[: len(searched)] == searched
-    assert sorted(order) == list(range(layers))
-    assert loading_order("question", layers) == list(range(layers))
 
 
 def test_echo_takes_what_the_words_hint_at(desk):

@@ -8,7 +8,8 @@ import torch
 from ragkv.attention import AttentionStep
 from ragkv.eval.steps import drained
 from ragkv.fused_graphs import SIZES
-from ragkv.lookahead import look, searched_layers
+from ragkv.lookahead import look
+from ragkv.methods import searched_layers
 from ragkv.runner import ModelRunner
 from tests.families import make_model
 
@@ -73,7 +74,7 @@ def test_looking_ahead_gives_the_same_in_graphs():
         ids = torch.randint(3, 256, (count,), device="cuda", generator=torch.Generator("cuda").manual_seed(count))
         positions = torch.arange(5000, 5000 + count, device="cuda")
         plain, fused = drained(look(runner, ids, positions)), runner.lookahead.look(ids, positions)
-        assert list(fused.queries) == list(plain.queries) == searched_layers(runner.shape.layers)
+        assert tuple(fused.queries) == tuple(plain.queries) == searched_layers(runner.shape.layers)
         kept.append((fused, {layer: query.rows.clone() for layer, query in fused.queries.items()}))
         for layer, query in plain.queries.items():
             close(fused.queries[layer].rows, query.rows)
