@@ -28,10 +28,11 @@ from ragkv.pinned import is_page_locked
 from ragkv.plan import Span
 from ragkv.runner import ModelRunner
 from ragkv.slabs import Slabs, in_memory, next_layer
+from ragkv.store import CODECS
 from ragkv.uploading import copy_over, uploaded
 
 # Launched before they are needed, and how many of them at a time: the host has other things to launch in between.
-LAUNCHED_AHEAD, _AT_ONCE = 12, 4
+LAUNCHED_AHEAD, _AT_ONCE = 12, 2
 # Layers whose slabs are on the device at a time: one is placed, one has come, one is coming.
 _STAGED = 3
 # Layers of which page-locked copies are held.
@@ -58,18 +59,23 @@ class Streaming:
 
         self._kv, self._slabs, self._rotates = kv, slabs, runner.rope.rotates
         self._device, self._order = runner.device, deque(enumerate(order))
-        positions = runner.tensor(np.concatenate([np.arange(span.start, span.end) for span in spans]))
         lengths, slots = [span.length for span in spans], [span.start - kv.base for span in spans]
-        self._placer = SlabPlacer(codec, runner.shape, lengths, slots, runner.rope.angles(positions))
-        self._stage = _Stage(spans, self._placer.slab_bytes, order, lease, runner.device)
+        sizes = [CODECS[codec].slab_bytes(runner.shape.geometry, length) for length in lengths]
+        self._stage = _Stage(spans, sizes, order, lease, runner.device)
         self._spans = [spans[i] for i in self._stage.read]
-        self._sizes = [self._placer.slab_bytes[i] for i in self._stage.read]
+        self._sizes = [sizes[i] for i in self._stage.read]
         self._ready: SimpleQueue[Any] = SimpleQueue()
-        self._under_way: deque[tuple[torch.cuda.Event, list[Any]]] = deque()
+        self._copied: deque[torch.cuda.Event] = deque()
         self._placed: list[torch.cuda.Event] = []
-        self._stop = False
-        self._copying, self._placing = (_stream_behind_this(self._device) for _ in range(2))
+        self._under_way: deque[tuple[torch.cuda.Event, list[Any]]] = deque()
         self._thread: threading.Thread | None = None
+        self._stop = False
+        self._copying = _stream_behind_this(self._device)
+        if in_memory(slabs):
+            self._copy_first()  # the link is idle until then
+        positions = runner.tensor(np.concatenate([np.arange(span.start, span.end) for span in spans]))
+        self._placer = SlabPlacer(codec, runner.shape, lengths, slots, runner.rope.angles(positions))
+        self._placing = _stream_behind_this(self._device)
         if in_memory(slabs):
             self._launch_ahead()
         else:
@@ -96,8 +102,16 @@ class Streaming:
             self._thread.join()
         if self._placed:
             self._placed[-1].synchronize()
-        self._copying.synchronize()  # a layer whose placing failed
+        self._copying.synchronize()  # it may be ahead of what is placed
         self._under_way.clear()
+
+    def _copy_first(self) -> None:
+        try:
+            for turn, _ in list(self._order)[:_STAGED]:
+                self._copy(turn)
+        except Exception as error:
+            self._order.clear()
+            self._ready.put(error)
 
     def _launch_ahead(self) -> None:
         for _ in range(_AT_ONCE):
@@ -119,20 +133,26 @@ class Streaming:
             self._ready.put(error)
 
     def _launch(self, turn: int, layer: int) -> None:
-        if turn >= _STAGED:
-            self._copying.wait_event(self._placed[turn - _STAGED])
         if self._spans:
-            readable, addresses = _readable(next_layer(self._slabs, self._spans, self._sizes))
-            for target, source, nbytes in zip(self._stage.targets[turn], addresses, self._sizes, strict=True):
-                copy_over(target, source, nbytes, self._copying)
-            copied = self._copying.record_event()
-            self._placing.wait_event(copied)
-            self._hold(copied, readable)
+            if not self._copied:
+                self._copy(turn)
+            self._placing.wait_event(self._copied.popleft())
         k, v = self._kv.read(layer, self._kv.capacity)
         with torch.cuda.stream(self._placing):
             self._placer.place(self._stage.sources[turn], k, v, rotated=self._rotates[layer])
         self._placed.append(self._placing.record_event())
         self._ready.put(self._placed[-1])
+
+    def _copy(self, turn: int) -> None:
+        if not self._spans:
+            return
+        if turn >= _STAGED:
+            self._copying.wait_event(self._placed[turn - _STAGED])
+        readable, addresses = _readable(next_layer(self._slabs, self._spans, self._sizes))
+        copy_over(list(zip(self._stage.targets[turn], addresses, self._sizes, strict=True)), self._copying)
+        copied = self._copying.record_event()
+        self._copied.append(copied)
+        self._hold(copied, readable)
 
     def _hold(self, copied: torch.cuda.Event, readable: list[Any]) -> None:
         """What is copied must stay where it is until then. What is in memory stays there for nothing."""
@@ -163,8 +183,8 @@ class _Stage:
         keys = [span.chunk.tokens.key for span in spans]
         self.read = [i for i, key in enumerate(keys) if key not in hits]
         own = [i for i in self.read if keys[i] not in fills]
-        ends = np.cumsum([-(-sizes[i] // _ALIGNMENT) * _ALIGNMENT for i in own])
-        nbytes = int(ends[-1]) if own else 0
+        starts = np.cumsum([0, *(-(-sizes[i] // _ALIGNMENT) * _ALIGNMENT for i in own)])
+        nbytes = int(starts[-1])
         self._memory = torch.empty((_STAGED, nbytes), dtype=torch.uint8, device=device)
         turns, layers = np.arange(len(order)), np.asarray(order)
         sources = np.zeros((len(order), len(spans)), np.int64)
@@ -172,7 +192,7 @@ class _Stage:
             held = hits.get(key, fills.get(key))
             if held is not None:
                 sources[:, i] = held.data_ptr() + held.stride(0) * layers
-        for i, start in zip(own, [0, *ends[:-1]], strict=True):
+        for i, start in zip(own, starts[:-1], strict=True):
             sources[:, i] = self._memory.data_ptr() + nbytes * (turns % _STAGED) + start
         self.sources = uploaded(torch.from_numpy(sources), device)
         self.targets: list[list[int]] = sources[:, self.read].tolist()

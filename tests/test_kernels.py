@@ -79,3 +79,12 @@ def test_what_does_not_fit_is_refused():
     ):
         with pytest.raises(ValueError):
             attend.attend(*bad, scale=1.0)
+
+
+@pytest.mark.parametrize("words", [1, 1023, 1024, 1025, 5000])
+def test_fetch(words):
+    from ragkv.kernels.fetch import fetch
+
+    source, out = torch.arange(words, dtype=torch.int32), torch.full((words + 1,), -1, dtype=torch.int32)
+    fetch(source, out)
+    assert out.tolist() == [*range(words), -1]

@@ -20,6 +20,7 @@ from ragkv.kernels.shapes import check_kv, next_power_of_2
 LOG2E = 1.4426950408889634
 LN2 = tl.constexpr(0.6931471805599453)
 MAX_SPLITS = 32
+_JOINED = 8  # rows' heads of a program that joins
 _CPU_PROGRAMS = 8  # Triton's interpreter: few, but more than one
 
 
@@ -187,22 +188,24 @@ def _join(
     SPLITS: tl.constexpr,
     PAIRS: tl.constexpr,
 ):
-    # A program has the loads of all splits of its rows' heads in flight at once.
     pair = tl.program_id(0) * PAIRS + tl.arange(0, PAIRS)
     split = tl.arange(0, SPLITS)
     d = tl.arange(0, HD_PAD)
     alive = pair < pairs
     held = (split < splits)[:, None] & alive[None, :]
-    place = (split * pairs)[:, None] + pair[None, :]
-    logs = tl.load(part_lse + place, mask=held, other=float("-inf"))
-    at = place[:, :, None] * HD + d[None, None, :]
-    parts = tl.load(part + at, mask=held[:, :, None] & (d < HD)[None, None, :], other=0.0)
+    logs = tl.load(part_lse + (split * pairs)[:, None] + pair[None, :], mask=held, other=float("-inf"))
     top = tl.where(alive, tl.max(logs, 0), 0.0)
-    weights = tl.exp2(logs - top[None, :])
-    total = tl.where(alive, tl.sum(weights, 0), 1.0)
-    joined = tl.sum(weights[:, :, None] * parts, 0) / total[:, None]
+    total = tl.where(alive, tl.sum(tl.exp2(logs - top[None, :]), 0), 1.0)
+    joined = tl.zeros([PAIRS, HD_PAD], tl.float32)
+    # Unrolled: the loads of all splits are in flight at once.
+    for each in tl.static_range(SPLITS):
+        there = alive & (each < splits)
+        log = tl.load(part_lse + each * pairs + pair, mask=there, other=float("-inf"))
+        at = (each * pairs + pair)[:, None] * HD + d[None, :]
+        rows = tl.load(part + at, mask=there[:, None] & (d < HD)[None, :], other=0.0)
+        joined += tl.exp2(log - top)[:, None] * rows
     to = pair[:, None] * HD + d[None, :]
-    tl.store(out + to, joined.to(out.dtype.element_ty), mask=alive[:, None] & (d < HD)[None, :])
+    tl.store(out + to, (joined / total[:, None]).to(out.dtype.element_ty), mask=alive[:, None] & (d < HD)[None, :])
     tl.store(lse + pair, (top + tl.log2(total)) * LN2, mask=alive)
 
 
@@ -297,11 +300,10 @@ def attend(
         num_stages=tile.stages,
     )
     if room.splits > 1:
-        pairs, splits = rows * heads, next_power_of_2(room.splits)
-        together = MAX_SPLITS // splits
-        _join[(-(-pairs // together),)](
-            room.part, room.part_lse, room.out, room.lse, pairs, room.splits, head_dim, pad, splits, together,
-            num_warps=4,
+        pairs = rows * heads
+        _join[(-(-pairs // _JOINED),)](
+            room.part, room.part_lse, room.out, room.lse, pairs, room.splits, head_dim, pad,
+            next_power_of_2(room.splits), _JOINED, num_warps=4,
         )  # fmt: skip
     return room.out, room.lse
 
@@ -319,9 +321,9 @@ def choose_tile(packed: int, head_dim: int, dtype: torch.dtype) -> Tile:
 
 
 def choose_splits(programs: int, length: int, tile: Tile, device: torch.device) -> int:
-    """Twice as many programs as multiprocessors balance tiles that see few keys with those that see all of them;
-    a program should still have a few blocks to read."""
-    wanted = -(-2 * _multiprocessors(device) // programs)
+    """At most twice as many programs as multiprocessors, where each has a few blocks of keys to read: that balances
+    tiles that see few keys with those that see all of them."""
+    wanted = 2 * _multiprocessors(device) // programs
     return max(1, min(wanted, length // (4 * tile.keys)))
 
 

@@ -56,11 +56,11 @@ class Bench:
         stream = torch.cuda.current_stream()
         for nbytes in (64 << 10, 128 << 10, 256 << 10, 1 << 20, 2 << 20):
             count = min(64, self.memory.nbytes // _SLOT)
-            pairs = [(self.near.data_ptr() + i * _SLOT, self.memory.ctypes.data + i * _SLOT) for i in range(count)]
+            to, source = self.near.data_ptr(), self.memory.ctypes.data
+            pairs = [(to + i * _SLOT, source + i * _SLOT, nbytes) for i in range(count)]
 
-            def work(pairs: list[tuple[int, int]] = pairs, nbytes: int = nbytes) -> None:
-                for target, source in pairs:
-                    copy_over(target, source, nbytes, stream)
+            def work(pairs: list[tuple[int, int, int]] = pairs) -> None:
+                copy_over(pairs, stream)
 
             took = seconds(work)
             torch.cuda.synchronize()

@@ -1,0 +1,64 @@
+"""Uploads that pass whatever the copy engine is doing."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from ragkv import uploading
+from ragkv.uploading import copy_over, uploaded
+
+pytestmark = pytest.mark.gpu
+DEVICE = torch.device("cuda")
+
+
+def numbers(size, dtype, generator):
+    if dtype == torch.bool:
+        return torch.rand(size, generator=generator) < 0.5
+    return (1000 * torch.rand(size, generator=generator)).to(dtype)
+
+
+def test_what_arrives_is_what_was_sent_however_late_the_device_reads_it():
+    """Several times round the memory that uploads share, on two streams that are busy meanwhile."""
+    generator = torch.Generator().manual_seed(0)
+    streams = [torch.cuda.current_stream(), torch.cuda.Stream()]
+    product = torch.randn((2048, 2048), device=DEVICE)
+    sent, arrived = [], []
+    for turn in range(120):
+        dtype = (torch.bool, torch.int64, torch.float32, torch.bfloat16)[turn % 4]
+        tensor = numbers((turn + 1, 2000), dtype, generator)
+        with torch.cuda.stream(streams[turn % 2]):
+            product @ product
+            arrived.append(uploaded(tensor, DEVICE))
+        sent.append(tensor.clone())
+        tensor.zero_()
+    torch.cuda.synchronize()
+    assert sum(tensor.nbytes for tensor in sent) > 4 * uploading._HALF
+    for one, other in zip(sent, arrived, strict=True):
+        assert other.is_cuda
+        assert torch.equal(one, other.cpu())
+
+
+@pytest.mark.parametrize("shape", [(), (0,), (3, 0), (1,), (uploading._HALF // 8 + 1,)])
+def test_nothing_and_much(shape):
+    tensor = torch.full(shape, 7, dtype=torch.int64)
+    assert torch.equal(uploaded(tensor, DEVICE).cpu(), tensor)
+    assert uploaded(tensor, DEVICE).shape == tensor.shape
+
+
+def test_an_upload_does_not_wait_for_what_is_copied_over():
+    source = torch.empty(1 << 30, dtype=torch.uint8, pin_memory=True)
+    target = torch.empty_like(source, device=DEVICE)
+    copying = torch.cuda.Stream()
+    uploaded(torch.ones(3), DEVICE)
+    torch.cuda.synchronize()
+    copy_over([(target.data_ptr(), source.data_ptr(), source.nbytes)] * 4, copying)
+    small = uploaded(torch.ones(3), DEVICE)
+    assert small.tolist() == [1.0] * 3
+    assert not copying.query()  # 4 GB take a good while
+    torch.cuda.synchronize()
+
+
+def test_a_copy_that_cannot_be_is_an_error():
+    with pytest.raises(RuntimeError, match="CUDA error"):
+        copy_over([(0, 0, 64)], torch.cuda.current_stream())
