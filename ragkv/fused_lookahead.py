@@ -19,9 +19,12 @@ _SIZES = (32, 64, 128, 256)
 
 @dataclass(frozen=True)
 class _Captured:
+    """``rows``: the queries of all layers, (layers, rows, heads, head_dim)."""
+
     graph: Any
     inputs: torch.Tensor
     look: Look
+    rows: torch.Tensor
 
 
 class FusedLookahead:
@@ -42,11 +45,9 @@ class FusedLookahead:
         captured = self._captured[size]
         captured.inputs[0, :rows], captured.inputs[1, :rows] = ids, positions
         captured.graph.replay()
-        queries = {at: one._replace(rows=one.rows[:rows].clone()) for at, one in captured.look.queries.items()}
-        kv = self._runner.new_kv(rows)
-        for layer in queries:
-            kv.write(layer, slice(0, rows), *captured.look.kv.read(layer, rows))
-        return Look(queries, kv)
+        queries = captured.look.queries
+        found = zip(queries.items(), captured.rows[:, :rows].clone(), strict=True)
+        return Look({at: one._replace(rows=own) for (at, one), own in found}, captured.look.kv[:, :, :rows].clone())
 
     def _capture(self, size: int) -> _Captured:
         device = self._runner.device
@@ -60,10 +61,11 @@ class FusedLookahead:
             graph.capture_begin(capture_error_mode="thread_local")
             try:
                 found = self._whole(inputs)
+                stacked = torch.stack([query.rows for query in found.queries.values()])
             finally:
                 graph.capture_end()
         torch.cuda.current_stream(device).wait_stream(stream)
-        return _Captured(graph, inputs, found)
+        return _Captured(graph, inputs, found, stacked)
 
     def _whole(self, inputs: torch.Tensor) -> Look:
         steps = look(self._runner, inputs[0], inputs[1])

@@ -60,6 +60,10 @@ class RequestKV:
         self._data[layer, 0, slots] = keys
         self._data[layer, 1, slots] = values
 
+    def write_layers(self, first: int, slots: torch.Tensor, kv: torch.Tensor) -> None:
+        """Store ``kv``, which broadcasts to (layers, 2, n, kv_heads, head_dim), at ``slots`` of layers ``first …``."""
+        self._data[first : first + len(kv), :, slots] = kv
+
     def read(self, layer: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Views of the first ``length`` slots: keys, values, each (length, kv_heads, head_dim)."""
         return self._data[layer, 0, :length], self._data[layer, 1, :length]

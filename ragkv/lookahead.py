@@ -30,10 +30,11 @@ class LayerLoop(Protocol):
 
 
 class Look(NamedTuple):
-    """Of some rows that saw nothing but each other: by layer, what they look for; and their own KV up to there."""
+    """Of some rows that saw nothing but each other: by layer, layers following each other, what they look for; and
+    their own KV in these layers, (layers, 2, rows, kv_heads, head_dim)."""
 
     queries: dict[int, Query]
-    kv: RequestKV
+    kv: torch.Tensor
 
 
 def look(runner: LayerLoop, ids: torch.Tensor, positions: torch.Tensor) -> Generator[None, None, Look]:
@@ -46,4 +47,4 @@ def look(runner: LayerLoop, ids: torch.Tensor, positions: torch.Tensor) -> Gener
     for layer in range(layers[-1] + 1):
         runner.run_layer(layer, rows)
         yield
-    return Look(step.queries, kv)
+    return Look(step.queries, kv.slots(0, len(ids))[layers[0] : layers[-1] + 1])

@@ -133,14 +133,13 @@ def _sought(blend: Blend, positions: torch.Tensor, found: Look) -> Generator[Non
     lead = len(positions) - asking
     step = AttentionStep(blend.kv, positions[lead:], blend.length, contiguous=False, score_rows=asking)
     absent, known = blend.places(blend.required) - blend.kv.base, min(blend.known, lead)
-    nothing = torch.zeros(1, dtype=blend.kv.shape.dtype, device=blend.runner.device)
+    first = min(found.queries)
+    # What is not computed yet has no keys but its own, and memory may hold anything, NaN too.
+    blend.kv.write_layers(first, absent, torch.zeros_like(found.kv[:, :, :1]))
+    blend.kv.write_layers(first, positions[known:] - blend.kv.base, found.kv[:, :, known:])
     for layer, query in found.queries.items():
         blend.loader.ensure(layer)
         blend.watch.lap("load")
-        # What is not computed yet has no keys but these, and memory may hold anything, NaN too.
-        blend.kv.write(layer, absent, nothing, nothing)
-        own = found.kv.read(layer, len(positions))
-        blend.kv.write(layer, positions[known:] - blend.kv.base, *(part[known:] for part in own))
         blend.runner.score(layer, query._replace(rows=query.rows[lead:]), step)
         blend.watch.lap("select")
         yield
