@@ -1,12 +1,13 @@
 """Attention of a few query rows over a request's whole KV, with the exact causal limit of every row.
 
 Registered with ``transformers`` under :data:`NAME`; each decoder layer hands the :class:`AttentionStep`
-through as its ``attention_mask``. Rows of different requests come with a :class:`~ragkv.paged_step.PagedStep` instead.
+through as its ``attention_mask``. Rows of different requests come with a :class:`JoinedStep` while they are prefilled,
+and with a :class:`~ragkv.paged_step.PagedStep` while they are decoded.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -75,6 +76,10 @@ class AttentionStep:
         return int(self.positions.shape[0])
 
     @property
+    def steps(self) -> tuple[AttentionStep, ...]:
+        return (self,)
+
+    @property
     def sees_all(self) -> bool:
         """No mask is needed: there is one row, the last, and it sees every key."""
         return self.rows == 1
@@ -126,12 +131,44 @@ class AttentionStep:
             self.collect(_weights(some, k, mask, query.scale).sum(dim=(0, 1, 2)))
 
 
+class JoinedStep:
+    """Steps of several requests, whose rows go through a layer as one: each writes into its own KV, and looks at it.
+
+    Attributes:
+        steps: in the order of their rows.
+    """
+
+    def __init__(self, steps: Sequence[AttentionStep]) -> None:
+        self.steps = tuple(steps)
+        self.positions = torch.cat([step.positions for step in steps])
+        self.causal = all(step.causal for step in steps)
+        self._rows = [step.rows for step in steps]
+        self._seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def update(
+        self, keys: torch.Tensor, values: torch.Tensor, layer_idx: int, *_: Any, **__: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """As :meth:`AttentionStep.update`, but the keys that each looks at are kept for :meth:`attend`."""
+        parts = zip(
+            self.steps, torch.split(keys, self._rows, dim=2), torch.split(values, self._rows, dim=2), strict=True
+        )
+        self._seen = [step.update(k, v, layer_idx) for step, k, v in parts]
+        return keys, values
+
+    def attend(self, module: torch.nn.Module, query: torch.Tensor, scale: float, window: int | None) -> torch.Tensor:
+        """query (1, heads, rows, head_dim) → (1, rows, heads, head_dim)."""
+        each = zip(self.steps, torch.split(query, self._rows, dim=2), self._seen, strict=True)
+        rows = [attention(module, q, k, v, step, scale, window)[0] for step, q, (k, v) in each]
+        self._seen = []
+        return torch.cat(rows, dim=1)
+
+
 def attention(
     module: torch.nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    attention_mask: AttentionStep | PagedStep,
+    attention_mask: AttentionStep | JoinedStep | PagedStep,
     scaling: float | None = None,
     sliding_window: int | None = None,
     **_: Any,
@@ -141,6 +178,8 @@ def attention(
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     if isinstance(step, PagedStep):
         return step.attend(query, scale, sliding_window), None
+    if isinstance(step, JoinedStep):
+        return step.attend(module, query, scale, sliding_window), None
     if step.kept and (layer := cast(int, module.layer_idx)) in step.kept:
         step.queries[layer] = Query(query[0].transpose(0, 1), scale, sliding_window)
     window = sliding_window if sliding_window is not None and sliding_window < step.length else None

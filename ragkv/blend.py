@@ -4,12 +4,13 @@ One pass over the layers. Rows that must be computed (prefix, chunks without sto
 strategy selected for repair go through every layer together; before layer *i* runs, the stored KV of layer *i*
 is placed, and the store already reads the layers after it.
 
-The loop is a generator that yields between layers, so that whoever drives it can serve others in between.
+The loop is a generator that yields the layers it wants run (:mod:`ragkv.steps`), so that whoever drives it can run
+them for others along with it, and serve others in between.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -21,6 +22,7 @@ from ragkv.loading import LayerLoader
 from ragkv.plan import PromptPlan, Span
 from ragkv.rows import Rows
 from ragkv.runner import ModelRunner
+from ragkv.steps import LayerCall, Steps
 from ragkv.uploading import uploaded
 
 
@@ -36,7 +38,7 @@ class Start:
     dense_layers: int = 0
 
 
-Strategy = Callable[["Blend"], Generator[None, None, Start]]
+Strategy = Callable[["Blend"], Steps[Start]]
 
 
 class Blend:
@@ -92,8 +94,8 @@ class Blend:
         """How many tokens the strategy may select."""
         return round(self.ratio * int(self.repairable.sum()))
 
-    def run(self) -> Generator[None, None, Rows]:
-        """Yields between layers; returns the rows after the last one, the prompt's last token last.
+    def steps(self) -> Steps[Rows]:
+        """Returns the rows after the last layer, the prompt's last token last.
 
         Raises:
             ChunkLostError: a stored chunk turned out unreadable; start again without it.
@@ -119,15 +121,13 @@ class Blend:
         )
         return self.runner.rows(self.ids[positions], step)
 
-    def advance(self, rows: Rows, first: int, end: int, part: str) -> Generator[None, None, None]:
-        """Run layers ``first … end - 1``, each as soon as its stored KV is placed."""
+    def advance(self, rows: Rows, first: int, end: int, part: str) -> Steps[None]:
+        """Have layers ``first … end - 1`` run, each as soon as its stored KV is placed."""
         for layer in range(first, end):
             self.watch.lap(part)
             self.loader.ensure(layer)
             self.watch.lap("load")
-            self.runner.run_layer(layer, rows)
-            self.watch.lap(part)
-            yield
+            yield LayerCall(layer, rows, self.watch, part)
             self.watch.lap("queue")
 
     def take(self, scores: torch.Tensor) -> torch.Tensor:

@@ -11,8 +11,7 @@ this one is compared with (:mod:`ragkv.selfcheck`).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch.nn.functional import linear
@@ -24,7 +23,7 @@ from ragkv.kernels.attend import AttendRoom, attend
 from ragkv.kernels.pointwise import rms_norm, silu_mul
 from ragkv.kernels.rotate import rope_write
 from ragkv.kernels.scores import score_keys
-from ragkv.rows import Rows
+from ragkv.rows import Joined, Rows
 
 _DTYPES = (torch.bfloat16, torch.float16)
 _MATRICES = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -62,22 +61,40 @@ class Layer:
     window: int | None
 
 
-class _Room:
-    """Memory for some rows, the same for every layer. ``q`` is (rows, heads, head_dim)."""
+class _Part(NamedTuple):
+    """Of a room, what belongs to the rows of one prompt. ``q`` is (rows, heads, head_dim)."""
 
-    def __init__(self, rows: Rows, layer: Layer, heads: int, head_dim: int) -> None:
-        hidden, step = rows.hidden[0], rows.step
-        self._step, self._kv_heads = step, step.kv.shape.kv_heads
-        count = hidden.shape[0]
-        self.rotary = cast(tuple[torch.Tensor, torch.Tensor], tuple(part[0].contiguous() for part in rows.rotary))
+    step: AttentionStep
+    rotary: tuple[torch.Tensor, torch.Tensor]
+    qkv: torch.Tensor
+    q: torch.Tensor
+    attend: AttendRoom
+
+
+class _Room:
+    """Memory for some rows, the same for every layer. ``attended`` is (rows, heads · head_dim)."""
+
+    def __init__(self, rows: Rows | Joined, layer: Layer, heads: int, head_dim: int) -> None:
+        hidden, steps = rows.hidden[0], rows.step.steps
+        count, sizes = hidden.shape[0], [step.rows for step in steps]
         self.normed = torch.empty_like(hidden)
         self.qkv = hidden.new_empty((count, layer.qkv.shape[1]))
-        self.q = hidden.new_empty((count, heads, head_dim))
         self.gate_up = hidden.new_empty((count, layer.gate_up.shape[1]))
-
-    @cached_property
-    def attend(self) -> AttendRoom:
-        return AttendRoom(self.q, self._kv_heads, self._step.length)
+        cos, sin = (part[0].contiguous() for part in rows.rotary)
+        q = hidden.new_empty((count, heads, head_dim))
+        rooms = [
+            AttendRoom(some, step.kv.shape.kv_heads, step.length)
+            for some, step in zip(torch.split(q, sizes), steps, strict=True)
+        ]
+        attended = rooms[0].out
+        if len(rooms) > 1:
+            attended = torch.empty_like(q)
+            for room, out in zip(rooms, torch.split(attended, sizes), strict=True):
+                room.out = out
+        self.attended = attended.view(count, -1)
+        rotary = zip(torch.split(cos, sizes), torch.split(sin, sizes), strict=True)
+        parts = zip(steps, rotary, torch.split(self.qkv, sizes), torch.split(q, sizes), rooms, strict=True)
+        self.parts = [_Part(*part) for part in parts]
 
 
 class FusedLayers:
@@ -97,8 +114,11 @@ class FusedLayers:
         if model.device.type == "cuda":
             torch.cuda.empty_cache()  # what the separate matrices held is in pieces that nothing else fits into
 
-    def run(self, index: int, rows: Rows) -> None:
-        """Advance ``rows`` through layer ``index``, writing their keys and values into the step's KV."""
+    def run(self, index: int, rows: Rows | Joined) -> None:
+        """Advance ``rows`` through layer ``index``, writing their keys and values into the KV of their steps."""
+        if isinstance(rows, Joined):
+            self.launch(index, rows)
+            return
         if rows.room is None and self.graphs is not None:
             rows.room = self.graphs.room(rows)
         if isinstance(rows.room, Captured) and not rows.step.score_rows:
@@ -106,21 +126,18 @@ class FusedLayers:
         else:
             self.launch(index, rows)
 
-    def launch(self, index: int, rows: Rows) -> None:
+    def launch(self, index: int, rows: Rows | Joined) -> None:
         """The same, kernel by kernel."""
-        layer, step, room = self.layers[index], rows.step, self._room(rows)
+        layer, room = self.layers[index], self._room(rows)
         hidden = rows.hidden[0]
         rms_norm(hidden, layer.input_norm, layer.eps, room.normed)
         if layer.qkv_bias is None:
             torch.mm(room.normed, layer.qkv, out=room.qkv)
         else:
             torch.addmm(layer.qkv_bias, room.normed, layer.qkv, out=room.qkv)
-        k, v = step.kv.read(index, step.length)
-        rotary = room.rotary if layer.rotates else None
-        rope_write(room.qkv, rotary, layer.norms, step.slots, room.q, k, v, eps=layer.norm_eps)
-        if index in step.kept:
-            step.queries[index] = Query(room.q.clone(), layer.scale, layer.window)
-        hidden.addmm_(self._attend(layer, rows, room, k, v), layer.output)
+        for part in room.parts:
+            _attend(index, layer, part)
+        hidden.addmm_(room.attended, layer.output)
         rms_norm(hidden, layer.post_norm, layer.eps, room.normed)
         torch.mm(room.normed, layer.gate_up, out=room.gate_up)
         hidden.addmm_(silu_mul(room.gate_up), layer.down)
@@ -165,19 +182,10 @@ class FusedLayers:
         errors = [float((one - other).norm() / other.norm()) for one, other in zip(*results, strict=True)]
         return max(errors, key=lambda error: (error != error, error))
 
-    def _room(self, rows: Rows) -> _Room:
+    def _room(self, rows: Rows | Joined) -> _Room:
         if not isinstance(rows.room, _Room):
             rows.room = _Room(rows, self.layers[0], self._heads, self._head_dim)
         return rows.room
-
-    def _attend(self, layer: Layer, rows: Rows, room: _Room, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        """(rows, heads · head_dim)."""
-        step = rows.step
-        window = layer.window if layer.window is not None and layer.window < step.length else None
-        out, lse = attend(room.q, k, v, step.slots, scale=layer.scale, window=window, room=room.attend)
-        if step.score_rows:
-            _score(room.q, lse, k, step, layer.scale, window)
-        return out.view(step.rows, -1)
 
     def score(self, index: int, query: Query, step: AttentionStep) -> None:
         """Add the attention that ``query``, of the step's rows, pays at layer ``index`` to the step's scores."""
@@ -185,6 +193,20 @@ class FusedLayers:
         window = query.window if query.window is not None and query.window < step.length else None
         _, lse = attend(query.rows, k, v, step.slots, scale=query.scale, window=window)
         _score(query.rows, lse, k, step, query.scale, window)
+
+
+def _attend(index: int, layer: Layer, part: _Part) -> None:
+    """Rotate and write the keys and values of one prompt's rows, and have the rows look at all its keys."""
+    step, q = part.step, part.q
+    k, v = step.kv.read(index, step.length)
+    rotary = part.rotary if layer.rotates else None
+    rope_write(part.qkv, rotary, layer.norms, step.slots, q, k, v, eps=layer.norm_eps)
+    if index in step.kept:
+        step.queries[index] = Query(q.clone(), layer.scale, layer.window)
+    window = layer.window if layer.window is not None and layer.window < step.length else None
+    _, lse = attend(q, k, v, step.slots, scale=layer.scale, window=window, room=part.attend)
+    if step.score_rows:
+        _score(q, lse, k, step, layer.scale, window)
 
 
 def _score(

@@ -23,6 +23,7 @@ from ragkv.plan import PromptPlan, Span
 from ragkv.rows import Rows
 from ragkv.runner import ModelRunner
 from ragkv.selection import STRATEGIES, lookahead_positions
+from ragkv.steps import LayerCall, Steps, alone
 from ragkv.store import ChunkStore, EntryHeader, OpenEntry
 from ragkv.trial import Trial, read_beside
 from ragkv.types import Forecast, KvSource
@@ -97,7 +98,11 @@ class Prefill:
         self._opened: set[Span] = set()
 
     def run(self) -> Generator[None, None, PrefillResult]:
-        """Yields between layers. Leases on stored entries end with the generator, however it ends."""
+        """:meth:`steps`, each layer run by itself; yields between them."""
+        return alone(self._runner, self.steps())
+
+    def steps(self) -> Steps[PrefillResult]:
+        """Leases on stored entries end with the generator, however it ends."""
         self._chosen = {span: KNOWN for span in self._plan.spans if span.end <= self._known.tokens}
         if self._strategy == FULL or self._off or len(self._chosen) == len(self._plan.spans):
             why = "full prefill was asked for" if self._strategy == FULL else self._off or "no documents"
@@ -133,7 +138,7 @@ class Prefill:
         for index in set(range(len(spans))) - set(choice.loaded):
             self._chosen[spans[index]] = choice.why_computed(index)
             entries.pop(spans[index]).close()
-        return Trial(choice, dict(self._watch.parts))
+        return Trial(choice, dict(self._watch.parts), self._watch.shared)
 
     def _piece(self, span: Span, entry: OpenEntry) -> Piece:
         nbytes, tier = self._runner.shape.entry_bytes(span.length, entry.header.codec), entry.tier
@@ -177,7 +182,7 @@ class Prefill:
         wrong = [name for name in right if found[name] != right[name]]
         return f"another {' and '.join(wrong)}" if wrong else None
 
-    def _blend(self, entries: dict[Span, OpenEntry], trial: Trial | None) -> Generator[None, None, PrefillResult]:
+    def _blend(self, entries: dict[Span, OpenEntry], trial: Trial | None) -> Steps[PrefillResult]:
         kv = self._workspace()
         spans = list(entries)
         [codec] = {span.chunk.tokens.codec for span in spans}
@@ -204,7 +209,7 @@ class Prefill:
                 watch=self._watch,
             )
             try:
-                rows = yield from blend.run()
+                rows = yield from blend.steps()
             except ChunkLostError as lost:
                 loader.close()
                 yield from self._read_on(slabs, [s for s in spans if entries[s].key not in lease.hits], lost)
@@ -219,12 +224,12 @@ class Prefill:
         outcomes = [self._outcome(span, tiers.get(span), blend.dense_layers, computed) for span in self._plan.spans]
         return PrefillResult(logits, kv, outcomes, exact=min(span.start for span in spans))
 
-    def _read_on(self, slabs: Slabs, spans: list[Span], lost: ChunkLostError) -> Generator[None, None, None]:
+    def _read_on(self, slabs: Slabs, spans: list[Span], lost: ChunkLostError) -> Steps[None]:
         """Find what else is lost, lest every chunk cost an attempt. The sound ones are then in RAM for the next."""
         for layer in slabs:
             lost.causes.update((s, slab) for s, slab in zip(spans, layer, strict=True) if isinstance(slab, StoreError))
             self._watch.lap("load")
-            yield
+            yield None
             self._watch.lap("queue")
 
     def _outcome(self, span: Span, tier: str | None, dense_layers: int, computed: torch.Tensor) -> SpanOutcome:
@@ -240,7 +245,7 @@ class Prefill:
             span.length * dense + repaired * (layers - dense),
         )
 
-    def _full(self) -> Generator[None, None, PrefillResult]:
+    def _full(self) -> Steps[PrefillResult]:
         kv = self._workspace()
         rows = yield from self._rest(kv, self._known.tokens)
         if rows is None:
@@ -253,7 +258,7 @@ class Prefill:
         self._known.fill(kv)
         return kv
 
-    def _rest(self, kv: RequestKV, done: int) -> Generator[None, None, Rows | None]:
+    def _rest(self, kv: RequestKV, done: int) -> Steps[Rows | None]:
         """Compute all tokens behind the first ``done``, on top of them; None where there are none."""
         done = max(done, self._known.tokens)
         ids = [*self._plan.ids, *self._tail][done:]
@@ -261,9 +266,8 @@ class Prefill:
             return None
         rows = self._runner.start_prefill(self._runner.tensor(ids), kv, done)
         for layer in range(self._runner.shape.layers):
-            self._runner.run_layer(layer, rows)
             self._watch.lap("recompute")
-            yield
+            yield LayerCall(layer, rows, self._watch, "recompute")
             self._watch.lap("queue")
         return rows
 

@@ -1,15 +1,16 @@
-"""Some rows of a prompt on their way through the layers."""
+"""Some rows of a prompt on their way through the layers, and those of several prompts on their way together."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 
-from ragkv.attention import AttentionStep
+from ragkv.attention import AttentionStep, JoinedStep
 
 
-@dataclass
+@dataclass(eq=False)
 class Rows:
     """Hidden states of some rows on their way through the layers.
 
@@ -21,3 +22,34 @@ class Rows:
     rotary: tuple[torch.Tensor, torch.Tensor]
     step: AttentionStep
     room: object = field(default=None, repr=False)
+
+
+class Joined:
+    """Rows of several prompts side by side, to go through layers as one; its attributes are as those of :class:`Rows`.
+
+    Hidden states are copied here once. From then on each one's own are a view of these, and it may go on by itself.
+    """
+
+    def __init__(self, members: Sequence[Rows]) -> None:
+        self._members = list(members)
+        self.hidden = torch.cat([rows.hidden for rows in members], dim=1)
+        cos, sin = (torch.cat(parts, dim=1) for parts in zip(*(rows.rotary for rows in members), strict=True))
+        self.rotary = (cos, sin)
+        self.step = JoinedStep([rows.step for rows in members])
+        self.room: object = None
+        for rows in members:
+            rows.room = None  # it may have been where the hidden states lay
+        self.hand_out()
+
+    def hand_out(self) -> None:
+        """Have each one's hidden states be a view of these as they are now."""
+        self._handed = torch.split(self.hidden, [rows.step.rows for rows in self._members], dim=1)
+        for rows, hidden in zip(self._members, self._handed, strict=True):
+            rows.hidden = hidden
+
+    def holds(self, several: Sequence[Rows]) -> bool:
+        """Whether it is of these rows, in this order, and none of them has gone on elsewhere."""
+        return len(several) == len(self._members) and all(
+            rows is member and rows.hidden is hidden
+            for rows, member, hidden in zip(several, self._members, self._handed, strict=True)
+        )

@@ -14,7 +14,7 @@ import torch
 from ragkv.attention import AttentionStep, Query
 from ragkv.kv import KvShape, RequestKV
 from ragkv.rope import read_rope
-from ragkv.rows import Rows
+from ragkv.rows import Joined, Rows
 from ragkv.uploading import uploaded
 
 if TYPE_CHECKING:
@@ -117,6 +117,14 @@ class ModelRunner:
 
     def run_layer(self, layer: int, rows: Rows) -> None:
         """Advance ``rows`` through one layer, writing their keys and values into the step's KV."""
+        self._run(layer, rows)
+
+    def run_together(self, layer: int, joined: Joined) -> None:
+        """The same for rows of several prompts: products and norms are of all of them, KV and attention each one's."""
+        self._run(layer, joined)
+        joined.hand_out()
+
+    def _run(self, layer: int, rows: Rows | Joined) -> None:
         if self.fused is not None and rows.step.causal:
             self.fused.run(layer, rows)
             return

@@ -1,6 +1,6 @@
 """Which stored tokens to repair: the strategies, by name.
 
-A strategy is a generator over a :class:`~ragkv.blend.Blend`; it yields whenever it ran a layer and returns a
+A strategy is a generator over a :class:`~ragkv.blend.Blend`; it yields as all :mod:`ragkv.steps` do and returns a
 :class:`~ragkv.blend.Start`. It may select at once, look at the question's attention first, or run some layers
 densely, and it never selects tokens that are not repairable.
 
@@ -17,8 +17,6 @@ densely, and it never selects tokens that are not repairable.
 
 from __future__ import annotations
 
-from collections.abc import Generator
-
 import torch
 
 from ragkv.attention import AttentionStep
@@ -27,18 +25,19 @@ from ragkv.echoes import hints, scarcity
 from ragkv.lookahead import Look, look
 from ragkv.methods import outline
 from ragkv.plan import PromptPlan
+from ragkv.steps import Steps
 from ragkv.uploading import uploaded
 
 # Of the prompt, what looks ahead besides the question: where attention goes that finds nothing, and what it is told.
 _LEAD = 64
 
 
-def none(blend: Blend) -> Generator[None, None, Start]:
+def none(blend: Blend) -> Steps[Start]:
     yield from ()
     return _at_once(blend, blend.places(blend.required))
 
 
-def epic(blend: Blend) -> Generator[None, None, Start]:
+def epic(blend: Blend) -> Steps[Start]:
     """The same number of tokens at the start of every chunk; short chunks leave theirs to the others.
 
     What is left goes to the first chunks: equal scores would leave it to the sort, and so to the prompt's length.
@@ -50,13 +49,13 @@ def epic(blend: Blend) -> Generator[None, None, Start]:
     return _at_once(blend, blend.take(scores))
 
 
-def random(blend: Blend) -> Generator[None, None, Start]:
+def random(blend: Blend) -> Steps[Start]:
     yield from ()
     scores = torch.rand(blend.length, generator=torch.Generator().manual_seed(blend.seed))
     return _at_once(blend, blend.take(scores))
 
 
-def question(blend: Blend) -> Generator[None, None, Start]:
+def question(blend: Blend) -> Steps[Start]:
     """What the question's rows attend to, over the reused KV."""
     if not blend.budget:
         return (yield from none(blend))
@@ -64,13 +63,13 @@ def question(blend: Blend) -> Generator[None, None, Start]:
     return _selected(blend, scores)
 
 
-def echo(blend: Blend) -> Generator[None, None, Start]:
+def echo(blend: Blend) -> Steps[Start]:
     """What :func:`~ragkv.echoes.hints` says: known before any KV is loaded, and nothing is run to find it out."""
     yield from ()
     return _selected(blend, torch.from_numpy(hints(blend.plan)))
 
 
-def links(blend: Blend) -> Generator[None, None, Start]:
+def links(blend: Blend) -> Steps[Start]:
     """What the question will attend to (:mod:`ragkv.lookahead`), each token weighed by its hint and its scarcity: of
     all tokens that matter few are stale, of all stale ones few matter, and function words hardly ever do."""
     if not blend.budget:
@@ -83,7 +82,7 @@ def links(blend: Blend) -> Generator[None, None, Start]:
     return _selected(blend, scores * weights)
 
 
-def hkvd(blend: Blend) -> Generator[None, None, Start]:
+def hkvd(blend: Blend) -> Steps[Start]:
     """Dense up to the check layer; there compare fresh values with stored ones, d = Σ (V_new − V_old)², and go
     on with the tokens that differ most."""
     check = outline("hkvd", blend.runner.shape.layers).dense
@@ -106,7 +105,7 @@ def hkvd(blend: Blend) -> Generator[None, None, Start]:
     return Start(rows, check, dense_layers=check)
 
 
-def _attended(blend: Blend) -> Generator[None, None, torch.Tensor]:
+def _attended(blend: Blend) -> Steps[torch.Tensor]:
     """float32 (length,) on the device: run only the required rows over the reused KV, up to three quarters of the
     depth, and add up the attention that the question's rows pay from one quarter on."""
     asked = outline("question", blend.runner.shape.layers).asked
@@ -126,7 +125,7 @@ def lookahead_positions(plan: PromptPlan) -> torch.Tensor:
     return torch.cat((torch.arange(min(_LEAD, first)), torch.arange(plan.question_start, len(plan.ids))))
 
 
-def _sought(blend: Blend, positions: torch.Tensor, found: Look) -> Generator[None, None, torch.Tensor]:
+def _sought(blend: Blend, positions: torch.Tensor, found: Look) -> Steps[torch.Tensor]:
     """float32 (length,) on the device: the attention that the question's rows, which saw none of the context, pay to
     its stored keys. ``found`` is of ``positions``."""
     asking = blend.length - blend.plan.question_start
@@ -142,14 +141,14 @@ def _sought(blend: Blend, positions: torch.Tensor, found: Look) -> Generator[Non
         blend.watch.lap("load")
         blend.runner.score(layer, query._replace(rows=query.rows[lead:]), step)
         blend.watch.lap("select")
-        yield
+        yield None
         blend.watch.lap("queue")
     if step.scores is None:
         raise RuntimeError("the attention function collected no scores")
     return step.scores
 
 
-def _look(blend: Blend, positions: torch.Tensor) -> Generator[None, None, Look]:
+def _look(blend: Blend, positions: torch.Tensor) -> Steps[Look]:
     fused, ids = blend.runner.lookahead, blend.ids[positions]
     if fused is not None and len(positions) <= fused.most:
         found = fused.look(ids, positions)
@@ -163,7 +162,7 @@ def _look(blend: Blend, positions: torch.Tensor) -> Generator[None, None, Look]:
             ahead: Look = done.value
             return ahead
         blend.watch.lap("select")
-        yield
+        yield None
         blend.watch.lap("queue")
 
 

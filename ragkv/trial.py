@@ -20,10 +20,12 @@ log = logging.getLogger("ragkv")
 
 @dataclass
 class Trial:
-    """What the controller chose, and what is needed to see how it went: the watch's parts before, the reader after."""
+    """What the controller chose, and what is needed to see how it went: of the watch its parts before, and what it had
+    shared; the reader after."""
 
     choice: Choice
     before: dict[str, float]
+    shared: float = 0.0
     reader: LayerReader | None = None
 
     def actual(self, watch: Stopwatch, overlapped: bool) -> Actual:
@@ -37,8 +39,9 @@ class Trial:
             total - load - select,
             waited=self.reader.waited if self.reader else 0.0,
             readings=_readings(self.reader) if self.reader else (),
-            # A device works on after the host has turned to others: then its time cannot be told from theirs.
-            contended=overlapped and queue > _CONTENDED * total,
+            # A device works on after the host has turned to others: then its time cannot be told from theirs. Nor can
+            # that of a layer that was run for several.
+            contended=(overlapped and queue > _CONTENDED * total) or watch.shared > self.shared,
         )
 
 

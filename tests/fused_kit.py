@@ -7,6 +7,7 @@ import torch
 from ragkv.attention import AttentionStep
 from ragkv.eval.steps import drained
 from ragkv.lookahead import look
+from ragkv.rows import Joined
 from ragkv.runner import ModelRunner, Rows
 from tests.families import make_model
 
@@ -108,6 +109,56 @@ def check_some_rows_go_on(name: str, dtype: torch.dtype, device: str) -> None:
             runner.run_layer(layer, rows)
         results.append(runner.logits(rows))
     near(results[0], results[1], dtype)
+
+
+def prompt(runner: ModelRunner, length: int, seed: int) -> Rows:
+    """The rows of a prefill."""
+    ids = torch.randint(256, (length,), generator=torch.Generator().manual_seed(seed)).to(runner.device)
+    return runner.start_prefill(ids, runner.new_kv(length))
+
+
+def repaired(runner: ModelRunner, length: int, seed: int, score_rows: int = 0) -> Rows:
+    """Some rows over keys that are there, anything in the slots of the rows."""
+    ids = torch.randint(256, (length,), generator=torch.Generator().manual_seed(seed)).to(runner.device)
+    kv = runner.workspace(length)
+    runner.prefill(ids, kv)
+    rows = scattered(runner, kv, ids, score_rows)
+    for layer in range(runner.shape.layers):
+        for part in kv.read(layer, length):
+            part[rows.step.slots] = float("nan")
+    return rows
+
+
+@torch.inference_mode()
+def check_joined(runner: ModelRunner, dtype: torch.dtype) -> None:
+    """Prompts of several kinds that join, part and join again, beside each by itself: what they come to, what they
+    write, and the attention that was collected."""
+
+    def prompts() -> list[Rows]:
+        kinds = [repaired(runner, 61, 1), repaired(runner, 45, 2, score_rows=6), prompt(runner, 17, 3)]
+        return [*kinds, prompt(runner, 1, 4), repaired(runner, 90, 5)]
+
+    expected = prompts()
+    for rows in expected:
+        for layer in range(runner.shape.layers):
+            runner.run_layer(layer, rows)
+    together = prompts()
+    joined = Joined(together)
+    runner.run_together(0, joined)
+    runner.run_together(1, joined)
+    runner.run_layer(2, together[0])
+    runner.run_together(2, Joined([together[3], together[1], together[2]]))
+    runner.run_layer(2, together[4])
+    for layer in range(3, runner.shape.layers):
+        runner.run_together(layer, Joined(together[::-1]))
+    for got, right in zip(together, expected, strict=True):
+        near(got.hidden, right.hidden, dtype)
+        near(runner.logits(got), runner.logits(right), dtype)
+        for layer in range(runner.shape.layers):
+            for one, other in zip(*(rows.step.kv.read(layer, rows.step.length) for rows in (got, right)), strict=True):
+                near(one, other, dtype)
+        if right.step.score_rows:
+            near(got.step.scores, right.step.scores, dtype)
 
 
 @torch.inference_mode()

@@ -46,6 +46,11 @@ def test_looking_ahead(name):
     kit.check_looking_ahead(name, torch.float32, "cpu")
 
 
+@pytest.mark.parametrize("name", ["llama", "qwen2-windowed", "qwen3", "smollm3"])
+def test_rows_of_several_prompts(name):
+    kit.check_joined(ModelRunner(make_model(name), fused=True), torch.float32)
+
+
 @pytest.mark.parametrize("name", sorted(set(MOVABLE) - set(kit.FUSED)))
 def test_what_it_does_not_know_is_refused(name):
     model = make_model(name)

@@ -12,6 +12,7 @@ from ragkv.echoes import hints, scarcity
 from ragkv.loading import LayerLoader
 from ragkv.methods import outline
 from ragkv.selection import STRATEGIES
+from ragkv.steps import alone
 from tests.blend_kit import Desk, close, drain
 
 REPAIRING = sorted(set(STRATEGIES) - {"none"})
@@ -35,7 +36,7 @@ def blended(desk, plan, strategy, ratio, seed=0):
     options = {"strategy": STRATEGIES[strategy], "ratio": ratio, "watch": Stopwatch(), "seed": seed}
     blend = Blend(desk.runner, plan, kv, loader, list(plan.spans), **options)
     with reader:
-        rows = drain(blend.run())
+        rows = drain(alone(desk.runner, blend.steps()))
     for entry in entries:
         entry.close()
     return blend, rows
