@@ -24,6 +24,7 @@ from ragkv.errors import PromptTooLongError
 from ragkv.eval.branches import generate_all, slots_behind
 from ragkv.eval.cases import Case, CaseDocument, CaseQuestion, Condition, Place, groups, in_order
 from ragkv.eval.steps import drained
+from ragkv.methods import CHECK_LAYER
 from ragkv.pipeline import resolve_method
 from ragkv.plan import PlannedChunk, PromptPlan, make_plan
 from ragkv.prefill import FULL, Prefill, PrefillResult
@@ -90,6 +91,7 @@ class Bench:
         threads: of the CPU; 0 leaves it to torch.
         each_alone: ask every question from scratch.
         codec: of the stored KV.
+        check_layer: of `hkvd`.
         answer_tokens: most tokens of an answer.
         cuts: a context that does not fit the model loses the chunks at its end, as a prompt of the pipeline's does; if
             not, it is an error.
@@ -105,6 +107,7 @@ class Bench:
     conditions: tuple[Condition, ...]
     each_alone: bool = False
     codec: str = "raw"
+    check_layer: int = CHECK_LAYER
     answer_tokens: int = 16
     cuts: bool = False
 
@@ -114,6 +117,7 @@ class Bench:
         if self.threads:
             torch.set_num_threads(self.threads)
         checkpoint = load_checkpoint(self.model, device=self.device, dtype=self.dtype, cache_dir=self.cache_dir)
+        checkpoint.runner.check_layer = self.check_layer
         with ChunkStore(folder, capacity_bytes=64 << 30, ram_bytes=4 << 30, threads=1) as store:
             yield Asker(checkpoint, store, self)
 

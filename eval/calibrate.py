@@ -15,15 +15,17 @@ from typing import Any, Literal, NamedTuple, cast
 
 import torch
 
-from ragkv.calibrated import NO_RATIO, Calibration
+from ragkv.calibrated import Calibration
 from ragkv.checkpoint import Checkpoint, load_checkpoint
 from ragkv.config import Settings
 from ragkv.errors import ConfigError, InputError, ModelError
-from ragkv.eval.choice import RAW, Finding, Search, Tally, grid, questions_needed
+from ragkv.eval.check_layer import best_check_layer
+from ragkv.eval.choice import PILOT, RAW, Finding, Search, Tally, grid, questions_needed
 from ragkv.eval.compared import Compared, Scribe
 from ragkv.eval.corpus import Corpus, Say
 from ragkv.eval.probes import Probe, continuations, written
 from ragkv.kv import KvShape
+from ragkv.methods import parameters
 from ragkv.prefill import FULL
 from ragkv.retrievers import Document
 from ragkv.selection import STRATEGIES
@@ -66,9 +68,9 @@ class Result(NamedTuple):
     def values(self) -> dict[str, Any]:
         """The settings that were chosen."""
         chosen = self.calibration
-        values: dict[str, Any] = {"method": chosen.method}
-        values |= {} if chosen.method in NO_RATIO else {"ratio": chosen.ratio}
-        return values if chosen.method == FULL else values | {"kv_codec": chosen.kv_codec}
+        names = ["method", "check_layer", *({"ratio"} & {*parameters(chosen.method)})]
+        names += [] if chosen.method == FULL else ["kv_codec"]
+        return {name: getattr(chosen, name) for name in names}
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -106,6 +108,8 @@ def calibrate(settings: Settings, documents: Sequence[Document], wish: Wish, *, 
         say("encode", 0, 1)
         with torch.inference_mode():
             corpus.encode((corpus.plan(probe, RAW) for probe in usable), RAW, say)
+        pilot = random.Random(0).sample(range(len(usable)), min(PILOT, len(usable)))
+        checkpoint.runner.check_layer = best_check_layer([compared.deviations(number) for number in pilot], RATIOS)
         sizes = _bytes_shares(checkpoint.runner.shape, settings.chunk_tokens)
         search = Search(compared.mark, len(usable), wish.loss, bytes_share=sizes, say=say)
         finding = search.run(grid(tuple(STRATEGIES), RATIOS))
@@ -172,7 +176,8 @@ def _record(
         fingerprint=checkpoint.model_fingerprint,
         date=datetime.now(UTC).date(),
         method=cast(Any, candidate.method if candidate else FULL),
-        ratio=candidate.ratio if candidate and candidate.method not in NO_RATIO else settings.ratio,
+        ratio=candidate.ratio if candidate and "ratio" in parameters(candidate.method) else settings.ratio,
+        check_layer=checkpoint.runner.check_layer,
         kv_codec=cast(Any, candidate.codec if candidate else settings.kv_codec),
         context_policy=settings.context_policy,
         chunk_tokens=settings.chunk_tokens,

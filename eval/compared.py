@@ -78,6 +78,24 @@ class Compared:
             right=is_accepted(text, probe.answers) if probe.answers else None,
         )
 
+    @torch.inference_mode()
+    def deviations(self, number: int) -> torch.Tensor:
+        """float64 (layers, tokens), on the host: how far the stored values of probe ``number``'s repairable tokens are
+        from full prefill's, Σ (V_new − V_old)², in units of a token's mean Σ V_new² at that layer.
+
+        Raises:
+            StoreFullError: the chunks of one prompt do not fit the store.
+        """
+        plan = self._corpus.plan(self._probes[number], RAW)
+        self._corpus.encode([plan], RAW)
+        full, stored = (self._prefill(plan, method, 1.0, number).kv for method in (FULL, "none"))
+        places = [j for span in plan.spans if span.context_present for j in range(span.start, span.end)]
+        found = []
+        for layer in range(self._runner.shape.layers):
+            new, old = (kv.read(layer, len(plan.ids))[1][places].double() for kv in (full, stored))
+            found.append((new - old).square().sum(dim=(1, 2)) / new.square().sum(dim=(1, 2)).mean())
+        return torch.stack(found).cpu()
+
     def right(self, number: int) -> bool:
         """Whether full prefill's answer is an accepted one."""
         return is_accepted(self.reference(number).text, self._probes[number].answers)

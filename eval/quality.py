@@ -63,11 +63,13 @@ def measure_quality(
         conditions=tuple(conditions),
         each_alone=each_alone,
         codec=settings.kv_codec,
+        check_layer=settings.check_layer,
         **test.answering,
     )
     marks = ask_all(bench, test.cases, jobs=jobs, say=say)
     rows = rows_of(asked, conditions, marks, metric=test.metric, judges=test.judges)
-    return [{"suite": test.name, "model": settings.model, "codec": settings.kv_codec} | row for row in rows]
+    run = {"suite": test.name, "model": settings.model, "codec": settings.kv_codec, "check_layer": settings.check_layer}
+    return [run | row for row in rows]
 
 
 class _Test(NamedTuple):

@@ -14,6 +14,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from ragkv.methods import parameters
+
 Row = dict[str, Any]
 
 
@@ -137,7 +139,7 @@ _TABLE = re.compile(rf"(<!-- ({'|'.join(_KINDS)}) (\S+)((?: \w+=\S+)*) -->\n).*?
 
 def _method(row: Row) -> str:
     name = f"`{row['method']}`"
-    return name if row["method"] in ("full", "none") else f"{name} {row['ratio']:.0%}"
+    return f"{name} {row['ratio']:.0%}" if "ratio" in parameters(row["method"]) else name
 
 
 def _percent(interval: Sequence[float]) -> str:

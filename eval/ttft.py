@@ -126,6 +126,7 @@ def usable_model(settings: Settings, positions: int) -> Checkpoint:
     folder = settings.data_dir.expanduser()
     checkpoint = load_checkpoint(settings.model, device=settings.device, dtype=settings.dtype, cache_dir=folder)
     runner = checkpoint.runner
+    runner.check_layer = settings.check_layer
     if positions >= runner.max_positions:
         raise PromptTooLongError(
             f"a prompt of {positions} tokens does not fit the model's {runner.max_positions} positions; "

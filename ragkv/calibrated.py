@@ -7,11 +7,11 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from ragkv.methods import CHECK_LAYER, parameters
 from ragkv.types import ContextPolicy, Method
 
-# What must be as it was measured. A method without a ratio is indifferent to it.
-_MEASURED = ("method", "ratio", "kv_codec", "context_policy", "chunk_tokens")
-NO_RATIO = frozenset({"none", "full"})
+# What must be as it was measured, besides the method's own parameters.
+_MEASURED = ("method", "kv_codec", "context_policy", "chunk_tokens")
 UNCALIBRATED = "no calibration in the configuration; `ragkv calibrate` makes one"
 
 
@@ -30,6 +30,7 @@ class Calibration(BaseModel):
     date: date
     method: Method
     ratio: float = Field(ge=0, le=1)
+    check_layer: int = Field(CHECK_LAYER, ge=1)
     kv_codec: Literal["raw", "int8", "fp8"]
     context_policy: ContextPolicy
     chunk_tokens: int
@@ -50,8 +51,8 @@ class Calibration(BaseModel):
             )
         changed = [
             f"{name} is {getattr(settings, name)!r}, was {getattr(self, name)!r}"
-            for name in _MEASURED
-            if getattr(settings, name) != getattr(self, name) and not (name == "ratio" and self.method in NO_RATIO)
+            for name in (*_MEASURED, *parameters(self.method))
+            if getattr(settings, name) != getattr(self, name)
         ]
         return f"changed since the calibration of {self.date}: {'; '.join(changed)}" if changed else None
 

@@ -18,6 +18,7 @@ from pydantic_settings import (
 
 from ragkv.calibrated import Calibration
 from ragkv.errors import ConfigError
+from ragkv.methods import CHECK_LAYER
 from ragkv.types import ContextPolicy, Method, RetrievalMode
 
 ENV_PREFIX = "RAGKV_"
@@ -91,6 +92,9 @@ class Settings(BaseSettings):
     top_k: int = Field(10, ge=1, le=1000, description="chunks to retrieve")
     method: Method = Field("default", description="how stored KV is repaired; `full` prefills everything")
     ratio: float = Field(0.1, ge=0.0, le=1.0, description="share of the repairable context tokens to recompute")
+    check_layer: int = Field(
+        CHECK_LAYER, ge=1, description="layer at which `hkvd` compares values, the last one at most"
+    )
     calibration: Calibration | None = Field(
         None, description="what `ragkv calibrate` measured, for which model and setting: a table that it writes"
     )

@@ -11,7 +11,7 @@ from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from ragkv.methods import Outline, outline
+from ragkv.methods import CHECK_LAYER, Outline, outline, parameters
 
 _NOISE = math.log(1.15)
 _NOISE_GAIN, _NEWS_GAIN = 0.3, 0.8
@@ -110,13 +110,14 @@ class Piece:
 @dataclass(frozen=True)
 class Work:
     """A prompt of ``length`` tokens, ``pieces`` of which are stored; ``ratio`` of the loaded ones is repaired.
-    ``asking`` tokens look ahead where a strategy does."""
+    ``asking`` tokens look ahead, or ``check_layer`` layers run over all tokens, where a strategy wants it."""
 
     length: int
     pieces: tuple[Piece, ...]
     strategy: str
     ratio: float
     asking: int = 0
+    check_layer: int = CHECK_LAYER
 
 
 @dataclass(frozen=True)
@@ -227,10 +228,10 @@ def passes(work: Work, loaded: Sequence[Piece], layers: int) -> list[Pass]:
     """What a strategy runs, in order: its selecting, if any, and the rows it repairs with those it must compute."""
     rows = work.length - sum(piece.tokens for piece in loaded)
     pairs = work.length**2 / 2 - sum(piece.pairs for piece in loaded)
-    ratio = 0.0 if work.strategy == "none" else work.ratio
+    ratio = work.ratio if "ratio" in parameters(work.strategy) else 0.0
     able = [piece for piece in loaded if piece.repairable]
     repaired, their_pairs = ratio * sum(p.tokens for p in able), ratio * sum(p.pairs for p in able)
-    first = outline(work.strategy, layers) if repaired else Outline()
+    first = outline(work.strategy, layers, work.check_layer) if repaired else Outline()
     steps: list[Pass] = []
     if first.searched:
         steps.append(Pass("select", 0, first.ahead, work.asking, work.asking**2 / 2, alone=True))

@@ -14,6 +14,7 @@ from ragkv.checkpoint import Checkpoint
 from ragkv.detokenize import Detokenizer
 from ragkv.generation import Generation, TokenScores
 from ragkv.lineage import Lineage
+from ragkv.methods import parameters
 from ragkv.pipeline import Prepared
 from ragkv.plan import PlannedChunk, Span
 from ragkv.prefill import SpanOutcome
@@ -145,7 +146,7 @@ class Delivery:
             finish_reason=reason,
             model=self._checkpoint.name,
             method=prepared.strategy,
-            ratio=None if prepared.strategy in ("none", "full") else prepared.ratio,
+            ratio=prepared.ratio if "ratio" in parameters(prepared.strategy) else None,
             context_policy=prepared.policy,
             recomputed_share=recomputed / (context * self._checkpoint.runner.shape.layers) if context else 0.0,
             chunks=[*chunks, *map(_standing, plan.standing), *map(_dropped, plan.dropped)],

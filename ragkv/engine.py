@@ -103,6 +103,7 @@ class Engine:
             dtype=settings.dtype,
             cache_dir=settings.data_dir.expanduser(),
         )
+        checkpoint.runner.check_layer = settings.check_layer
         tokenizer, dtype = checkpoint.tokenizer, str(checkpoint.runner.shape.dtype).removeprefix("torch.")
         self._dtype = dtype
         fault = find_fault(checkpoint.runner)

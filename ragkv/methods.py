@@ -7,7 +7,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+CHECK_LAYER = 1
 _MOST_SEARCHED = 4
+_PARAMETERS = {"none": (), "full": (), "hkvd": ("ratio", "check_layer")}
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,12 @@ class Outline:
         return [*self.searched, *(layer for layer in range(layers) if layer not in self.searched)]
 
 
-def outline(method: str, layers: int) -> Outline:
+def parameters(method: str) -> tuple[str, ...]:
+    """The settings that what ``method`` repairs depends on."""
+    return _PARAMETERS.get(method, ("ratio",))
+
+
+def outline(method: str, layers: int, check_layer: int = CHECK_LAYER) -> Outline:
     """Of ``method`` in a model of so many layers; a method without an entry here selects at once."""
     match method:
         case "links":
@@ -42,7 +49,7 @@ def outline(method: str, layers: int) -> Outline:
         case "question":
             return Outline(asked=range(layers // 4, max(layers // 4 + 1, 3 * layers // 4)))
         case "hkvd":
-            return Outline(dense=min(1, layers - 1))
+            return Outline(dense=min(check_layer, layers - 1))
     return Outline()
 
 

@@ -13,6 +13,7 @@ import torch
 
 from ragkv.attention import AttentionStep, Query
 from ragkv.kv import KvShape, RequestKV
+from ragkv.methods import CHECK_LAYER
 from ragkv.rope import read_rope
 from ragkv.rows import Joined, Rows
 from ragkv.uploading import uploaded
@@ -46,6 +47,7 @@ class ModelRunner:
 
     Attributes:
         plain_because: why layers run in the plain loop, or None where they run fused.
+        check_layer: where values of this model best tell `hkvd` what is stale; :mod:`ragkv.methods` reads it.
     """
 
     def __init__(self, model: Any, *, fused: bool | None = None) -> None:
@@ -62,6 +64,7 @@ class ModelRunner:
             dtype=weight.dtype,
         )
         self.rope = read_rope(model)
+        self.check_layer = CHECK_LAYER
         self.vocab_size = int(weight.shape[0])
         self.max_positions = int(self.config.max_position_embeddings)
         ends = getattr(model.generation_config, "eos_token_id", None)

@@ -85,7 +85,7 @@ def links(blend: Blend) -> Steps[Start]:
 def hkvd(blend: Blend) -> Steps[Start]:
     """Dense up to the check layer; there compare fresh values with stored ones, d = Σ (V_new − V_old)², and go
     on with the tokens that differ most."""
-    check = outline("hkvd", blend.runner.shape.layers).dense
+    check = outline("hkvd", blend.runner.shape.layers, blend.runner.check_layer).dense
     if not blend.budget:
         return (yield from none(blend))
     # Rows that must not be repaired may not be recomputed on the way either.

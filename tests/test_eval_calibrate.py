@@ -381,6 +381,25 @@ def test_reuse_and_codecs_are_told_apart_by_divergence(compared: Callable[..., C
     assert coded.kl == pytest.approx(reuse.kl, rel=0.5)
 
 
+def test_deviations_are_what_hkvd_selects_by(
+    compared: Callable[..., Compared], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """None at the first layer, whose values are the tokens' own."""
+    one, scores = compared(Probe(QUESTION)), list[torch.Tensor]()
+    take = Blend.take
+
+    def watched(blend: Blend, each: torch.Tensor) -> torch.Tensor:
+        scores.append(each[blend.repairable].double())
+        return take(blend, each)
+
+    monkeypatch.setattr(Blend, "take", watched)
+    one.mark(Candidate("hkvd", 0.2), 0)
+    deviations = one.deviations(0)
+    assert float(deviations[0].max()) < 1e-9
+    assert float(deviations[1].mean()) > 1e-3
+    torch.testing.assert_close(deviations[1] / deviations[1].sum(), scores[0] / scores[0].sum(), rtol=1e-4, atol=1e-6)
+
+
 def test_an_answer_is_generated_to_its_end_where_it_leaves_full_prefills(
     compared: Callable[..., Compared], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -457,7 +476,7 @@ def test_nothing_within_the_loss_recommends_full(settings: Settings, monkeypatch
     monkeypatch.setitem(selection.STRATEGIES, "none", _harm)
     monkeypatch.setitem(selection.STRATEGIES, "epic", _harm)
     result = calibrate(settings, DOCUMENTS, Wish(probes=QUESTIONS, room=4), say=_silent)
-    assert result.values == {"method": "full"}
+    assert result.values == {"method": "full", "check_layer": 1}
     assert result.calibration.recomputed_share == 1.0
     assert any("no setting stays within" in warning for warning in result.warnings)
     assert not any(row["chosen"] for row in result.rows)
@@ -579,6 +598,10 @@ def test_a_record_fits_its_model_and_setting_only() -> None:
         assert repr(value) in str(doubt)
     indifferent = Calibration(**RECORD | {"method": "none"})
     assert indifferent.doubt("f", fitting.model_copy(update={"method": "none", "ratio": 0.9})) is None
+    compares = Calibration(**RECORD | {"method": "hkvd", "check_layer": 2})
+    for layer, fits in ((2, True), (1, False)):
+        other = fitting.model_copy(update={"method": "hkvd", "check_layer": layer})
+        assert (compares.doubt("f", other) is None) == fits
     assert "400 questions (given): loss against full prefill 0.0% [0.0%, 0.9%" in str(record)
     assert "not certain" in str(Calibration(**RECORD | {"proven": False}))
 
