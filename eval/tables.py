@@ -17,6 +17,8 @@ from typing import Any
 from ragkv.methods import parameters
 
 Row = dict[str, Any]
+# What a quality table has a column for where its rows differ in it.
+_TOLD_APART = ("codec", "check_layer")
 
 
 def rendered(page: str, root: Path = Path()) -> str:
@@ -34,7 +36,9 @@ def rendered(page: str, root: Path = Path()) -> str:
 
 def _quality(rows: Sequence[Row]) -> list[str]:
     kinds = list(rows[0]["by_kind"])
-    lines = [_line(["method", "recomputed", "exact match", "to full", *kinds]), "|" + "---|" * (4 + len(kinds))]
+    told = [name for name in _TOLD_APART if len({row.get(name) for row in rows}) > 1]
+    heads = ["method", *(name.replace("_", " ") for name in told), "recomputed", "exact match", "to full", *kinds]
+    lines = [_line(heads), "|" + "---|" * len(heads)]
     for row in rows:
         interval = _percent(row["exact_match_interval"])
         to_full = "" if row["method"] == "full" else f"{100 * row['difference_to_full']:+.1f}"
@@ -42,6 +46,7 @@ def _quality(rows: Sequence[Row]) -> list[str]:
             to_full += f" {_percent(row['difference_interval'])}"
         cells = [
             _method(row),
+            *(str(row[name]) for name in told),
             f"{row['recomputed_share']:.0%}",
             f"{100 * row['exact_match']:.1f} {interval}",
             to_full,

@@ -34,6 +34,12 @@ def test_a_table_holds_the_rows_asked_for_and_replaces_what_was_there(tmp_path):
     assert made.startswith("before\n")
     assert made.endswith("\nafter")
     assert rendered(made, tmp_path) == made
+    rows = [{**row, "codec": codec, "check_layer": 1} for codec in ("raw", "int8")]
+    (tmp_path / "rows.json").write_text(json.dumps({"rows": rows}))
+    made = rendered("<!-- quality rows.json -->\n<!-- end -->", tmp_path)
+    assert "| method | codec | recomputed | exact match |" in made
+    assert "| `links` 10% | int8 | 10% | 90.0 [80.0, 95.0] |" in made
+    assert "check" not in made
 
 
 def test_times_stand_by_length_with_what_the_default_chose(tmp_path):
