@@ -12,7 +12,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
+import numpy as np
 import torch
 
 from ragkv.attention import AttentionStep
@@ -71,13 +73,13 @@ class Blend:
         self._strategy = strategy
         self.ids = runner.tensor(plan.ids)
         self.length = len(plan.ids)
-        self.required = torch.ones(self.length, dtype=torch.bool)
-        self.required[:known] = False
-        self.repairable = torch.zeros(self.length, dtype=torch.bool)
+        required, repairable = np.ones(self.length, np.bool_), np.zeros(self.length, np.bool_)
+        required[:known] = False
         for span in reused:
-            self.required[span.start : span.end] = False
+            required[span.start : span.end] = False
             # Recomputing tokens whose document context is not in this prompt would forget what it knew.
-            self.repairable[span.start : span.end] = span.context_present
+            repairable[span.start : span.end] = span.context_present
+        self.required, self.repairable = torch.from_numpy(required), torch.from_numpy(repairable)
         self.dense_layers = 0
         self._rows: Rows | None = None
 
@@ -104,6 +106,11 @@ class Blend:
         self._rows, self.dense_layers = start.rows, start.dense_layers
         yield from self.advance(start.rows, start.layer, self.runner.shape.layers, "recompute")
         return start.rows
+
+    @cached_property
+    def required_places(self) -> torch.Tensor:
+        """:meth:`places` of what is required."""
+        return self.places(self.required)
 
     def places(self, where: torch.Tensor) -> torch.Tensor:
         """The positions, on the device, where ``where``, bool (length,) on the host, holds."""
@@ -141,4 +148,4 @@ class Blend:
         best = scores.float().masked_fill(barred, float("-inf")).topk(self.budget).indices
         if best.device != self.runner.device:
             best = uploaded(best, self.runner.device)
-        return torch.cat((self.places(self.required), best)).sort().values
+        return torch.cat((self.required_places, best)).sort().values

@@ -2,7 +2,8 @@
 
 A graph works on memory that stays where it is. So one prompt at a time has its KV in a workspace, and its rows are
 copied into rooms of a few sizes; how many keys each row sees is read from its slot when the graph runs. Where rows do
-not fill their room, the last one is computed several times: it writes what it has written before.
+not fill their room, the first one is computed several times: it writes what it has written before, and sees the fewest
+keys.
 
 Between layers nothing is captured, since stored KV arrives there.
 """
@@ -98,13 +99,14 @@ class Captured:
 
     def enter(self, rows: Rows) -> None:
         count = rows.step.rows
-        index = self._turns.clamp(max=count - 1)
+        spare = len(self._turns) - count
+        index = (self._turns - spare).clamp(min=0)
         mine = self._rows
         torch.index_select(rows.hidden, 1, index, out=mine.hidden)
         for theirs, own in zip(rows.rotary, mine.rotary, strict=True):
             torch.index_select(theirs, 1, index, out=own)
         torch.index_select(rows.step.slots, 0, index, out=mine.step.slots)
-        rows.hidden = mine.hidden[:, :count]
+        rows.hidden = mine.hidden[:, spare:]
 
     def replay(self, layer: int) -> None:
         self._graphs[layer].replay()

@@ -68,6 +68,11 @@ class RequestKV:
         """Views of the first ``length`` slots: keys, values, each (length, kv_heads, head_dim)."""
         return self._data[layer, 0, :length], self._data[layer, 1, :length]
 
+    @property
+    def layer_stride(self) -> int:
+        """Elements from one layer to the next."""
+        return self._data.stride(0)
+
     def slots(self, first: int, end: int) -> torch.Tensor:
         """View of slots ``first … end - 1`` of all layers: (layers, 2, slots, kv_heads, head_dim)."""
         return self._data[:, :, first:end]

@@ -24,7 +24,8 @@ def is_page_locked(address: int, nbytes: int) -> bool:
 
     Other page-locked memory is not known of.
     """
-    return all(page in _LOCKED for page in range(address // HUGE_PAGE, (address + nbytes - 1) // HUGE_PAGE + 1))
+    first, last = address // HUGE_PAGE, (address + nbytes - 1) // HUGE_PAGE
+    return first in _LOCKED and (first == last or all(page in _LOCKED for page in range(first + 1, last + 1)))
 
 
 class PageLocking:

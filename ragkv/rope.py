@@ -8,7 +8,7 @@ applying it again would be wrong.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -29,6 +29,14 @@ class Rope:
     inv_freq: torch.Tensor
     rotates: tuple[bool, ...]
     refusal: str | None
+    _tables: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list, repr=False, compare=False)
+
+    def table(self, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """:meth:`angles` of positions 0, 1 … and at least as far as ``length``, computed once."""
+        if not self._tables or len(self._tables[-1][0]) < length:
+            positions = torch.arange(1 << (max(length, 1) - 1).bit_length(), device=self.inv_freq.device)
+            self._tables[:] = [self.angles(positions)]
+        return self._tables[-1]
 
     def angles(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """cos and sin for integer ``positions`` (n,): each float32 (n, 1, rotary_dim / 2)."""

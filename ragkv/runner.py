@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from ragkv.attention import AttentionStep, Query
@@ -193,7 +194,7 @@ class ModelRunner:
 
     def tensor(self, ids: Any) -> torch.Tensor:
         """int64, on the device."""
-        return uploaded(torch.as_tensor(ids, dtype=torch.long), self.device)
+        return uploaded(torch.from_numpy(np.array(ids, np.int64)), self.device)
 
     def synchronize(self) -> None:
         """Wait for the device, so that a clock read next means something."""

@@ -34,7 +34,7 @@ _LEAD = 64
 
 def none(blend: Blend) -> Steps[Start]:
     yield from ()
-    return _at_once(blend, blend.places(blend.required))
+    return _at_once(blend, blend.required_places)
 
 
 def epic(blend: Blend) -> Steps[Start]:
@@ -131,7 +131,7 @@ def _sought(blend: Blend, positions: torch.Tensor, found: Look) -> Steps[torch.T
     asking = blend.length - blend.plan.question_start
     lead = len(positions) - asking
     step = AttentionStep(blend.kv, positions[lead:], blend.length, contiguous=False, score_rows=asking)
-    absent, known = blend.places(blend.required) - blend.kv.base, min(blend.known, lead)
+    absent, known = blend.required_places - blend.kv.base, min(blend.known, lead)
     first = min(found.queries)
     # What is not computed yet has no keys but its own, and memory may hold anything, NaN too.
     blend.kv.write_layers(first, absent, torch.zeros_like(found.kv[:, :, :1]))

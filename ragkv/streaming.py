@@ -31,11 +31,14 @@ from ragkv.slabs import Slabs, in_memory, next_layer
 from ragkv.store import CODECS
 from ragkv.uploading import copy_over, uploaded
 
-# Launched before they are needed, and how many of them at a time: the host has other things to launch in between.
-LAUNCHED_AHEAD, _AT_ONCE = 12, 2
-# Layers whose slabs are on the device at a time: one is placed, one has come, one is coming.
+# Layers launched before they are needed.
+LAUNCHED_AHEAD = 12
+# Batches whose slabs are on the device at a time: one is placed, one has come, one is coming.
 _STAGED = 3
-# Layers of which page-locked copies are held.
+# Two layers to a batch, which halves what launching takes the host, but for large ones and the last: what computes the
+# first of them waits for both.
+_TOGETHER, _LARGE, _LAST = 2, 64 << 20, 2
+# Batches of which page-locked copies are held.
 LAYERS_UNDER_WAY = 3
 _ALIGNMENT = 64
 # One thread copies 5 GB/s; a host's memory gives several times that, and a link to the device wants it.
@@ -58,10 +61,12 @@ class Streaming:
         from ragkv.kernels.slabs import SlabPlacer  # needs Triton
 
         self._kv, self._slabs, self._rotates = kv, slabs, runner.rope.rotates
-        self._device, self._order = runner.device, deque(enumerate(order))
-        lengths, slots = [span.length for span in spans], [span.start - kv.base for span in spans]
+        self._device, ready = runner.device, in_memory(slabs)
+        lengths, starts = [span.length for span in spans], [span.start for span in spans]
         sizes = [CODECS[codec].slab_bytes(runner.shape.geometry, length) for length in lengths]
-        self._stage = _Stage(spans, sizes, order, lease, runner.device)
+        alone = not ready or sum(sizes) > _LARGE
+        self._coming = deque(enumerate(_batches(order, self._rotates, 1 if alone else _TOGETHER)))
+        self._stage = _Stage(spans, sizes, [batch for _, batch in self._coming], lease, runner.device)
         self._spans = [spans[i] for i in self._stage.read]
         self._sizes = [sizes[i] for i in self._stage.read]
         self._ready: SimpleQueue[Any] = SimpleQueue()
@@ -71,14 +76,13 @@ class Streaming:
         self._thread: threading.Thread | None = None
         self._stop = False
         self._copying = _stream_behind_this(self._device)
-        if in_memory(slabs):
+        if ready:
             self._copy_first()  # the link is idle until then
-        positions = runner.tensor(np.concatenate([np.arange(span.start, span.end) for span in spans]))
-        self._placer = SlabPlacer(codec, runner.shape, lengths, slots, runner.rope.angles(positions))
+        slots = [start - kv.base for start in starts]
+        angles = runner.rope.table(max(span.end for span in spans))
+        self._placer = SlabPlacer(codec, runner.shape, lengths, slots, starts, angles)
         self._placing = _stream_behind_this(self._device)
-        if in_memory(slabs):
-            self._launch_ahead()
-        else:
+        if not ready:
             self._thread = threading.Thread(target=self._feed, name="ragkv-loader", daemon=True)
             self._thread.start()
 
@@ -88,8 +92,8 @@ class Streaming:
         Raises:
             ChunkLostError: a slab is unreadable; nothing of it was placed.
         """
-        if self._thread is None:
-            self._launch_ahead()
+        if self._thread is None and self._coming and self._ready.qsize() < LAUNCHED_AHEAD:
+            self._launch_or_tell()
         placed = self._ready.get()
         if isinstance(placed, BaseException):
             raise placed
@@ -107,52 +111,56 @@ class Streaming:
 
     def _copy_first(self) -> None:
         try:
-            for turn, _ in list(self._order)[:_STAGED]:
-                self._copy(turn)
+            for turn, layers in list(self._coming)[:_STAGED]:
+                self._copy(turn, layers)
         except Exception as error:
-            self._order.clear()
-            self._ready.put(error)
-
-    def _launch_ahead(self) -> None:
-        for _ in range(_AT_ONCE):
-            if self._order and self._ready.qsize() < LAUNCHED_AHEAD:
-                self._launch_or_tell()
+            self._give_up(error)
 
     def _feed(self) -> None:
         with torch.cuda.device(self._device):
             self._copying.query()  # makes the device's context this thread's, which the driver wants
-            while self._order and not self._stop:
+            while self._coming and not self._stop:
                 self._launch_or_tell()
 
     def _launch_or_tell(self) -> None:
-        """What goes wrong with a layer is raised for whoever needs it, and nothing comes behind it."""
         try:
-            self._launch(*self._order.popleft())
+            self._launch(*self._coming.popleft())
         except BaseException as error:
-            self._order.clear()
-            self._ready.put(error)
+            self._give_up(error)
 
-    def _launch(self, turn: int, layer: int) -> None:
+    def _give_up(self, error: BaseException) -> None:
+        """What went wrong with a layer is raised for whoever needs it, and nothing comes behind it."""
+        self._coming.clear()
+        self._ready.put(error)
+
+    def _launch(self, turn: int, layers: list[int]) -> None:
         if self._spans:
             if not self._copied:
-                self._copy(turn)
+                self._copy(turn, layers)
             self._placing.wait_event(self._copied.popleft())
-        k, v = self._kv.read(layer, self._kv.capacity)
+        k, v = self._kv.read(layers[0], self._kv.capacity)
+        sources, rotated, stride = self._stage.sources[turn], self._rotates[layers[0]], self._kv.layer_stride
         with torch.cuda.stream(self._placing):
-            self._placer.place(self._stage.sources[turn], k, v, rotated=self._rotates[layer])
-        self._placed.append(self._placing.record_event())
-        self._ready.put(self._placed[-1])
+            self._placer.place(sources[: len(layers)], k, v, rotated=rotated, layer_stride=stride)
+        placed = self._placing.record_event()
+        self._placed.append(placed)
+        for _ in layers:
+            self._ready.put(placed)
 
-    def _copy(self, turn: int) -> None:
+    def _copy(self, turn: int, layers: list[int]) -> None:
         if not self._spans:
             return
         if turn >= _STAGED:
             self._copying.wait_event(self._placed[turn - _STAGED])
-        readable, addresses = _readable(next_layer(self._slabs, self._spans, self._sizes))
-        copy_over(list(zip(self._stage.targets[turn], addresses, self._sizes, strict=True)), self._copying)
+        held, sources = list[Any](), list[int]()
+        for _ in layers:
+            readable, addresses = _readable(next_layer(self._slabs, self._spans, self._sizes))
+            held.append(readable)
+            sources += addresses
+        copy_over(self._stage.targets[turn], sources, self._sizes * len(layers), self._copying)
         copied = self._copying.record_event()
         self._copied.append(copied)
-        self._hold(copied, readable)
+        self._hold(copied, held)
 
     def _hold(self, copied: torch.cuda.Event, readable: list[Any]) -> None:
         """What is copied must stay where it is until then. What is in memory stays there for nothing."""
@@ -167,15 +175,15 @@ class _Stage:
 
     Attributes:
         read: indices of the spans that the store has to read.
-        sources: int64 (layers, spans), on the device: addresses of all spans' slabs, a row for each turn of the order.
-        targets: of those that are read, where to copy them.
+        sources: int64 (batches, layers of a batch, spans), on the device: addresses of all spans' slabs.
+        targets: of those that are read, where to copy them, for each batch, layer by layer.
     """
 
     def __init__(
         self,
         spans: Sequence[Span],
         sizes: Sequence[int],
-        order: Sequence[int],
+        batches: Sequence[list[int]],
         lease: DeviceLease | None,
         device: torch.device,
     ) -> None:
@@ -184,18 +192,36 @@ class _Stage:
         self.read = [i for i, key in enumerate(keys) if key not in hits]
         own = [i for i in self.read if keys[i] not in fills]
         starts = np.cumsum([0, *(-(-sizes[i] // _ALIGNMENT) * _ALIGNMENT for i in own)])
-        nbytes = int(starts[-1])
-        self._memory = torch.empty((_STAGED, nbytes), dtype=torch.uint8, device=device)
-        turns, layers = np.arange(len(order)), np.asarray(order)
-        sources = np.zeros((len(order), len(spans)), np.int64)
+        nbytes, most = int(starts[-1]), max(map(len, batches))
+        self._memory = torch.empty((_STAGED, most, nbytes), dtype=torch.uint8, device=device)
+        layers = np.array([batch + batch[-1:] * (most - len(batch)) for batch in batches])
+        turns = np.arange(len(batches))[:, None] % _STAGED
+        sources = np.zeros((*layers.shape, len(spans)), np.int64)
         for i, key in enumerate(keys):
             held = hits.get(key, fills.get(key))
             if held is not None:
-                sources[:, i] = held.data_ptr() + held.stride(0) * layers
-        for i, start in zip(own, starts[:-1], strict=True):
-            sources[:, i] = self._memory.data_ptr() + nbytes * (turns % _STAGED) + start
+                sources[:, :, i] = held.data_ptr() + held.stride(0) * layers
+        sources[:, :, own] = (
+            self._memory.data_ptr() + ((turns * most + np.arange(most)) * nbytes)[:, :, None] + starts[:-1]
+        )
         self.sources = uploaded(torch.from_numpy(sources), device)
-        self.targets: list[list[int]] = sources[:, self.read].tolist()
+        read = sources[:, :, self.read].tolist()
+        self.targets = [
+            [to for row in rows[: len(batch)] for to in row] for rows, batch in zip(read, batches, strict=True)
+        ]
+
+
+def _batches(order: Sequence[int], rotates: Sequence[bool], most: int) -> list[list[int]]:
+    """The order cut where a launch ends: layers of a batch follow each other in the KV, and rotate alike."""
+    batches: list[list[int]] = []
+    for turn, layer in enumerate(order):
+        last = batches[-1] if batches else []
+        room = last and len(last) < most and turn < len(order) - _LAST
+        if room and layer == last[-1] + 1 and rotates[layer] == rotates[last[-1]]:
+            last.append(layer)
+        else:
+            batches.append([layer])
+    return batches
 
 
 def _stream_behind_this(device: torch.device) -> Any:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import ctypes
 import threading
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
+import numpy as np
 import torch
 
 # Page-locked memory for small uploads, used in turn, half by half.
@@ -69,19 +71,50 @@ def _outbox() -> _Outbox | None:
     return _Outbox(fetch)
 
 
-def copy_over(pairs: list[tuple[int, int, int]], stream: torch.cuda.Stream) -> None:
-    """Have the copy engine bring (target, source, bytes) from page-locked memory to the CUDA device's, in the order of
-    ``stream``; all of it stays where it is until then.
+def copy_over(targets: Sequence[int], sources: Sequence[int], sizes: Sequence[int], stream: torch.cuda.Stream) -> None:
+    """Have the copy engine bring ``sizes`` bytes each from page-locked memory at ``sources`` to the CUDA device's at
+    ``targets``, in the order of ``stream``; all of it stays as it is until then.
 
     A tensor's ``copy_`` takes the host several times as long: more than the link does, for slabs of short chunks.
 
     Raises:
         RuntimeError: the driver refused.
     """
+    batch = _batch()
+    if batch is None:
+        copy_each(targets, sources, sizes, stream)
+        return
+    table = np.array([targets, sources, sizes], np.uint64)
+    first, row = table.ctypes.data, table.strides[0]
+    attributes, index, failed = _Attributes(source_order=_IN_STREAM_ORDER), ctypes.c_size_t(0), ctypes.c_size_t(0)
+    refs = (ctypes.byref(attributes), ctypes.byref(index), 1, ctypes.byref(failed))
+    _check(batch(first, first + row, first + 2 * row, len(targets), *refs, stream.cuda_stream))
+
+
+def copy_each(targets: Sequence[int], sources: Sequence[int], sizes: Sequence[int], stream: torch.cuda.Stream) -> None:
+    """:func:`copy_over`, one call each: for drivers before CUDA 12.8."""
     copy, handle = _driver().cuMemcpyHtoDAsync_v2, stream.cuda_stream
-    for target, source, nbytes in pairs:
-        if error := copy(target, source, nbytes, handle):
-            raise RuntimeError(f"copying {nbytes} bytes to the device failed with CUDA error {error}")
+    for target, source, nbytes in zip(targets, sources, sizes, strict=True):
+        _check(copy(target, source, nbytes, handle))
+
+
+def _check(error: int) -> None:
+    if error:
+        raise RuntimeError(f"copying to the device failed with CUDA error {error}")
+
+
+_IN_STREAM_ORDER = 1  # CU_MEMCPY_SRC_ACCESS_ORDER_STREAM
+
+
+class _Attributes(ctypes.Structure):
+    """CUmemcpyAttributes."""
+
+    _fields_ = (
+        ("source_order", ctypes.c_int),
+        ("source_hint", ctypes.c_int * 2),
+        ("target_hint", ctypes.c_int * 2),
+        ("flags", ctypes.c_uint),
+    )
 
 
 @cache
@@ -90,3 +123,15 @@ def _driver() -> Any:
     address = ctypes.c_void_p
     driver.cuMemcpyHtoDAsync_v2.argtypes = (address, address, ctypes.c_size_t, address)
     return driver
+
+
+@cache
+def _batch() -> Any:
+    """The driver's call for many copies, None where it is too old for it."""
+    try:
+        call = _driver().cuMemcpyBatchAsync
+    except AttributeError:
+        return None
+    address = ctypes.c_void_p
+    call.argtypes = (address, address, address, ctypes.c_size_t, address, address, ctypes.c_size_t, address, address)
+    return call

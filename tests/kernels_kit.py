@@ -192,13 +192,14 @@ def check_slabs(codec: str, shape: Shape, turning: int, dtype: torch.dtype) -> N
         for to, source in pieces:
             stage[to] = slab[source]
     keys, values = unpacker.unpack(torch.from_numpy(stage))
-    placer = SlabPlacer(codec, kv_shape, lengths, first, angles)
-    sources = torch.tensor([*(slab.ctypes.data for slab in slabs), 0])
-    for layer in (0, 1):
-        kv = torch.full((2, length, shape.kv_heads, shape.head_dim), 7.0, dtype=dtype)
+    placer = SlabPlacer(codec, kv_shape, lengths, first, first, rope.table(length))
+    sources = torch.tensor([[*(slab.ctypes.data for slab in slabs), 0]])
+    for layer, together in ((0, 1), (1, 1), (0, 2)):
+        kv = torch.full((together, 2, length, shape.kv_heads, shape.head_dim), 7.0, dtype=dtype)
         expected = kv.clone()
-        expected[0, positions], expected[1, positions] = rope.place(keys, angles, layer), values
-        placer.place(sources, kv[0], kv[1], rotated=rope.rotates[layer])
+        expected[:, 0, positions], expected[:, 1, positions] = rope.place(keys, angles, layer), values
+        table, stride = sources.expand(together, -1).contiguous(), kv.stride(0)
+        placer.place(table, kv[0, 0], kv[0, 1], rotated=rope.rotates[layer], layer_stride=stride)
         close(kv, expected, dtype)
 
 

@@ -1,4 +1,4 @@
-"""From slabs on the device to a layer of the KV: read, decoded, rotated and written in one launch.
+"""From slabs on the device to layers of the KV: read, decoded, rotated and written in one launch.
 
 The kernel reads through addresses: each slab may lie wherever it came to lie, alone in a tier or among others in a
 stage. The device's memory is touched as little as can be: slabs read once, KV written once.
@@ -42,7 +42,8 @@ def _field(base, offset, ELEMENT: tl.constexpr):
     return (base + offset).to(tl.pointer_type(ELEMENT))
 
 
-@triton.jit
+# Compiled knowing that ``layer_stride`` is a multiple of 16: or else elements are stored one by one.
+@triton.jit(do_not_specialize=["width"])
 def _place(
     sources,
     spans,
@@ -50,6 +51,8 @@ def _place(
     sin,
     k,
     v,
+    width,
+    layer_stride,
     KV_HEADS: tl.constexpr,
     HD: tl.constexpr,
     HALF: tl.constexpr,
@@ -70,7 +73,10 @@ def _place(
     dtype = k.dtype.element_ty
     i = tl.arange(0, HALF_PAD)[None, :]
     j = tl.arange(0, REST_PAD)[None, :]
-    base = tl.load(sources + chunk)
+    layer = tl.program_id(2)
+    base = tl.load(sources + layer * width + chunk)
+    k += tl.cast(layer, tl.int64) * layer_stride
+    v += tl.cast(layer, tl.int64) * layer_stride
     pairs = (tl.load(spans + chunk * 6) * KV_HEADS).to(tl.int32)
     row = tl.load(spans + chunk * 6 + 1)
     first_slot = tl.load(spans + chunk * 6 + 2)
@@ -125,15 +131,13 @@ def _place(
 
 
 class SlabPlacer:
-    """Places chunks stored with ``codec``, each at consecutive slots, layer by layer.
-
-    Attributes:
-        slab_bytes: of each chunk.
+    """Places chunks stored with ``codec``, each at consecutive slots, some layers at a time.
 
     Args:
         lengths: tokens of each chunk.
         slots: the first slot of each.
-        angles: float32 cos and sin of :meth:`ragkv.rope.Rope.angles` for the chunks' tokens, one after the other.
+        positions: of the first token of each.
+        angles: :meth:`ragkv.rope.Rope.table`.
     """
 
     def __init__(
@@ -142,13 +146,11 @@ class SlabPlacer:
         shape: KvShape,
         lengths: Sequence[int],
         slots: Sequence[int],
+        positions: Sequence[int],
         angles: tuple[torch.Tensor, torch.Tensor],
     ) -> None:
-        forms = [{f.name: f for f in CODECS[codec].fields(shape.geometry, n)} for n in lengths]
-        rows = np.concatenate([[0], np.cumsum(lengths)[:-1]]).astype(np.int64)
-        offsets = [[form[name].offset if name in form else 0 for name in _COLUMNS[3:]] for form in forms]
-        self.slab_bytes = [CODECS[codec].slab_bytes(shape.geometry, n) for n in lengths]
-        table = np.column_stack([lengths, rows, slots, np.array(offsets).reshape(len(lengths), 3)])
+        offsets = {n: _offsets(codec, shape, n) for n in set(lengths)}
+        table = np.column_stack([lengths, positions, slots, np.array([offsets[n] for n in lengths])])
         self._cos, self._sin = (part.contiguous() for part in angles)
         self._device = self._cos.device
         self._spans = uploaded(torch.from_numpy(table.astype(np.int64)), self._device)
@@ -165,23 +167,28 @@ class SlabPlacer:
         }
         self._align = {h: math.gcd(16, h * size, hd * size) for h in {self._rotary, self._plain}}
 
-    def place(self, sources: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, rotated: bool) -> None:
-        """Write a layer's keys, rotated unless this layer has no RoPE, and values.
+    def place(
+        self, sources: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, rotated: bool, layer_stride: int = 0
+    ) -> None:
+        """Write some layers' keys, rotated unless these layers have no RoPE, and values.
 
         Args:
-            sources: int64 (at least chunks,), where each chunk's slab begins: addresses of the device's memory,
-                multiples of 16.
-            k: (length, kv_heads, head_dim); v has its strides.
+            sources: int64 (layers, at least chunks), where each chunk's slab begins: addresses of the device's
+                memory, multiples of 16.
+            k: (length, kv_heads, head_dim) of the first layer; v has its strides.
+            layer_stride: elements from one layer to the next in the KV.
         """
         half = self._rotary if rotated else self._plain
         rest = self._fixed["HD"] - 2 * half
-        _place[self._grid](
+        _place[(*self._grid, len(sources))](
             sources,
             self._spans,
             self._cos,
             self._sin,
             k,
             v,
+            sources.stride(0),
+            layer_stride,
             HALF=half,
             HALF_PAD=next_power_of_2(half),
             REST=rest,
@@ -193,3 +200,9 @@ class SlabPlacer:
             num_warps=WARPS,
             **self._fixed,
         )
+
+
+def _offsets(codec: str, shape: KvShape, tokens: int) -> list[int]:
+    """Where the columns begin in a slab, 0 for those that it does not have."""
+    form = {field.name: field.offset for field in CODECS[codec].fields(shape.geometry, tokens)}
+    return [form.get(name, 0) for name in _COLUMNS[3:]]

@@ -20,7 +20,8 @@ from ragkv.kernels import slabs as kernel
 from ragkv.kv import KvShape, RequestKV
 from ragkv.pinned import PageLocking
 from ragkv.rope import Rope
-from ragkv.uploading import copy_over
+from ragkv.store import CODECS
+from ragkv.uploading import copy_each, copy_over
 
 SHAPE = KvShape(32, 8, 128, torch.bfloat16)
 TOKENS = 8192
@@ -53,38 +54,50 @@ class Bench:
 
     def copying(self) -> Iterator[dict[str, Any]]:
         """Slabs of a layer, copied one by one."""
-        stream = torch.cuda.current_stream()
+        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         for nbytes in (64 << 10, 128 << 10, 256 << 10, 1 << 20, 2 << 20):
             count = min(64, self.memory.nbytes // _SLOT)
-            to, source = self.near.data_ptr(), self.memory.ctypes.data
-            pairs = [(to + i * _SLOT, source + i * _SLOT, nbytes) for i in range(count)]
+            slots = [i * _SLOT for i in range(count)]
+            targets, sources = (
+                [base + slot for slot in slots] for base in (self.near.data_ptr(), self.memory.ctypes.data)
+            )
+            ways = {"batch": copy_over, "each": copy_each}
+            for name, way in ways.items():
 
-            def work(pairs: list[tuple[int, int, int]] = pairs) -> None:
-                copy_over(pairs, stream)
+                def work(way: Any = way, t: Any = targets, s: Any = sources, n: Any = [nbytes] * count) -> None:
+                    with torch.cuda.stream(stream):
+                        way(t, s, n, stream)
 
-            took = seconds(work)
-            torch.cuda.synchronize()
-            began = time.perf_counter()
-            work()
-            host = time.perf_counter() - began
-            yield {"slab_bytes": nbytes, "copied_gb_s": count * nbytes / took / 1e9, "host_us": 1e6 * host / count}
+                work()
+                took = statistics.median(self.copied(stream, work) for _ in range(5))
+                began = time.perf_counter()
+                work()
+                host = time.perf_counter() - began
+                speed = count * nbytes / took / 1e9
+                yield {"way": name, "slab_bytes": nbytes, "copied_gb_s": speed, "host_us": 1e6 * host / count}
+
+    def copied(self, stream: torch.cuda.Stream, work: Callable[[], None]) -> float:
+        torch.cuda.synchronize()
+        with torch.cuda.stream(stream):
+            took = seconds(work, 2)
+        torch.cuda.synchronize()
+        return took
 
     def placing(self) -> Iterator[dict[str, Any]]:
         """A layer's slabs, from the device's memory into the KV."""
         frequencies = 1.0 / 500000 ** (torch.arange(64, device=self.device) / 64)
-        angles = Rope(frequencies, (True,), None).angles(torch.arange(TOKENS, device=self.device))
+        angles = Rope(frequencies, (True,), None).table(TOKENS)
         k, v = self.kv.read(0, TOKENS)
         for codec in ("raw", "int8", "fp8"):
             for tokens in (64, 512):
                 for block, warps in ((16, 4), (32, 4), (64, 4), (64, 8), (128, 8)):
                     kernel.BLOCK_PAIRS, kernel.WARPS = block, warps
                     count = TOKENS // tokens
-                    placer = kernel.SlabPlacer(
-                        codec, SHAPE, [tokens] * count, [i * tokens for i in range(count)], angles
-                    )
-                    sources = torch.tensor([self.near.data_ptr() + i * _SLOT for i in range(count)], device=self.device)
+                    places = [i * tokens for i in range(count)]
+                    placer = kernel.SlabPlacer(codec, SHAPE, [tokens] * count, places, places, angles)
+                    sources = torch.tensor([[self.near.data_ptr() + i * _SLOT for i in range(count)]]).to(self.device)
                     took = seconds(lambda p=placer, s=sources: p.place(s, k, v, rotated=True), 9)  # type: ignore[misc]
-                    moved = sum(placer.slab_bytes) + 2 * k.nbytes
+                    moved = count * CODECS[codec].slab_bytes(SHAPE.geometry, tokens) + 2 * k.nbytes
                     yield {
                         "codec": codec, "tokens": tokens, "block": block, "warps": warps, "us": 1e6 * took,
                         "moved_gb_s": moved / took / 1e9,

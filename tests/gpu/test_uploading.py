@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ragkv import uploading
-from ragkv.uploading import copy_over, uploaded
+from ragkv.uploading import copy_each, copy_over, uploaded
 
 pytestmark = pytest.mark.gpu
 DEVICE = torch.device("cuda")
@@ -52,13 +52,30 @@ def test_an_upload_does_not_wait_for_what_is_copied_over():
     copying = torch.cuda.Stream()
     uploaded(torch.ones(3), DEVICE)
     torch.cuda.synchronize()
-    copy_over([(target.data_ptr(), source.data_ptr(), source.nbytes)] * 4, copying)
+    copy_over([target.data_ptr()] * 4, [source.data_ptr()] * 4, [source.nbytes] * 4, copying)
     small = uploaded(torch.ones(3), DEVICE)
     assert small.tolist() == [1.0] * 3
     assert not copying.query()  # 4 GB take a good while
     torch.cuda.synchronize()
 
 
-def test_a_copy_that_cannot_be_is_an_error():
+@pytest.mark.parametrize("copy", [copy_over, copy_each])
+def test_what_is_copied_over_lies_where_it_was_to_lie(copy):
+    source = torch.randint(0, 255, (1 << 20,), dtype=torch.uint8).pin_memory()
+    target = torch.zeros_like(source, device=DEVICE)
+    places = [(0, 64, 100), (4096, 0, 64), (70000, 30000, 500000)]  # to, from, bytes
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    targets, sources = [target.data_ptr() + to for to, _, _ in places], [source.data_ptr() + at for _, at, _ in places]
+    copy(targets, sources, [nbytes for _, _, nbytes in places], stream)
+    stream.synchronize()
+    expected = torch.zeros_like(source)
+    for to, at, nbytes in places:
+        expected[to : to + nbytes] = source[at : at + nbytes]
+    assert torch.equal(target.cpu(), expected)
+
+
+@pytest.mark.parametrize("copy", [copy_over, copy_each])
+def test_a_copy_that_cannot_be_is_an_error(copy):
     with pytest.raises(RuntimeError, match="CUDA error"):
-        copy_over([(0, 0, 64)], torch.cuda.current_stream())
+        copy([0], [0], [64], torch.cuda.Stream())
