@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
 from dataclasses import dataclass
 from enum import Enum
 
@@ -11,7 +10,6 @@ from ragkv.lineage import Lineage
 from ragkv.paged import BLOCK_TOKENS
 from ragkv.plan import PromptPlan
 from ragkv.pool import Table, blocks_for
-from ragkv.prefill import PrefillResult
 from ragkv.sampling import Sampler
 from ragkv.scheduling import Ticket
 
@@ -37,7 +35,7 @@ class Active:
         written: tokens whose KV is written or being written.
         sampled: tokens of output chosen, of which the host may not know the last.
         lane: its place in the decoder.
-        prefill_s: seconds of its prefill, in the slices before this one.
+        prefill_s: seconds of its prefill, or None where others' rows were computed in them as well.
     """
 
     generation: Generation
@@ -46,9 +44,8 @@ class Active:
     phase: Phase = Phase.OUTSIDE
     table: Table | None = None
     sampler: Sampler | None = None
-    prefill: Generator[None, None, PrefillResult] | None = None
     lane: int | None = None
-    prefill_s: float = 0.0
+    prefill_s: float | None = 0.0
     written: int = 0
     sampled: int = 0
 

@@ -6,7 +6,8 @@ after each prefill, and whenever there is none, chunks are encoded for the store
 only to open a prompt's entries and where the layer it needs next is still being read; it never writes, tokenises,
 detokenises or talks to a client.
 
-Who is next is the scheduler's to say (:mod:`ragkv.scheduling`), where KV lies the pool's (:mod:`ragkv.pool`).
+Who is next is the scheduler's to say (:mod:`ragkv.scheduling`), where KV lies the pool's (:mod:`ragkv.pool`), who is
+computed together that of those in their prefill (:mod:`ragkv.prefills`).
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ from ragkv.paged import BLOCK_TOKENS
 from ragkv.plan import Span
 from ragkv.pool import KvPool, blocks_for
 from ragkv.prefill import Prefill, PrefillResult
+from ragkv.prefills import Prefills
 from ragkv.runner import ModelRunner
 from ragkv.sampling import Sampler, sample
 from ragkv.scheduling import Plan, Scheduler, Ticket
@@ -125,8 +127,7 @@ class EngineLoop:
         self._by_id: dict[str, Active] = {}
         self._by_ticket: dict[Ticket, Active] = {}
         self._admitted: list[Active] = []
-        self._prefills: list[Active] = []
-        self._slice_began = 0.0
+        self._prefills = Prefills(runner, controller, self._first_token, self._fail)
         self._served: list[Ticket] = []
         self._encodes: deque[tuple[EncodeGroup, OnEncoded]] = deque()
         self._encoding: _Encoding | None = None
@@ -205,7 +206,7 @@ class EngineLoop:
             scheduled = self._scheduler.stats
         numbers = {name: value for name, value in vars(self.tally).items() if name != "records"}
         waiting = {"queued_tokens": scheduled.waiting_tokens, "preempted": scheduled.preempted}
-        return {**numbers, **waiting, **self._pool.stats()}
+        return {**numbers, **waiting, "joined_layers": self._prefills.joined_layers, **self._pool.stats()}
 
     @property
     def records(self) -> list[StepRecord]:
@@ -264,7 +265,7 @@ class EngineLoop:
             self._bring(request)
         encoding = bool(self._encodes or self._encoding)
         done = 0.0
-        if self._prefills and not (encoding and self._owes_encoding):
+        if self._prefills.requests and not (encoding and self._owes_encoding):
             done = self._advance_prefills()
         elif encoding:
             self._advance_encoding()
@@ -369,8 +370,7 @@ class EngineLoop:
             controller=None if generation.as_asked else self._controller,
             device_tier=self._device_tier,
         )
-        request.prefill, request.phase, request.prefill_s = prefill.run(), Phase.PREFILL, 0.0
-        self._prefills.append(request)
+        self._prefills.enter(request, prefill)
 
     def _preempt(self, request: Active) -> None:
         """Give its room to others. What it was to deliver is delivered first; then the host knows all its tokens."""
@@ -389,11 +389,8 @@ class EngineLoop:
         """Out of whatever phase it is in."""
         if request in self._admitted:
             self._admitted.remove(request)
-        if request in self._prefills:
-            self._prefills.remove(request)
-        if request.prefill is not None:
-            request.prefill.close()
-            request.prefill = None
+        if request.phase is Phase.PREFILL:
+            self._prefills.leave(request)
         if request.phase is Phase.DECODE:
             self._decodes.leave(request)
             if request.table is not None:
@@ -404,22 +401,20 @@ class EngineLoop:
     def _advance_prefills(self) -> float:
         """Advance the best prefills for a slice of time. Returns about how many tokens of their prompts that was."""
         with self._wake:
-            turn = self._scheduler.in_turn([request.ticket for request in self._prefills])
-        self._prefills = [self._by_ticket[ticket] for ticket in turn]
-        self._slice_began = time.perf_counter()
-        deadline, ahead, done = self._slice_began + self._stall_s, deque[Any](), 0.0
-        while self._prefills:
-            request = self._prefills[0]
-            done += self._prefill_layer(request)
-            over = request.prefill is None
-            self._owes_encoding |= over
+            turn = self._scheduler.in_turn([request.ticket for request in self._prefills.requests])
+        self._prefills.begin([self._by_ticket[ticket] for ticket in turn])
+        deadline, ahead, done = time.perf_counter() + self._stall_s, deque[Any](), 0.0
+        while going := self._prefills.requests:
+            for request in going:
+                if request.generation.cancelled:
+                    self._finish(request, "cancelled")
+            done += self._prefills.step()
+            self._owes_encoding |= len(self._prefills.requests) < len(going)
             if self._decodes.requests:
                 self._pace(ahead)
             if self._closed or time.perf_counter() > deadline:
-                request.prefill_s += time.perf_counter() - self._slice_began
                 break
-            if over:  # there is time left for the next
-                self._slice_began = time.perf_counter()
+        self._prefills.end()
         return done
 
     def _pace(self, ahead: deque[Any]) -> None:
@@ -428,30 +423,6 @@ class EngineLoop:
             ahead.append(torch.cuda.current_stream(self._runner.device).record_event())
             if len(ahead) > LAUNCHED_AHEAD:
                 ahead.popleft().synchronize()
-
-    def _prefill_layer(self, request: Active) -> float:
-        """One step of its prefill; ``request.prefill`` is None once it is over, whichever way."""
-        if request.prefill is None or request.table is None:
-            raise RuntimeError("it is not in its prefill")
-        generation = request.generation
-        if generation.cancelled:
-            self._finish(request, "cancelled")
-            return 0.0
-        try:
-            next(request.prefill)
-            return (len(request.ids) - request.table.tokens) / self._runner.shape.layers
-        except StopIteration as done:
-            result: PrefillResult = done.value
-        except Exception as error:  # one request's failure must not take the others along
-            self._fail(request, error)
-            return 0.0
-        self._prefills.remove(request)
-        request.prefill = None
-        try:
-            self._first_token(request, result)
-        except Exception as error:  # as above
-            self._fail(request, error)
-        return 0.0
 
     def _first_token(self, request: Active, result: PrefillResult) -> None:
         generation, table = request.generation, request.table
@@ -467,8 +438,8 @@ class EngineLoop:
             )
         sampled = sample(result.logits[None], [request.sampler])
         token = int(sampled.tokens[0])
-        if result.exact == ALL:  # nothing of it was loaded
-            seconds = request.prefill_s + time.perf_counter() - self._slice_began
+        seconds = self._prefills.seconds(request)
+        if result.exact == ALL and seconds is not None:  # nothing of it was loaded, and it took that time alone
             self._pool.costs.computed(len(request.ids) - known, seconds)
         first = not request.sampled
         request.sampled += 1

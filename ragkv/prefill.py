@@ -97,6 +97,18 @@ class Prefill:
         self._chosen: dict[Span, str] = {}
         self._opened: set[Span] = set()
 
+    @property
+    def least_rows(self) -> int:
+        """Tokens that its first main pass is over, if all its chunks are stored and no more is computed than was asked
+        for."""
+        rows = len(self._plan.ids) - self._known.tokens
+        reused = [span for span in self._plan.spans if span.end > self._known.tokens]
+        if self._strategy == FULL or self._off or not reused:
+            return rows + len(self._tail)
+        ratio = 0.0 if self._strategy == "none" else self._ratio
+        repaired = ratio * sum(span.length for span in reused if span.context_present)
+        return rows - sum(span.length for span in reused) + round(repaired)
+
     def run(self) -> Generator[None, None, PrefillResult]:
         """:meth:`steps`, each layer run by itself; yields between them."""
         return alone(self._runner, self.steps())

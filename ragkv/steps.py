@@ -31,7 +31,7 @@ class LayerCall:
 Steps = Generator[LayerCall | None, None, T]
 
 
-def run(runner: ModelRunner, calls: Sequence[LayerCall], joined: Joined | None = None) -> None:
+def run_calls(runner: ModelRunner, calls: Sequence[LayerCall], joined: Joined | None = None) -> None:
     """Run ``calls``, all for the same layer: one by itself, several in ``joined``, which holds their rows."""
     for call in calls:
         call.watch.lap("queue")
@@ -54,5 +54,5 @@ def alone(runner: ModelRunner, steps: Steps[T]) -> Generator[None, None, T]:
                 result: T = done.value
                 return result
             if call is not None:
-                run(runner, [call])
+                run_calls(runner, [call])
             yield

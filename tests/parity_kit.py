@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import random
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from itertools import combinations, product
@@ -32,8 +32,10 @@ from ragkv.paged import BLOCK_TOKENS, PagedKV
 from ragkv.plan import PlannedChunk, PromptPlan, Span, make_plan
 from ragkv.prefill import FULL, Prefill, SpanOutcome
 from ragkv.retrievers import Chunk
+from ragkv.rows import Joined
 from ragkv.runner import ModelRunner
 from ragkv.selection import STRATEGIES
+from ragkv.steps import LayerCall, Steps, run_calls
 from ragkv.store import ChunkStore, OpenEntry
 from tests.codec_kit import decoded, encoded
 from tests.families import BASE, MOVABLE, make_model
@@ -322,7 +324,7 @@ class World:
 
     # Prompts
 
-    def steps(self, case: Case) -> Generator[None, None, Run]:
+    def steps(self, case: Case) -> Steps[Run]:
         """Blend, in steps."""
         clean = replace(case, kv="moved") if case.kv == "poisoned" else case
         plan = self.plan(clean)
@@ -335,18 +337,18 @@ class World:
             yield from self._brought(case, plan)
         return (yield from self._blended(case, plan, poisoned))
 
-    def _brought(self, case: Case, plan: PromptPlan) -> Generator[None, None, None]:
+    def _brought(self, case: Case, plan: PromptPlan) -> Steps[None]:
         """What a blend has brought to the device is there for the next."""
         if case.tier == "device":
             yield from self._blended(replace(case, strategy="none"), plan, torch.zeros(len(plan.ids)))
 
-    def _blended(self, case: Case, plan: PromptPlan, poisoned: torch.Tensor) -> Generator[None, None, Run]:
+    def _blended(self, case: Case, plan: PromptPlan, poisoned: torch.Tensor) -> Steps[Run]:
         length, layers = len(plan.ids), self.runner.shape.layers
         options: dict[str, Any] = {"ratio": case.ratio, "room": ROOM, "watch": Stopwatch(), "seed": 5}
         options["device_tier"] = self._device_tier if case.tier == "device" else None
         known = self._known(case, plan)
         options["known"] = Known(case.known_tokens, lambda kv: kv.slots(0, case.known_tokens).copy_(known))
-        steps = Prefill(self.runner, self.store(case.tier), plan, strategy=case.strategy, **options).run()
+        steps = Prefill(self.runner, self.store(case.tier), plan, strategy=case.strategy, **options).steps()
         result = yield from steps
         computed = self._watched[result.kv][:, :length]
         run = Run(case, plan, self._stored(plan, computed, known), self._is_exact(case), computed, poisoned)
@@ -487,17 +489,20 @@ class World:
 
     def _watch(self) -> None:
         """Keep account of the rows that every layer is run for, whoever runs it."""
-        run_layer = self.runner.run_layer
+        for name in ("run_layer", "run_together"):
+            setattr(self.runner, name, self._watching(getattr(self.runner, name)))
 
+    def _watching(self, run_rows: Callable[[int, Any], None]) -> Callable[[int, Any], None]:
         def watched(layer: int, rows: Any) -> None:
             if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
-                return run_layer(layer, rows)  # what looks ahead: it is nobody's prompt
-            kv = rows.step.kv
-            done = self._watched.setdefault(kv, torch.zeros((kv.shape.layers, kv.capacity), dtype=torch.bool))
-            done[layer, rows.step.slots.cpu()] = True
-            return run_layer(layer, rows)
+                return run_rows(layer, rows)  # what looks ahead: it is nobody's prompt
+            for step in rows.step.steps:
+                kv = step.kv
+                done = self._watched.setdefault(kv, torch.zeros((kv.shape.layers, kv.capacity), dtype=torch.bool))
+                done[layer, step.slots.cpu()] = True
+            return run_rows(layer, rows)
 
-        self.runner.run_layer = watched  # type: ignore[method-assign]
+        return watched
 
     def _spoil(self) -> None:
         """NaN in every slot of a new KV: what is read but was never written shows, whatever memory held before."""
@@ -644,20 +649,31 @@ def misread(run: Run) -> list[str]:
 
 @torch.inference_mode()
 def interleaved(world: World, cases: Sequence[Case], seed: int) -> list[Run]:
-    """The runs of ``cases``, advanced a step at a time, whose turn it is being a matter of chance; what comes next is
-    decoded for all of them together."""
+    """The runs of ``cases``, advanced a step at a time, mostly whoever is furthest behind; layers that several want are
+    run for them at once, or not, as chance has it. What comes next is decoded for all of them together."""
     chance = random.Random(seed)
-    going = [world.steps(case) for case in cases]
+    going: dict[Steps[Run], LayerCall | None] = {world.steps(case): None for case in cases}
     runs: list[Run] = []
     while going:
-        steps = chance.choice(going)
+        behind = min(going, key=lambda steps: call.layer if (call := going[steps]) is not None else -1)
+        steps = behind if chance.random() < 0.8 else chance.choice(list(going))
+        if (call := going[steps]) is not None:
+            others = [one for one, its in going.items() if its is not None and its.layer == call.layer and one != steps]
+            _run([steps, *(one for one in others if chance.random() < 0.8)], going, world.runner)
+            continue
         try:
-            next(steps)
+            going[steps] = next(steps)
         except StopIteration as done:
-            going.remove(steps)
+            del going[steps]
             runs.append(done.value)
     world.decode(runs, chance)
     return runs
+
+
+def _run(several: list[Steps[Run]], going: dict[Steps[Run], LayerCall | None], runner: ModelRunner) -> None:
+    calls = [call for steps in several if (call := going[steps]) is not None]
+    run_calls(runner, calls, Joined([call.rows for call in calls]) if len(calls) > 1 else None)
+    going.update(dict.fromkeys(several))
 
 
 def norm_error(actual: torch.Tensor, expected: torch.Tensor) -> float:

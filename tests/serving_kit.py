@@ -14,6 +14,8 @@ import torch
 
 from ragkv.archive import Archive
 from ragkv.clock import Stopwatch
+from ragkv.controller import Controller
+from ragkv.costs import Curve, Estimate, Machine
 from ragkv.generation import Generation, TokenScores
 from ragkv.lineage import Lineage
 from ragkv.loop import EngineLoop
@@ -89,6 +91,12 @@ class Hall:
         assert self.loop.running == self.loop.queued == 0
 
 
+def machine(*knots: tuple[int, float], overlapped: bool = False) -> Machine:
+    """A layer over so many rows takes so many seconds; by default it is the same for any number that tests have."""
+    curve = Curve(knots or [(4096, 1.0)], per_pair=0.0)
+    return Machine(4, curve, curve, 0.0, {"ram": Estimate(1e-9)}, overlapped)
+
+
 def plain_plan(ids: Sequence[int]) -> PromptPlan:
     return PromptPlan(tuple(ids), (), 0, ())
 
@@ -109,8 +117,9 @@ def hall(
     stall_s: float = 0.0,
     late: bool = False,
     archived: bool = False,
+    machine: Machine | None = None,
 ) -> Iterator[Hall]:
-    """``archived``: idle conversations sink to ``root / "sessions"``."""
+    """``archived``: idle conversations sink to ``root / "sessions"``. ``machine``: what layers take."""
     runner = runner or make_runner("llama")
     own = store or ChunkStore(root / "store", capacity_bytes=2**22, ram_bytes=0, threads=1)
     archive = None
@@ -128,7 +137,16 @@ def hall(
         max_preemptions=max_preemptions,
         aging_s=1e9,
     )
-    loop = EngineLoop(runner, own, pool, scheduler, max_running=max_running, on_missing=lambda _: None, stall_s=stall_s)
+    loop = EngineLoop(
+        runner,
+        own,
+        pool,
+        scheduler,
+        max_running=max_running,
+        on_missing=lambda _: None,
+        stall_s=stall_s,
+        controller=Controller(machine) if machine is not None else None,
+    )
     loop._decodes.late = late
     try:
         yield Hall(loop, pool, runner)

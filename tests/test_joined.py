@@ -9,7 +9,7 @@ from ragkv.attention import AttentionStep
 from ragkv.clock import Stopwatch
 from ragkv.rows import Joined
 from ragkv.runner import ModelRunner
-from ragkv.steps import LayerCall, alone, run
+from ragkv.steps import LayerCall, alone, run_calls
 from tests import fused_kit
 from tests.families import MOVABLE, make_runner
 
@@ -72,11 +72,11 @@ def test_the_time_of_a_joined_layer_is_each_ones_and_shared():
 
     runner.run_together = slow
     now[0] = 2.0
-    run(runner, calls, Joined(prompts))
+    run_calls(runner, calls, Joined(prompts))
     assert [watch.parts for watch in watches] == [{"queue": 2.0, "select": 5.0}, {"queue": 2.0, "recompute": 5.0}]
     assert [watch.shared for watch in watches] == [5.0, 5.0]
     now[0] = 8.0
-    run(runner, calls[:1])
+    run_calls(runner, calls[:1])
     assert watches[0].parts == {"queue": 3.0, "select": 5.0}
     assert watches[0].shared == 5.0
 

@@ -7,7 +7,7 @@ from itertools import pairwise
 import pytest
 
 from ragkv import decodes, loop
-from ragkv.active import Active
+from ragkv.active import Active, Phase
 from ragkv.engine import Engine
 from ragkv.errors import EngineClosedError, QueueFullError
 from ragkv.types import DoneEvent, SourcesEvent, TokenEvent
@@ -206,7 +206,7 @@ def fail_in(where: str, engine: Engine, monkeypatch, victim: Active) -> None:
         run_layer = runner.run_layer
 
         def run(layer, rows):
-            if victim.prefill is not None and layer == 1:
+            if victim.phase is Phase.PREFILL and layer == 1:
                 raise FaultError("no layer")
             run_layer(layer, rows)
 

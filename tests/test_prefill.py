@@ -12,6 +12,7 @@ import torch
 
 from ragkv.clock import Stopwatch
 from ragkv.errors import RemoteError
+from ragkv.kv import Known
 from ragkv.selection import STRATEGIES
 from tests.blend_kit import Desk, close, drain
 from tests.families import MOVABLE
@@ -414,3 +415,20 @@ def test_the_loader_stops_at_an_error_of_the_store(desk):
     with pytest.raises(OSError, match="gone"):
         drain(desk.prefill(desk.plan(*chunks), "none").run())
     assert desk.free(chunks[0])
+
+
+@pytest.mark.parametrize("strategy", ["none", "epic", "question", "full"])
+@pytest.mark.parametrize("known", [0, 24, 60])
+def test_how_many_rows_a_prompt_takes_is_known_before_it_is_opened(desk, strategy, known):
+    """The chunk in the middle stands without its context: nothing of it is repaired."""
+    chunks = [*desk.document("d", 23), desk.document("e", 5, 18)[1], *desk.document("f", 18)]
+    desk.put(*chunks)
+    run_layer, rows = desk.runner.run_layer, []
+    desk.runner.run_layer = lambda layer, some: rows.append(some.step.rows) or run_layer(layer, some)
+    options = {"known": Known(known, lambda kv: kv.slots(0, known).zero_()), "tail": (7, 8)}
+    prefill = desk.prefill(desk.plan(*chunks), strategy, 0.3, **options)
+    least = prefill.least_rows
+    drain(prefill.run())
+    blended = strategy != "full" and known < 60
+    assert rows[-1 - desk.runner.shape.layers * blended] == least
+    assert (rows[-1] == 2) == blended
