@@ -1,8 +1,8 @@
-"""Tables in the docs, made of result files: ``python -m ragkv.eval.tables docs/*.md`` writes them anew.
+"""Tables in the docs, made of result files: ``python -m ragkv.eval.tables README.md docs/*.md`` writes them anew.
 
 In a page a table stands between ``<!-- quality FILE field=value … -->``, or with ``ttft``, ``decode``, ``serving``,
-``streams`` or ``tenants``, and ``<!-- end -->``; rows with other values are left out. Files are looked for from the
-folder one works in.
+``streams``, ``tenants`` or ``demo``, and ``<!-- end -->``; rows with other values are left out. Files are looked for
+from the folder one works in.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ragkv.methods import parameters
+from ragkv.terminal import demo_bars
 
 Row = dict[str, Any]
 # What a quality table has a column for where its rows differ in it.
@@ -27,7 +28,8 @@ def rendered(page: str, root: Path = Path()) -> str:
     def table(found: re.Match[str]) -> str:
         head, kind, file, wanted, end = found.groups()
         fields = dict(part.split("=", 1) for part in wanted.split())
-        rows = json.loads((root / file).read_text(encoding="utf-8"))["rows"]
+        result = json.loads((root / file).read_text(encoding="utf-8"))
+        rows = result.get("rows", [result])
         kept = [row for row in rows if all(str(row[name]) == value for name, value in fields.items())]
         return head + "\n" + "\n".join(_KINDS[kind](kept)) + "\n\n" + end
 
@@ -131,6 +133,11 @@ def _tenants(rows: Sequence[Row]) -> list[str]:
     return lines
 
 
+def _demo(rows: Sequence[Row]) -> list[str]:
+    """What it prints at its end."""
+    return ["```", *(line for row in rows for line in demo_bars(row["summary"])), "```"]
+
+
 _KINDS: dict[str, Callable[[Sequence[Row]], list[str]]] = {
     "quality": _quality,
     "ttft": _ttft,
@@ -138,6 +145,7 @@ _KINDS: dict[str, Callable[[Sequence[Row]], list[str]]] = {
     "serving": _serving,
     "streams": _streams,
     "tenants": _tenants,
+    "demo": _demo,
 }
 _TABLE = re.compile(rf"(<!-- ({'|'.join(_KINDS)}) (\S+)((?: \w+=\S+)*) -->\n).*?(<!-- end -->)", re.DOTALL)
 

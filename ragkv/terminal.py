@@ -136,7 +136,9 @@ def show_demo(console: Console, result: dict[str, Any]) -> None:
     for one in result["questions"]:
         sources.add_row(one["question"], ", ".join(one["runs"]["blend"]["sources"][:2]))
     console.print(sources)
-    _show_summary(console, result["summary"])
+    console.print()
+    for line in demo_bars(result["summary"]):
+        console.print(line, highlight=False)
 
 
 def _cell(run: dict[str, Any]) -> Text:
@@ -145,17 +147,14 @@ def _cell(run: dict[str, Any]) -> Text:
     return Text.assemble(mark, run["answer"], (detail, "dim"))
 
 
-def _show_summary(console: Console, summary: dict[str, Any]) -> None:
+def demo_bars(summary: dict[str, Any]) -> Iterator[str]:
+    """What a demo ends with, line by line."""
     slowest = max(way["median_ttft_ms"] for way in summary.values())
-    console.print()
     for name, way in summary.items():
         bar = "█" * max(1, round(30 * way["median_ttft_ms"] / slowest))
-        console.print(
-            f"{name:>6} {bar:<30} {way['median_ttft_ms']:5.0f} ms to first token, {way['accuracy']:.0%} right",
-            highlight=False,
-        )
+        yield f"{name:>6} {bar:<30} {way['median_ttft_ms']:5.0f} ms to first token, {way['accuracy']:.0%} right"
     ratio = summary["full"]["median_ttft_ms"] / summary["blend"]["median_ttft_ms"]
-    console.print(f"\nblend starts answering [bold]{ratio:.1f}×[/] sooner than full prefill", highlight=False)
+    yield f"\nblend starts answering {ratio:.1f}× sooner than full prefill"
 
 
 def size(count: float) -> str:

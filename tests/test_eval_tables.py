@@ -10,12 +10,13 @@ import pytest
 from ragkv.eval.tables import rendered
 
 ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
-@pytest.mark.parametrize("page", sorted((ROOT / "docs").glob("*.md")), ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_tables_of_the_docs_are_those_of_the_result_files(page):
     text = page.read_text(encoding="utf-8")
-    assert rendered(text, ROOT) == text, "python -m ragkv.eval.tables docs/*.md"
+    assert rendered(text, ROOT) == text, "python -m ragkv.eval.tables README.md docs/*.md"
 
 
 def test_a_table_holds_the_rows_asked_for_and_replaces_what_was_there(tmp_path):
@@ -54,6 +55,16 @@ def test_times_stand_by_length_with_what_the_default_chose(tmp_path):
     assert "| from | codec | method | 4,096 | 8,192 |" in made
     assert "| ssd | raw | `default` 10% | 90 ms (full), **1.1×**, 1.2 | 90 ms (full), **1.1×**, 1.2 |" in made
     assert "|  |  | `full` | 96 ms, 80% of the matrix rate |  |" in made
+
+
+def test_a_demo_ends_as_on_a_terminal(tmp_path):
+    ways = {"full": (700.0, 1.0), "reuse": (70.4, 0.64), "blend": (200.0, 0.9)}
+    summary = {name: {"median_ttft_ms": ms, "accuracy": right} for name, (ms, right) in ways.items()}
+    (tmp_path / "demo.json").write_text(json.dumps({"summary": summary}))
+    made = rendered("<!-- demo demo.json -->\nold\n<!-- end -->", tmp_path)
+    assert f" full {'█' * 30}   700 ms to first token, 100% right\n" in made
+    assert f"reuse {'█' * 3}{' ' * 27}    70 ms to first token, 64% right\n" in made
+    assert "\nblend starts answering 3.5× sooner than full prefill\n```\n" in made
 
 
 def test_streams_are_held_against_the_fewest(tmp_path):
