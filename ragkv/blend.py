@@ -126,7 +126,7 @@ class Blend:
             contiguous=contiguous,
             score_rows=self.length - self.plan.question_start if score_question else 0,
         )
-        return self.runner.rows(self.ids[positions], step)
+        return self.runner.rows(self.ids[positions], step, self.length)
 
     def advance(self, rows: Rows, first: int, end: int, part: str) -> Steps[None]:
         """Have layers ``first … end - 1`` run, each as soon as its stored KV is placed."""

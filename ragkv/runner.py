@@ -73,6 +73,7 @@ class ModelRunner:
         if self.device.type == "cuda":
             # Who launches kernels must not wait for the interpreter as long as a prefill takes.
             sys.setswitchinterval(min(sys.getswitchinterval(), _SWITCH_S))
+        self._rotary: tuple[torch.Tensor, torch.Tensor] | None = None
         self.fused: FusedLayers | None = None
         self.lookahead: FusedLookahead | None = None
         self.plain_because: str | None = "the fused layer loop needs CUDA"
@@ -114,10 +115,21 @@ class ModelRunner:
         leased = graphs.lease(capacity) if graphs is not None else None
         return self.new_kv(capacity) if leased is None else leased
 
-    def rows(self, ids: torch.Tensor, step: AttentionStep) -> Rows:
-        """Embed token ``ids`` (rows,) for the positions of ``step``."""
+    def rows(self, ids: torch.Tensor, step: AttentionStep, reach: int | None = None) -> Rows:
+        """Embed token ``ids`` (rows,) for the positions of ``step``, which are below ``reach`` if that is known."""
         hidden = self.decoder.embed_tokens(ids[None])
-        return Rows(hidden, self.decoder.rotary_emb(hidden, step.positions[None]), step)
+        if reach is None or self.rope.refusal is not None:
+            return Rows(hidden, self.decoder.rotary_emb(hidden, step.positions[None]), step)
+        cos, sin = (part[step.positions][None] for part in self._rotary_table(hidden, reach))
+        return Rows(hidden, (cos, sin), step)
+
+    def _rotary_table(self, like: torch.Tensor, reach: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The library's cos and sin (positions, rotary_dim), which do not change with the prompt: computed once."""
+        if self._rotary is None or len(self._rotary[0]) < reach:
+            positions = torch.arange(1 << (reach - 1).bit_length(), device=self.device)
+            cos, sin = self.decoder.rotary_emb(like, positions[None])
+            self._rotary = cos[0], sin[0]
+        return self._rotary
 
     def run_layer(self, layer: int, rows: Rows) -> None:
         """Advance ``rows`` through one layer, writing their keys and values into the step's KV."""
@@ -174,7 +186,7 @@ class ModelRunner:
         """Rows of a plain prefill of ``ids`` (n,) into ``kv``, behind the ``done`` slots that it has."""
         end = done + int(ids.shape[0])
         positions = torch.arange(kv.base + done, kv.base + end, device=self.device)
-        return self.rows(ids, AttentionStep(kv, positions, end, contiguous=not done))
+        return self.rows(ids, AttentionStep(kv, positions, end, contiguous=not done), kv.base + end)
 
     def prefill(self, ids: torch.Tensor, kv: RequestKV) -> Rows:
         """:meth:`start_prefill` through all layers."""

@@ -17,6 +17,8 @@ densely, and it never selects tokens that are not repairable.
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import torch
 
 from ragkv.attention import AttentionStep
@@ -28,6 +30,7 @@ from ragkv.plan import PromptPlan
 from ragkv.steps import Steps
 from ragkv.uploading import uploaded
 
+_WORDS = ThreadPoolExecutor(2, thread_name_prefix="ragkv-words")
 # Of the prompt, what looks ahead besides the question: where attention goes that finds nothing, and what it is told.
 _LEAD = 64
 
@@ -74,12 +77,12 @@ def links(blend: Blend) -> Steps[Start]:
     all tokens that matter few are stale, of all stale ones few matter, and function words hardly ever do."""
     if not blend.budget:
         return (yield from none(blend))
+    # Read while the device looks ahead, and this thread launches that.
+    weights = _WORDS.submit(lambda: torch.from_numpy(hints(blend.plan) * scarcity(blend.plan)))
     positions = uploaded(lookahead_positions(blend.plan), blend.runner.device)
     found = yield from _look(blend, positions)
-    # The host reads the words while the device looks ahead.
-    weights = uploaded(torch.from_numpy(hints(blend.plan) * scarcity(blend.plan)), blend.runner.device)
     scores = yield from _sought(blend, positions, found)
-    return _selected(blend, scores * weights)
+    return _selected(blend, scores * uploaded(weights.result(), scores.device))
 
 
 def hkvd(blend: Blend) -> Steps[Start]:

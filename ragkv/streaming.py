@@ -16,8 +16,9 @@ import threading
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
+from functools import cached_property
 from queue import SimpleQueue
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -31,10 +32,14 @@ from ragkv.slabs import Slabs, in_memory, next_layer
 from ragkv.store import CODECS
 from ragkv.uploading import copy_over, uploaded
 
+if TYPE_CHECKING:
+    from ragkv.kernels.slabs import SlabPlacer
+
 # Layers launched before they are needed.
 LAUNCHED_AHEAD = 12
-# Batches whose slabs are on the device at a time: one is placed, one has come, one is coming.
-_STAGED = 3
+# Batches whose slabs are on the device at a time. So many are on their way before the first is needed, which keeps the
+# link busy while the host selects.
+_STAGED = 4
 # Two layers to a batch, which halves what launching takes the host, but for large ones and the last: what computes the
 # first of them waits for both.
 _TOGETHER, _LARGE, _LAST = 2, 64 << 20, 2
@@ -58,16 +63,14 @@ class Streaming:
         lease: DeviceLease | None,
         order: Sequence[int],
     ) -> None:
-        from ragkv.kernels.slabs import SlabPlacer  # needs Triton
-
+        self._runner, self._codec, self._spans = runner, codec, spans
         self._kv, self._slabs, self._rotates = kv, slabs, runner.rope.rotates
         self._device, ready = runner.device, in_memory(slabs)
-        lengths, starts = [span.length for span in spans], [span.start for span in spans]
-        sizes = [CODECS[codec].slab_bytes(runner.shape.geometry, length) for length in lengths]
+        sizes = [CODECS[codec].slab_bytes(runner.shape.geometry, span.length) for span in spans]
         alone = not ready or sum(sizes) > _LARGE
         self._coming = deque(enumerate(_batches(order, self._rotates, 1 if alone else _TOGETHER)))
         self._stage = _Stage(spans, sizes, [batch for _, batch in self._coming], lease, runner.device)
-        self._spans = [spans[i] for i in self._stage.read]
+        self._read = [spans[i] for i in self._stage.read]
         self._sizes = [sizes[i] for i in self._stage.read]
         self._ready: SimpleQueue[Any] = SimpleQueue()
         self._copied: deque[torch.cuda.Event] = deque()
@@ -75,16 +78,24 @@ class Streaming:
         self._under_way: deque[tuple[torch.cuda.Event, list[Any]]] = deque()
         self._thread: threading.Thread | None = None
         self._stop = False
-        self._copying = _stream_behind_this(self._device)
+        self._copying, self._placing = (_stream_behind_this(self._device) for _ in range(2))
         if ready:
-            self._copy_first()  # the link is idle until then
-        slots = [start - kv.base for start in starts]
-        angles = runner.rope.table(max(span.end for span in spans))
-        self._placer = SlabPlacer(codec, runner.shape, lengths, slots, starts, angles)
-        self._placing = _stream_behind_this(self._device)
-        if not ready:
+            self._copy_first()
+        else:
+            self._placer  # noqa: B018  (the streams must not wait for what this thread launches later)
             self._thread = threading.Thread(target=self._feed, name="ragkv-loader", daemon=True)
             self._thread.start()
+
+    @cached_property
+    def _placer(self) -> SlabPlacer:
+        """Made when the first layer is needed, not before the first bytes are on their way."""
+        from ragkv.kernels.slabs import SlabPlacer  # needs Triton
+
+        lengths, starts = [span.length for span in self._spans], [span.start for span in self._spans]
+        slots, angles = [start - self._kv.base for start in starts], self._runner.rope.table(self._spans[-1].end)
+        placer = SlabPlacer(self._codec, self._runner.shape, lengths, slots, starts, angles)
+        self._placing.wait_stream(torch.cuda.current_stream(self._device))
+        return placer
 
     def place_next(self) -> None:
         """Have the current stream wait until the next layer is placed.
@@ -92,7 +103,7 @@ class Streaming:
         Raises:
             ChunkLostError: a slab is unreadable; nothing of it was placed.
         """
-        if self._thread is None and self._coming and self._ready.qsize() < LAUNCHED_AHEAD:
+        if self._thread is None and self._coming and self._wanted():
             self._launch_or_tell()
         placed = self._ready.get()
         if isinstance(placed, BaseException):
@@ -108,6 +119,10 @@ class Streaming:
             self._placed[-1].synchronize()
         self._copying.synchronize()  # it may be ahead of what is placed
         self._under_way.clear()
+
+    def _wanted(self) -> bool:
+        """Whether to launch another batch: not yet while slabs are on their way that nobody waits for."""
+        return self._ready.empty() or (not self._copied and self._ready.qsize() < LAUNCHED_AHEAD)
 
     def _copy_first(self) -> None:
         try:
@@ -134,27 +149,28 @@ class Streaming:
         self._ready.put(error)
 
     def _launch(self, turn: int, layers: list[int]) -> None:
-        if self._spans:
+        if self._read:
             if not self._copied:
                 self._copy(turn, layers)
             self._placing.wait_event(self._copied.popleft())
+        placer = self._placer
         k, v = self._kv.read(layers[0], self._kv.capacity)
         sources, rotated, stride = self._stage.sources[turn], self._rotates[layers[0]], self._kv.layer_stride
         with torch.cuda.stream(self._placing):
-            self._placer.place(sources[: len(layers)], k, v, rotated=rotated, layer_stride=stride)
+            placer.place(sources[: len(layers)], k, v, rotated=rotated, layer_stride=stride)
         placed = self._placing.record_event()
         self._placed.append(placed)
         for _ in layers:
             self._ready.put(placed)
 
     def _copy(self, turn: int, layers: list[int]) -> None:
-        if not self._spans:
+        if not self._read:
             return
         if turn >= _STAGED:
             self._copying.wait_event(self._placed[turn - _STAGED])
         held, sources = list[Any](), list[int]()
         for _ in layers:
-            readable, addresses = _readable(next_layer(self._slabs, self._spans, self._sizes))
+            readable, addresses = _readable(next_layer(self._slabs, self._read, self._sizes))
             held.append(readable)
             sources += addresses
         copy_over(self._stage.targets[turn], sources, self._sizes * len(layers), self._copying)
