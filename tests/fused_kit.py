@@ -134,31 +134,36 @@ def check_joined(runner: ModelRunner, dtype: torch.dtype) -> None:
     """Prompts of several kinds that join, part and join again, beside each by itself: what they come to, what they
     write, and the attention that was collected."""
 
+    layers = range(runner.shape.layers)
+
     def prompts() -> list[Rows]:
         kinds = [repaired(runner, 61, 1), repaired(runner, 45, 2, score_rows=6), prompt(runner, 17, 3)]
         return [*kinds, prompt(runner, 1, 4), repaired(runner, 90, 5)]
 
-    expected = prompts()
-    for rows in expected:
-        for layer in range(runner.shape.layers):
+    def ends(rows: Rows) -> list[torch.Tensor]:
+        kv = [part.clone() for layer in layers for part in rows.step.kv.read(layer, rows.step.length)]
+        scores = [] if rows.step.scores is None else [rows.step.scores]
+        return [rows.hidden.clone(), runner.logits(rows), *kv, *scores]
+
+    expected = []
+    for rows in prompts():
+        for layer in layers:
             runner.run_layer(layer, rows)
+        expected.append(ends(rows))
+    del rows  # where there is but one workspace, the first has it again
     together = prompts()
-    joined = Joined(together)
-    runner.run_together(0, joined)
-    runner.run_together(1, joined)
+    runner.run_layer(0, together[0])
+    runner.run_together(0, Joined(together[1:]))
+    runner.run_together(1, Joined(together))
     runner.run_layer(2, together[0])
     runner.run_together(2, Joined([together[3], together[1], together[2]]))
     runner.run_layer(2, together[4])
-    for layer in range(3, runner.shape.layers):
-        runner.run_together(layer, Joined(together[::-1]))
-    for got, right in zip(together, expected, strict=True):
-        near(got.hidden, right.hidden, dtype)
-        near(runner.logits(got), runner.logits(right), dtype)
-        for layer in range(runner.shape.layers):
-            for one, other in zip(*(rows.step.kv.read(layer, rows.step.length) for rows in (got, right)), strict=True):
-                near(one, other, dtype)
-        if right.step.score_rows:
-            near(got.step.scores, right.step.scores, dtype)
+    joined = Joined(together[::-1])
+    for layer in layers[3:]:
+        runner.run_together(layer, joined)
+    for rows, right in zip(together, expected, strict=True):
+        for one, other in zip(ends(rows), right, strict=True):
+            near(one, other, dtype)
 
 
 @torch.inference_mode()

@@ -17,5 +17,6 @@ def test_it_times_the_plain_loop_on_a_cpu(monkeypatch, tmp_path, capsys):
     facts = json.loads((tmp_path / "layers.json").read_text())
     assert (facts["device"], facts["torch"]) == ("cpu", torch.__version__)
     loops = [(record["what"], record["loop"]) for record in facts["records"] if "loop" in record]
-    assert loops == [(what, "plain") for what in ("1 rows", "33 rows", "60 rows", "prefill of 128")]
+    together = [f"48 rows of {prompts} prompts" for prompts in (2, 4)]
+    assert loops == [(what, "plain") for what in ("1 rows", "33 rows", "60 rows", *together, "prefill of 128")]
     assert all(record["ms"] > 0 and record["launch ms"] > 0 for record in facts["records"] if "loop" in record)

@@ -22,6 +22,7 @@ from ragkv.loading import LayerLoader
 from ragkv.plan import PromptPlan, Span
 from ragkv.prefill import FULL, Prefill
 from ragkv.rope import Rope, read_rope
+from ragkv.rows import Joined
 from ragkv.store.source import RamSource
 from ragkv.unpacking import Unpacker
 from tests.families import make_model
@@ -448,6 +449,17 @@ def what_looks_ahead_writes_over_what_is_known(monkeypatch):
 
 
 # Company
+
+
+@mutant("llama", "qwen3", only=lambda case: case.company)
+def rows_computed_together_are_turned_by_each_others_angles(monkeypatch):
+    init = Joined.__init__
+
+    def rolled(joined, members):
+        init(joined, members)
+        joined.rotary = tuple(part.roll(members[0].step.rows, dims=1) for part in joined.rotary)
+
+    monkeypatch.setattr(Joined, "__init__", rolled)
 
 
 @mutant(only=lambda case: case.company)

@@ -13,6 +13,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,10 @@ from transformers import AutoModelForCausalLM
 
 from ragkv import attention
 from ragkv.attention import AttentionStep
+from ragkv.kv import RequestKV
 from ragkv.presets import find_preset
-from ragkv.runner import ModelRunner, Rows
+from ragkv.rows import Joined, Rows
+from ragkv.runner import ModelRunner
 
 QUESTION = 33
 SECONDS = 0.15  # spent on a measurement
@@ -53,12 +56,16 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--keys", type=int, default=8224)
     parser.add_argument("--rows", type=int, nargs="+", default=[1, QUESTION, 450, 1300])
     parser.add_argument("--prefill", type=int, nargs="*", default=[4096, 8192, 16384])
+    parser.add_argument(
+        "--together", type=int, nargs="*", default=[64, 128, 256], help="rows of each of 2 and 4 prompts"
+    )
     parser.add_argument("--device", help="by default cuda where there is one")
     parser.add_argument("--tiny", action="store_true", help="small shapes")
     parser.add_argument("--out", help="write the figures to this JSON file")
     options = parser.parse_args()
     if options.tiny:
         options.layers, options.keys, options.rows, options.prefill = 2, 300, [1, QUESTION, 60], [128]
+        options.together = [48]
     return options
 
 
@@ -85,6 +92,8 @@ class Bench:
         yield self.matrix_rate()
         for rows in self.options.rows:
             yield from self.layers(rows)
+        for count, prompts, loop in product(self.options.together, (2, 4), self.loops):
+            yield self.together(loop, count, prompts)
         for length in self.options.prefill:
             yield from self.prefill(length)
         if "fused" in self.loops:
@@ -127,6 +136,34 @@ class Bench:
         ms = self.time(once, ahead=False) / runner.shape.layers
         launch = self.launch(once) / runner.shape.layers
         return {"what": what, "loop": loop, "launch ms": launch, **self.speed(ms, flops)}
+
+    def together(self, loop: str, count: int, prompts: int) -> Record:
+        """``count`` rows of each of several prompts, the first in the workspace: one after the other, and as one."""
+        slots, keys, runner = self.slots(count), self.options.keys, self.loops[loop]
+        room = [self.filled(runner.workspace(keys)), *(self.kv(keys) for _ in range(prompts - 1))]
+        ids = torch.randint(256, (count,), device=self.device)
+        several = [runner.rows(ids, AttentionStep(kv, slots, keys, contiguous=False)) for kv in room]
+        start, layers = several[0].hidden.clone(), range(runner.shape.layers)
+
+        def apart() -> None:
+            for rows in several:
+                rows.hidden.copy_(start)
+                for layer in layers:
+                    runner.run_layer(layer, rows)
+
+        one_by_one = self.time(apart, ahead=False) / len(layers)
+        joined = Joined(several)
+
+        def as_one() -> None:
+            joined.hidden.copy_(start.repeat(1, prompts, 1))
+            for layer in layers:
+                runner.run_together(layer, joined)
+
+        ms = self.time(as_one, ahead=False) / len(layers)
+        return {
+            "what": f"{count} rows of {prompts} prompts", "loop": loop, "ms": ms, "apart ms": one_by_one,
+            "faster": one_by_one / ms, "launch ms": self.launch(as_one) / len(layers),
+        }  # fmt: skip
 
     def parts(self, count: int) -> Iterator[Record]:
         """The nine launches of a layer, each alone."""
@@ -239,10 +276,12 @@ class Bench:
     def attention_flops(self, slots: torch.Tensor) -> float:
         return 4.0 * self.heads * self.shape.head_dim * float((slots + 1).sum())
 
-    def kv(self, length: int) -> Any:
-        kv = self.runner.new_kv(length)
+    def kv(self, length: int) -> RequestKV:
+        return self.filled(self.runner.new_kv(length))
+
+    def filled(self, kv: RequestKV) -> RequestKV:
         for layer in range(self.shape.layers):
-            for part in kv.read(layer, length):
+            for part in kv.read(layer, kv.capacity):
                 part.normal_()
         return kv
 

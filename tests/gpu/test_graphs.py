@@ -7,10 +7,11 @@ import torch
 
 from ragkv.attention import AttentionStep
 from ragkv.eval.steps import drained
-from ragkv.fused_graphs import SIZES
+from ragkv.fused_graphs import SIZES, Captured
 from ragkv.lookahead import look
 from ragkv.methods import searched_layers
 from ragkv.runner import ModelRunner
+from tests import fused_kit
 from tests.families import make_model
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -19,8 +20,8 @@ WIDE = {"hidden_size": 256, "num_attention_heads": 8, "num_key_value_heads": 2, 
 LONG = {"max_position_embeddings": 8192}
 
 
-def made(family: str = "llama", **options: object) -> ModelRunner:
-    model = make_model(family, options={**WIDE, **LONG, **options}).to("cuda", torch.float16)
+def made(family: str = "llama", dtype: torch.dtype = torch.float16) -> ModelRunner:
+    model = make_model(family, options={**WIDE, **LONG}).to("cuda", dtype)
     return ModelRunner(model)
 
 
@@ -51,6 +52,18 @@ def test_layers_give_the_same_in_graphs(family):
             ends.append((rows.hidden.clone(), kv.slots(0, length).clone(), runner.logits(rows)))
         for one, other in zip(*ends, strict=True):
             close(one, other)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("family", ["llama", "qwen2-windowed", "smollm3", "qwen3"])
+def test_prompts_join_and_part_in_and_out_of_graphs(family, dtype):
+    """The first has the workspace: it is in graphs until it joins, and again when it goes on by itself."""
+    runner, captured = made(family, dtype), []
+    run = runner.fused.run
+    runner.fused.run = lambda layer, rows: (run(layer, rows), captured.append(isinstance(rows.room, Captured)))
+    fused_kit.check_joined(runner, dtype)
+    assert any(captured)
+    assert not all(captured)
 
 
 @torch.inference_mode()
