@@ -71,7 +71,7 @@ class Blend:
         self.runner, self.plan, self.kv, self.loader = runner, plan, kv, loader
         self.reused, self.ratio, self.seed, self.watch, self.known = reused, ratio, seed, watch, known
         self._strategy = strategy
-        self.ids = runner.tensor(plan.ids)
+        self.ids = runner.tensor(plan.array)
         self.length = len(plan.ids)
         required, repairable = np.ones(self.length, np.bool_), np.zeros(self.length, np.bool_)
         required[:known] = False

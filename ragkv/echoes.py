@@ -9,6 +9,8 @@ A word here is a pair of neighbouring tokens: single ones recur everywhere.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -35,7 +37,7 @@ def hints(plan: PromptPlan) -> Floats:
     if not plan.spans:
         return np.zeros(len(plan.ids), np.float32)
     words = _Words(plan)
-    stale = np.maximum(words.met_again(), _ASKED * words.asked())
+    stale = words.widened(np.maximum(words.met_again(), _ASKED * words.asked()))
     stale += _HEADS * words.head + _APART * words.apart + _OTHER
     out = np.zeros(len(plan.ids), np.float32)
     out[: plan.question_start] = stale * (words.relevance() ** 2 + _UNRELATED) * (words.document >= 0)
@@ -45,9 +47,31 @@ def hints(plan: PromptPlan) -> Floats:
 def scarcity(plan: PromptPlan) -> Floats:
     """(prompt tokens,): how much a token may carry that is asked for, whoever attends to it: least those that recur
     all over the prompt, such as articles, pronouns and full stops; most, 1, those that stand once."""
-    _, same, counts = np.unique(np.asarray(plan.ids, np.int64), return_inverse=True, return_counts=True)
-    rarity = _scaled(np.log2(len(plan.ids) / counts).astype(np.float32)[same])
+    groups = _Groups(plan.array)
+    rarity = _scaled(np.log2(len(plan.ids) / groups.counts).astype(np.float32)[groups.of])
     return (_COMMON + (1 - _COMMON) * rarity**2).astype(np.float32)
+
+
+class _Groups:
+    """Equal values of an array, as numpy's ``unique`` has them, whose stable sort takes several times as long.
+
+    Attributes:
+        values: one of each, ascending; ``counts`` and ``first``: how often it stands there, and where at first.
+        of: for each place, the number of its value.
+    """
+
+    def __init__(self, array: NDArray[np.int64]) -> None:
+        order = np.argsort(array)
+        ordered = array[order]
+        begins = np.empty(len(array), np.bool_)
+        begins[:1] = True
+        np.not_equal(ordered[1:], ordered[:-1], out=begins[1:])
+        starts = np.flatnonzero(begins)
+        self.values = ordered[starts]
+        self.counts = np.diff(starts, append=len(array))
+        self.first = np.minimum.reduceat(order, starts)
+        self.of = np.empty(len(array), np.int64)
+        self.of[order] = np.cumsum(begins) - 1
 
 
 class _Words:
@@ -60,49 +84,56 @@ class _Words:
     """
 
     def __init__(self, plan: PromptPlan) -> None:
-        end = plan.question_start
-        ids = np.asarray(plan.ids, np.int64)
+        end, ids = plan.question_start, plan.array
         words = np.concatenate(([-1], ids[:-1] << 32 | ids[1:]))
-        self._question = words[end + 1 :]
-        self._words = words[:end]
-        self._seen_from = np.zeros(end, np.int64)
-        self._chunk = np.full(end, -1)
-        self.document = np.full(end, -1)
-        self.head = np.zeros(end, np.float32)
-        self.apart = np.zeros(end, np.float32)
+        starts = np.array([span.start for span in plan.spans])
+        lengths = np.array([span.length for span in plan.spans])
+        words[starts] = -1 - starts  # no word crosses a chunk's border
+        self._groups = _Groups(words[:end])
+        self._rarity = np.log2(end / self._groups.counts).astype(np.float32)
+        self._asked = np.isin(self._groups.values, words[end + 1 :])
+
         numbers: dict[str, int] = {}
         first: dict[str, int] = {}
+        documents, behind, apart = [], [], []
         for index, span in enumerate(plan.spans):
-            name, here = span.chunk.chunk.document_id, slice(span.start, span.end)
-            behind = index - span.chunk.tokens.context_chunks if span.context_present else index
-            self._chunk[here], self.document[here] = index, numbers.setdefault(name, len(numbers))
-            self._seen_from[here] = plan.spans[behind].start
+            name = span.chunk.chunk.document_id
+            documents.append(numbers.setdefault(name, len(numbers)))
+            behind.append(index - span.chunk.tokens.context_chunks if span.context_present else index)
+            apart.append(first.setdefault(name, index) < behind[-1])
+        in_prefix = end - int(lengths.sum())
+
+        def spread(values: Any, prefix: int = 0) -> NDArray[Any]:
+            """A value of each chunk, for all its tokens."""
+            return np.repeat(np.concatenate(([prefix], values)), np.concatenate(([in_prefix], lengths)))
+
+        self._chunk = spread(np.arange(len(starts)), -1)
+        self._seen_from = spread(starts[behind])
+        self.document = spread(documents, -1)
+        self.apart = spread(apart).astype(np.float32)
+        self.head = np.zeros(end, np.float32)
+        for span in plan.spans:
             self.head[span.start : min(span.end, span.start + _HEAD)] = not span.chunk.chunk.ordinal
-            self.apart[here] = first.setdefault(name, index) < behind
-            self._words[span.start] = -1 - span.start  # no word crosses a chunk's border
-        _, self._first, self._same, counts = np.unique(
-            self._words, return_index=True, return_inverse=True, return_counts=True
-        )
-        self._rarity = np.log2(end / counts).astype(np.float32)[self._same]
 
     def met_again(self) -> Floats:
-        """Rarity, at most 1, of words that stood before in what their chunk had not seen, lent to their neighbours."""
-        return self._widened(_scaled(self._rarity * (self._first[self._same] < self._seen_from)))
+        """Rarity, at most 1, of words that stood before in what their chunk had not seen."""
+        of = self._groups.of
+        return _scaled(self._rarity[of] * (self._groups.first[of] < self._seen_from))
 
     def asked(self) -> Floats:
-        """Rarity, at most 1, of words that the question repeats, lent to their neighbours."""
-        return self._widened(_scaled(self._rarity * np.isin(self._words, self._question)))
+        """Rarity, at most 1, of words that the question repeats."""
+        return _scaled((self._rarity * self._asked)[self._groups.of])
 
     def relevance(self) -> Floats:
         """How much of the question's words the token's document shares, rare ones counting more; at most 1."""
-        inside = np.isin(self._words, self._question) & (self.document >= 0)
+        inside = self._asked[self._groups.of] & (self.document >= 0)
         count = int(self.document.max()) + 1
-        pairs = np.unique(np.stack((self._same[inside], self.document[inside])), axis=1)  # (2, words of documents)
-        _, word, spread = np.unique(pairs[0], return_inverse=True, return_counts=True)
-        shared = np.bincount(pairs[1], np.log2(1 + count / spread)[word] - 1 + 1e-3, minlength=count)
+        pairs = np.unique(self._groups.of[inside] * count + self.document[inside])
+        _, word, spread = np.unique(pairs // count, return_inverse=True, return_counts=True)
+        shared = np.bincount(pairs % count, np.log2(1 + count / spread)[word] - 1 + 1e-3, minlength=count)
         return np.where(self.document >= 0, _scaled(shared.astype(np.float32))[self.document], 0.0).astype(np.float32)
 
-    def _widened(self, values: Floats) -> Floats:
+    def widened(self, values: Floats) -> Floats:
         """Each value lent to its neighbours in its chunk, fading."""
         out = values.copy()
         for d in range(1, max(_BEHIND, _BEFORE) + 1):

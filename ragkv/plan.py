@@ -10,6 +10,10 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
 
 from ragkv.chunks import ChunkTokens
 from ragkv.errors import InputError, PromptTooLongError
@@ -58,6 +62,11 @@ class PromptPlan:
     @property
     def context_tokens(self) -> int:
         return sum(span.length for span in self.spans)
+
+    @cached_property
+    def array(self) -> NDArray[np.int64]:
+        """``ids``, to calculate with; not to be written."""
+        return np.fromiter(self.ids, np.int64, len(self.ids))
 
 
 def make_plan(
