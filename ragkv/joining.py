@@ -1,7 +1,8 @@
-"""Whether a layer is run for several prompts at once: what that costs those ahead, against what it saves those behind.
+"""Whether a layer is run for several prompts at once: what that costs those ahead, against what it saves the others.
 
 Where rows are few a layer takes as long as reading its weights does, so that another prompt's rows are nearly free;
-where they are many, it takes as much longer as there are more of them, and whoever is first had better be alone.
+where they are many, it takes as much longer as there are more of them, and whoever is first had better be alone. The
+more wait for their turn, the more counts that all of it takes less.
 """
 
 from __future__ import annotations
@@ -10,6 +11,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ragkv.costs import Machine
+
+# What is saved must be more than a good prediction may be off by.
+_MARGIN = 0.03
 
 
 @dataclass(frozen=True)
@@ -22,12 +26,13 @@ class Load:
     wait: float = 0.0
 
 
-def pays(machine: Machine, ahead: Sequence[Load], another: Load) -> bool:
-    """Whether all are through the layer no later in the mean if ``another`` goes along with those ``ahead``, who go
-    together, rather than after them."""
+def pays(machine: Machine, ahead: Sequence[Load], another: Load, behind: int) -> bool:
+    """Whether all are through no later in the mean if ``another`` goes through a layer along with those ``ahead``, who
+    go together, rather than after them. So many ``behind`` have their turn once all these have had theirs."""
     rows, pairs = sum(load.rows for load in ahead), sum(load.pairs for load in ahead)
     first, own = machine.sparse.seconds(rows, pairs), machine.sparse.seconds(another.rows, another.pairs)
     # Where the host only launches what the device does, it waits while the device computes.
     wait = max(0.0, another.wait - own) if machine.overlapped else another.wait
     joined = machine.sparse.seconds(rows + another.rows, pairs + another.pairs) + wait
-    return joined <= first + (own + wait) / (len(ahead) + 1)
+    saves = (1 + behind) / (len(ahead) + 1 + behind)  # the share of all whom another's own time would keep waiting
+    return joined * (1 + _MARGIN) <= first + (own + wait) * saves

@@ -402,7 +402,8 @@ class EngineLoop:
         """Advance the best prefills for a slice of time. Returns about how many tokens of their prompts that was."""
         with self._wake:
             turn = self._scheduler.in_turn([request.ticket for request in self._prefills.requests])
-        self._prefills.begin([self._by_ticket[ticket] for ticket in turn])
+            waiting = self._scheduler.stats.waiting
+        self._prefills.begin([self._by_ticket[ticket] for ticket in turn], waiting)
         deadline, ahead, done = time.perf_counter() + self._stall_s, deque[Any](), 0.0
         while going := self._prefills.requests:
             for request in going:

@@ -100,7 +100,7 @@ class Prefills:
         self._under_way: list[_UnderWay] = []
         self._ran: list[_UnderWay] = []  # in the last step; they have not gone on since
         self._joined: Joined | None = None
-        self._mark = 0.0
+        self._mark, self._waiting = 0.0, 0
         self.joined_layers = 0
 
     @property
@@ -120,11 +120,11 @@ class Prefills:
                 one.steps.close()
                 return
 
-    def begin(self, turn: Sequence[Active]) -> None:
-        """A slice of time begins; requests take turns as in ``turn``."""
+    def begin(self, turn: Sequence[Active], waiting: int) -> None:
+        """A slice of time begins; requests take turns as in ``turn``, and so many wait to be started."""
         order = {id(request): at for at, request in enumerate(turn)}
         self._under_way.sort(key=lambda one: order[id(one.request)])
-        self._mark = time.perf_counter()
+        self._mark, self._waiting = time.perf_counter(), waiting
 
     def end(self) -> None:
         """The slice ends: the time until the next is nobody's."""
@@ -200,7 +200,7 @@ class Prefills:
         for other in self._others(lead):
             if machine is None or other.call is None or other.call.layer != lead.wanted.layer:
                 continue
-            if pays(machine, [one.load() for one in group], other.load()):
+            if pays(machine, [one.load() for one in group], other.load(), self._behind(group)):
                 group.append(other)
         return group
 
@@ -211,9 +211,13 @@ class Prefills:
             return None
         for other in self._others(lead):
             least = other.least_load(machine.layers)
-            if not other.begun and pays(machine, [one.load() for one in group], least):
+            if not other.begun and pays(machine, [one.load() for one in group], least, self._behind(group)):
                 return other
         return None
+
+    def _behind(self, group: list[_UnderWay]) -> int:
+        """How many wait for ``group`` and one more."""
+        return len(self._under_way) - len(group) - 1 + self._waiting
 
     def _others(self, lead: _UnderWay) -> list[_UnderWay]:
         return [] if lead.alone else [other for other in self._under_way[1:] if not other.alone]

@@ -18,39 +18,43 @@ def loads(*rows: int) -> list[Load]:
 
 
 @pytest.mark.parametrize(
-    ("costs", "ahead", "another", "joins"),
+    ("costs", "ahead", "another", "behind", "joins"),
     [
-        (LEVEL, [5], 900, True),
-        (RISING, [100], 100, False),
-        (RISING, [900], 10, False),
-        (BENT, [100], 100, True),
-        (BENT, [150], 150, True),  # 1.5 s for both, against 1 s for one and 2 s for the other
-        (BENT, [155], 155, False),
-        (BENT, [100], 600, False),  # few rows do not wait for many
-        (BENT, [600], 100, True),
-        (BENT, [600], 110, False),  # nor many for few, where that holds up more than it saves
-        (BENT, [100, 60], 80, True),  # 1.2 s for three, against 1 s for two and 2 s for one
-        (BENT, [100, 60], 120, False),
+        (LEVEL, [5], 900, 0, True),
+        (RISING, [100], 100, 0, False),
+        (RISING, [100], 100, 1000, False),  # nothing is saved, whoever waits
+        (BENT, [100], 100, 0, True),
+        (BENT, [145], 145, 0, True),  # 1.45 s for both, against 1 s for one and 2 s for the other
+        (BENT, [155], 155, 0, False),
+        (BENT, [155], 155, 1, True),  # against 1 s, 2 s, and 2 s for who waits
+        (BENT, [180], 180, 1, False),
+        (BENT, [180], 180, 20, True),
+        (BENT, [100], 600, 0, False),  # few rows do not wait for many
+        (BENT, [600], 60, 0, True),
+        (BENT, [600], 110, 0, False),  # nor many for few, where that holds up more than it saves
+        (BENT, [100, 60], 80, 0, True),  # 1.2 s for three, against 1 s for two and 2 s for one
+        (BENT, [100, 60], 120, 0, False),
+        (BENT, [100, 60], 120, 2, True),
     ],
 )
-def test_they_must_be_through_no_later_in_the_mean(costs, ahead, another, joins):
-    assert pays(costs, loads(*ahead), *loads(another)) == joins
+def test_all_must_be_through_no_later_in_the_mean(costs, ahead, another, behind, joins):
+    assert pays(costs, loads(*ahead), *loads(another), behind) == joins
 
 
 def test_attention_is_done_one_after_the_other_all_the_same():
     curve = Curve([(200, 1.0), (1000, 5.0)], per_pair=1e-3)
     costs = Machine(4, curve, curve, 0.0, {})
-    assert pays(costs, [Load(100, 0.0)], Load(100, 900.0))
-    assert not pays(costs, [Load(100, 0.0)], Load(100, 1100.0))
-    assert pays(costs, [Load(100, 1100.0)], Load(100, 0.0))  # what is ahead takes its time in any case
+    assert pays(costs, [Load(100, 0.0)], Load(100, 800.0), 0)
+    assert not pays(costs, [Load(100, 0.0)], Load(100, 1100.0), 0)
+    assert pays(costs, [Load(100, 1100.0)], Load(100, 0.0), 0)  # what is ahead takes its time in any case
 
 
 def test_who_must_be_waited_for_saves_less():
-    assert pays(LEVEL, loads(5), Load(5, 0.0, wait=0.9))
-    assert not pays(LEVEL, loads(5), Load(5, 0.0, wait=1.1))
+    assert pays(LEVEL, loads(5), Load(5, 0.0, wait=0.8), 0)
+    assert not pays(LEVEL, loads(5), Load(5, 0.0, wait=1.1), 0)
 
 
 def test_a_device_computes_while_the_host_waits():
     costs = machine((1000, 1.0), overlapped=True)
-    assert pays(costs, loads(5), Load(5, 0.0, wait=1.9))
-    assert not pays(costs, loads(5), Load(5, 0.0, wait=2.1))
+    assert pays(costs, loads(5), Load(5, 0.0, wait=1.8), 0)
+    assert not pays(costs, loads(5), Load(5, 0.0, wait=2.1), 0)

@@ -137,6 +137,17 @@ def test_few_rows_do_not_wait_for_many(tmp_path):
     assert opened == [0, 0, LAYERS]
 
 
+@pytest.mark.parametrize("requests", [2, 9])
+def test_the_more_wait_the_more_counts_that_all_takes_less(tmp_path, requests):
+    """As one 1.7 s a layer, one after the other 1 s and 2 s."""
+    runner = make_runner("llama")
+    log = Log(runner)
+    with hall(tmp_path, runner=runner, machine=machine((6, 1.0), (60, 10.0)), max_running=2) as place:
+        for one in together(place, [token_ids(5, seed=i) for i in range(requests)]):
+            one.wait()
+    assert log.runs[0] == (0, [5, 5] if requests > 2 else [5])
+
+
 class FaultError(RuntimeError):
     pass
 
@@ -272,7 +283,7 @@ class Desktop:
 
     @torch.inference_mode()
     def run(self, steps: int = 1000) -> list[tuple[int, list[int]]]:
-        self.prefills.begin(self.prefills.requests)
+        self.prefills.begin(self.prefills.requests, waiting=0)
         for _ in range(steps):
             if self.prefills.requests:
                 self.prefills.step()
@@ -321,7 +332,7 @@ def test_the_better_go_first_from_their_first_layer_on(clock):
     desk.enter(5)
     desk.run(1)
     first, second, third = desk.prefills.requests
-    desk.prefills.begin([second, first, third])
+    desk.prefills.begin([second, first, third], waiting=0)
     desk.run()
     assert desk.log.runs == [
         *[(layer, [9]) for layer in range(3)],
