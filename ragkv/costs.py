@@ -161,6 +161,7 @@ class Machine:
         overlapped: bytes move from RAM into the KV while others are computed (a GPU), not in turn with them.
         window: layers that are read ahead.
         selecting: by strategy, how much longer its selecting takes than its rows would.
+        together: seconds that a layer for several prompts takes at least: its kernels are launched one by one.
     """
 
     layers: int
@@ -171,6 +172,7 @@ class Machine:
     overlapped: bool = False
     window: int = 2
     selecting: dict[str, Estimate] = field(default_factory=dict)
+    together: float = 0.0
 
     def tier(self, name: str) -> Estimate:
         if name not in self.tiers:

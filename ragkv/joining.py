@@ -29,10 +29,15 @@ class Load:
 def pays(machine: Machine, ahead: Sequence[Load], another: Load, behind: int) -> bool:
     """Whether all are through no later in the mean if ``another`` goes through a layer along with those ``ahead``, who
     go together, rather than after them. So many ``behind`` have their turn once all these have had theirs."""
-    rows, pairs = sum(load.rows for load in ahead), sum(load.pairs for load in ahead)
-    first, own = machine.sparse.seconds(rows, pairs), machine.sparse.seconds(another.rows, another.pairs)
+    first, own = _seconds(machine, ahead), _seconds(machine, [another])
     # Where the host only launches what the device does, it waits while the device computes.
     wait = max(0.0, another.wait - own) if machine.overlapped else another.wait
-    joined = machine.sparse.seconds(rows + another.rows, pairs + another.pairs) + wait
+    joined = _seconds(machine, [*ahead, another]) + wait
     saves = (1 + behind) / (len(ahead) + 1 + behind)  # the share of all whom another's own time would keep waiting
     return joined * (1 + _MARGIN) <= first + (own + wait) * saves
+
+
+def _seconds(machine: Machine, loads: Sequence[Load]) -> float:
+    """Of a layer for all of ``loads`` at once."""
+    seconds = machine.sparse.seconds(sum(load.rows for load in loads), sum(load.pairs for load in loads))
+    return max(seconds, machine.together) if len(loads) > 1 else seconds

@@ -22,6 +22,7 @@ from ragkv.loading import LayerLoader
 from ragkv.pinned import PageLocking
 from ragkv.plan import PlannedChunk, Span
 from ragkv.retrievers import Chunk
+from ragkv.rows import Joined, Rows
 from ragkv.runner import ModelRunner
 from ragkv.store import CODECS
 from ragkv.store.buffers import HUGE_PAGE
@@ -60,6 +61,8 @@ def measure_machine(
     yield
     placing = bench.placing(codec)
     yield
+    together = bench.together()
+    yield
     streamed = runner.device.type == "cuda" and runner.fused is not None
     dense, sparse = undisturbed(dense, sparse)
     return Machine(
@@ -70,6 +73,7 @@ def measure_machine(
         tiers={"ram": Estimate(placing)},
         overlapped=streamed,
         window=runner.shape.layers if streamed else _READER_DEPTH,
+        together=together,
     )
 
 
@@ -138,10 +142,23 @@ class _Bench:
 
     def head(self) -> float:
         """Seconds from the last layer to the logits."""
+        rows = self._row()
+        return self._best(lambda: self._runner.logits(rows))
+
+    def together(self) -> float:
+        """Seconds of a layer that is run for two prompts of a row each: hardly more than launching it takes."""
+        joined = Joined([self._row(), self._row()])
+
+        def run() -> None:
+            for layer in range(self.layers):
+                self._runner.run_together(layer, joined)
+
+        return self._best(run) / self.layers
+
+    def _row(self) -> Rows:
         runner = self._runner
         step = AttentionStep(runner.new_kv(1), runner.tensor([0]), 1, contiguous=False)
-        rows = runner.rows(runner.tensor([0]), step)
-        return self._best(lambda: runner.logits(rows))
+        return runner.rows(runner.tensor([0]), step)
 
     def placing(self, codec: str) -> float:
         """Seconds per byte from RAM, where it is page-locked if there is a device, into a request's KV."""

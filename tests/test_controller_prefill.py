@@ -146,6 +146,7 @@ def test_a_machine_is_measured_step_by_step_and_costs_what_more_rows_cost(desk):
     measured = drain(measure_machine(desk.runner))
     assert measured.full(400).total > measured.full(16).total > 0
     assert measured.tier("ram").value > 0
+    assert measured.together > 0
     assert not measured.overlapped
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from ragkv.costs import Curve, Machine
@@ -58,3 +60,9 @@ def test_a_device_computes_while_the_host_waits():
     costs = machine((1000, 1.0), overlapped=True)
     assert pays(costs, loads(5), Load(5, 0.0, wait=1.8), 0)
     assert not pays(costs, loads(5), Load(5, 0.0, wait=2.1), 0)
+
+
+def test_launching_a_layer_for_several_takes_its_time_however_few_rows_they_have():
+    """For one alone it may be captured, and launched at once."""
+    assert pays(replace(LEVEL, together=1.4), loads(5), Load(5, 0.0), 0)
+    assert not pays(replace(LEVEL, together=1.6), loads(5), Load(5, 0.0), 0)
