@@ -45,8 +45,9 @@ from ragkv.scheduling import Plan, Scheduler, Ticket
 from ragkv.store import ChunkStore
 from ragkv.types import FinishReason
 
-# In their prefill at once; the last place is kept for who may displace the others, and is computed before them.
-PREFILLS = 3
+# In their prefill at once, so that some may be computed together; the last place is kept for who may displace the
+# others, and is computed before them.
+PREFILLS = 5
 # Layers launched ahead of the device while others decode: a clock of the host's that is not fooled.
 LAUNCHED_AHEAD = 2
 _ENCODE_SLICE_S = 0.05
