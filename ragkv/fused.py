@@ -10,6 +10,7 @@ this one is compared with (:mod:`ragkv.selfcheck`).
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 
@@ -187,12 +188,22 @@ class FusedLayers:
             rows.room = _Room(rows, self.layers[0], self._heads, self._head_dim)
         return rows.room
 
-    def score(self, index: int, query: Query, step: AttentionStep) -> None:
-        """Add the attention that ``query``, of the step's rows, pays at layer ``index`` to the step's scores."""
-        k, v = step.kv.read(index, step.length)
+    def score(self, queries: Mapping[int, Query], step: AttentionStep) -> None:
+        """Add the attention that ``queries``, of the step's rows at some layers, pay to the step's scores."""
+        one, first = next(iter(queries.values())), min(queries)
+        alike = all(query.scale == one.scale and query.window == one.window for query in queries.values())
+        if not alike or [*queries] != list(range(first, first + len(queries))):
+            for index, query in queries.items():
+                self._score(index, query.rows, query, step)
+        else:
+            self._score(first, torch.stack([query.rows for query in queries.values()]), one, step)
+
+    def _score(self, first: int, rows: torch.Tensor, query: Query, step: AttentionStep) -> None:
+        k, v = step.kv.read(first, step.length)
         window = query.window if query.window is not None and query.window < step.length else None
-        _, lse = attend(query.rows, k, v, step.slots, scale=query.scale, window=window)
-        _score(query.rows, lse, k, step, query.scale, window)
+        stride = step.kv.layer_stride
+        _, lse = attend(rows, k, v, step.slots, scale=query.scale, window=window, layer_stride=stride)
+        _score(rows, lse, k, step, query.scale, window, stride)
 
 
 def _attend(index: int, layer: Layer, part: _Part) -> None:
@@ -210,11 +221,27 @@ def _attend(index: int, layer: Layer, part: _Part) -> None:
 
 
 def _score(
-    q: torch.Tensor, lse: torch.Tensor, k: torch.Tensor, step: AttentionStep, scale: float, window: int | None
+    q: torch.Tensor,
+    lse: torch.Tensor,
+    k: torch.Tensor,
+    step: AttentionStep,
+    scale: float,
+    window: int | None,
+    layer_stride: int = 0,
 ) -> None:
     if step.scores is None:
         step.scores = torch.zeros(step.length, dtype=torch.float32, device=k.device)
-    score_keys(q, lse, k, step.slots, step.scores, last=step.score_rows, scale=scale, window=window)
+    score_keys(
+        q,
+        lse,
+        k,
+        step.slots,
+        step.scores,
+        last=step.score_rows,
+        scale=scale,
+        window=window,
+        layer_stride=layer_stride,
+    )
 
 
 def refusal(model: Any) -> str | None:

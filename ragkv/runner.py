@@ -7,6 +7,7 @@ yields; the runner only knows how to run one layer for some rows. Not thread-saf
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -153,11 +154,12 @@ class ModelRunner:
             position_embeddings=rows.rotary,
         )
 
-    def score(self, layer: int, query: Query, step: AttentionStep) -> None:
-        """Add the attention that ``query``, of the step's rows, pays at ``layer`` to the step's scores."""
+    def score(self, queries: Mapping[int, Query], step: AttentionStep) -> None:
+        """Add the attention that ``queries``, of the step's rows at some layers, pay to the step's scores."""
         if self.fused is not None:
-            self.fused.score(layer, query, step)
-        else:
+            self.fused.score(queries, step)
+            return
+        for layer, query in queries.items():
             step.score(layer, query)
 
     def probe_values(self, layer: int, rows: Rows) -> torch.Tensor:

@@ -139,13 +139,13 @@ def _sought(blend: Blend, positions: torch.Tensor, found: Look) -> Steps[torch.T
     # What is not computed yet has no keys but its own, and memory may hold anything, NaN too.
     blend.kv.write_layers(first, absent, torch.zeros_like(found.kv[:, :, :1]))
     blend.kv.write_layers(first, positions[known:] - blend.kv.base, found.kv[:, :, known:])
-    for layer, query in found.queries.items():
+    for layer in found.queries:
         blend.loader.ensure(layer)
-        blend.watch.lap("load")
-        blend.runner.score(layer, query._replace(rows=query.rows[lead:]), step)
-        blend.watch.lap("select")
-        yield None
-        blend.watch.lap("queue")
+    blend.watch.lap("load")
+    blend.runner.score({at: query._replace(rows=query.rows[lead:]) for at, query in found.queries.items()}, step)
+    blend.watch.lap("select")
+    yield None
+    blend.watch.lap("queue")
     if step.scores is None:
         raise RuntimeError("the attention function collected no scores")
     return step.scores

@@ -25,11 +25,11 @@ import torch
 
 from ragkv.device_tier import DeviceLease
 from ragkv.kv import RequestKV
-from ragkv.pinned import is_page_locked
+from ragkv.pinned import all_page_locked, is_page_locked
 from ragkv.plan import Span
 from ragkv.runner import ModelRunner
 from ragkv.slabs import Slabs, in_memory, next_layer
-from ragkv.store import CODECS
+from ragkv.store import CODECS, LayerReader
 from ragkv.uploading import copy_over, uploaded
 
 if TYPE_CHECKING:
@@ -78,6 +78,7 @@ class Streaming:
         self._under_way: deque[tuple[torch.cuda.Event, list[Any]]] = deque()
         self._thread: threading.Thread | None = None
         self._stop = False
+        self._lying = _lying(slabs, self._sizes)
         self._copying, self._placing = (_stream_behind_this(self._device) for _ in range(2))
         if ready:
             self._copy_first()
@@ -169,7 +170,10 @@ class Streaming:
         if turn >= _STAGED:
             self._copying.wait_event(self._placed[turn - _STAGED])
         held, sources = list[Any](), list[int]()
-        for _ in layers:
+        for layer in layers:
+            if self._lying is not None:
+                sources += self._lying[layer]
+                continue
             readable, addresses = _readable(next_layer(self._slabs, self._read, self._sizes))
             held.append(readable)
             sources += addresses
@@ -244,6 +248,15 @@ def _stream_behind_this(device: torch.device) -> Any:
     stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
     stream.wait_stream(torch.cuda.current_stream(device))
     return stream
+
+
+def _lying(slabs: Slabs, sizes: Sequence[int]) -> list[list[int]] | None:
+    """For each layer, where its slabs lie, if the copy engine can read all of them there until they are closed."""
+    addresses = slabs.lying(sizes) if isinstance(slabs, LayerReader) else None
+    if addresses is None or not all_page_locked(addresses, sizes):
+        return None
+    found: list[list[int]] = addresses.tolist()
+    return found
 
 
 def _readable(slabs: Sequence[np.ndarray]) -> tuple[list[Any], list[int]]:

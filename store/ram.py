@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,11 +20,23 @@ IN_FLIGHT_BYTES = 128 << 20
 """Buffers kept for slabs on their way to the caller, besides those of the tier's own entries."""
 
 
-class RamEntry(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class RamEntry:
     """An entry's header and one read-only uint8 array per layer."""
 
     header: EntryHeader
     slabs: tuple[Array, ...]
+
+    @cached_property
+    def addresses(self) -> NDArray[np.int64]:
+        """Where each layer's slab lies."""
+        return np.array([slab.__array_interface__["data"][0] for slab in self.slabs], np.int64)
+
+    @cached_property
+    def slab_bytes(self) -> int | None:
+        """Of every layer; None where they differ."""
+        sizes = {slab.nbytes for slab in self.slabs}
+        return sizes.pop() if len(sizes) == 1 else None
 
     @property
     def nbytes(self) -> int:

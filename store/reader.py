@@ -19,7 +19,7 @@ from ragkv.store.buffers import Allocate, Array
 from ragkv.store.codecs import CODECS
 from ragkv.store.header import EntryHeader
 from ragkv.store.ram import RamEntry, RamTier, entry_bytes, read_only
-from ragkv.store.source import Source
+from ragkv.store.source import RamSource, Source
 from ragkv.store.traffic import Traffic
 
 SlabOrError = Array | StoreError
@@ -242,6 +242,15 @@ class LayerReader(Iterator[list[SlabOrError]]):
     def in_memory(self) -> bool:
         """All of it lies in RAM: nothing is read, and asking for a layer never waits."""
         return not self._tasks
+
+    def lying(self, sizes: Sequence[int]) -> NDArray[np.int64] | None:
+        """int64 (layers, entries): where all slabs lie; None unless all are in RAM and have these ``sizes``, one for
+        each entry. They stay there until the reader is closed, and whoever reads them so need not ask for layers."""
+        sources = [reading.source for reading in self._readings]
+        entries = [source.entry for source in sources if isinstance(source, RamSource)]
+        if len(entries) != len(sources) or [entry.slab_bytes for entry in entries] != list(sizes):
+            return None
+        return np.stack([entry.addresses for entry in entries], axis=1) if entries else None
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable
 from concurrent.futures import Executor
 from typing import Protocol
@@ -11,7 +12,7 @@ import numpy as np
 
 from ragkv.errors import StoreError
 from ragkv.store.buffers import Array, Buffers
-from ragkv.store.files import disk_errors, go_direct, read_into
+from ragkv.store.files import go_direct, read_into
 from ragkv.store.header import BLOCK, EntryHeader
 from ragkv.store.ram import RamEntry
 
@@ -66,30 +67,49 @@ class Source(Protocol):
         ...
 
 
-class _Leased:
-    """An entry under a descriptor whose kernel lock is the lease; duplicates share it.
+class Lease:
+    """A descriptor whose kernel lock is an entry's lease; it is closed once all have closed it who share it."""
 
-    ``on_reject`` takes the entry's key and descriptor.
-    """
-
-    def __init__(self, header: EntryHeader, fd: int, on_reject: OnReject) -> None:
-        self.header = header
+    def __init__(self, fd: int) -> None:
         self.fd = fd
-        self._on_reject = on_reject
+        self._holders = 1
+        self._lock = threading.Lock()
 
-    def reject(self) -> None:
-        self._on_reject(self.header.key, self.fd)
-
-    def duplicate(self) -> int:
-        if self.fd < 0:
-            raise StoreError("the entry is closed; open it again", key=self.header.key.hex())
-        with disk_errors(self.header.key.hex()):
-            return os.dup(self.fd)
+    def share(self) -> Lease:
+        with self._lock:
+            self._holders += 1
+        return self
 
     def close(self) -> None:
-        fd, self.fd = self.fd, -1
-        if fd >= 0:
-            os.close(fd)
+        with self._lock:
+            self._holders -= 1
+            over = not self._holders
+        if over:
+            os.close(self.fd)
+
+
+class _Leased:
+    """An entry under a lease. ``on_reject`` takes the entry's key and descriptor."""
+
+    def __init__(self, header: EntryHeader, lease: Lease, on_reject: OnReject) -> None:
+        self.header = header
+        self._lease: Lease | None = lease
+        self._on_reject = on_reject
+
+    @property
+    def held(self) -> Lease:
+        """The lease. Raises StoreError: it was closed."""
+        if self._lease is None:
+            raise StoreError("the entry is closed; open it again", key=self.header.key.hex())
+        return self._lease
+
+    def reject(self) -> None:
+        self._on_reject(self.header.key, self.held.fd)
+
+    def close(self) -> None:
+        lease, self._lease = self._lease, None
+        if lease is not None:
+            lease.close()
 
 
 class RamSource(_Leased):
@@ -98,15 +118,15 @@ class RamSource(_Leased):
     tier = "ram"
     lane = None
 
-    def __init__(self, entry: RamEntry, fd: int, on_reject: OnReject) -> None:
-        super().__init__(entry.header, fd, on_reject)
-        self._entry = entry
+    def __init__(self, entry: RamEntry, lease: Lease, on_reject: OnReject) -> None:
+        super().__init__(entry.header, lease, on_reject)
+        self.entry = entry
 
     def slab(self, layer: int, buffer: Array | None) -> Array:
-        return self._entry.slabs[layer]
+        return self.entry.slabs[layer]
 
     def share(self) -> RamSource:
-        return RamSource(self._entry, self.duplicate(), self._on_reject)
+        return RamSource(self.entry, self.held.share(), self._on_reject)
 
 
 class FileSource(_Leased):
@@ -121,32 +141,32 @@ class FileSource(_Leased):
     def __init__(
         self,
         header: EntryHeader,
-        fd: int,
+        lease: Lease,
         lane: Executor,
         buffers: Buffers,
         on_reject: OnReject,
         direct: bool | None = None,
     ) -> None:
-        super().__init__(header, fd, on_reject)
+        super().__init__(header, lease, on_reject)
         self.lane = lane
         self._buffers = buffers
         if direct is None:
-            direct = all(slab.nbytes >= DIRECT_BYTES for slab in header.slabs) and go_direct(fd)
+            direct = all(slab.nbytes >= DIRECT_BYTES for slab in header.slabs) and go_direct(lease.fd)
         self._direct = direct
 
     def slab(self, layer: int, buffer: Array | None) -> Array:
         if buffer is None:
             buffer = self._buffers.take(self.header.slabs[layer].nbytes)
-        offset = self.header.slabs[layer].offset
+        fd, offset = self.held.fd, self.header.slabs[layer].offset
         if not self._direct:
-            read_into(self.fd, buffer, offset)
+            read_into(fd, buffer, offset)
         elif buffer.ctypes.data % BLOCK == 0:
-            read_into(self.fd, buffer, offset, block=BLOCK)
+            read_into(fd, buffer, offset, block=BLOCK)
         else:
             between = self._buffers.take(buffer.nbytes)
-            read_into(self.fd, between, offset, block=BLOCK)
+            read_into(fd, between, offset, block=BLOCK)
             np.copyto(buffer, between)
         return buffer
 
     def share(self) -> FileSource:
-        return FileSource(self.header, self.duplicate(), self.lane, self._buffers, self._on_reject, self._direct)
+        return FileSource(self.header, self.held.share(), self.lane, self._buffers, self._on_reject, self._direct)

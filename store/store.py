@@ -32,7 +32,7 @@ from ragkv.store.remote import Remote, RemoteSource, RemoteTier, connect
 from ragkv.store.rows import Row
 from ragkv.store.session import Session
 from ragkv.store.slabs import SlabInput, encoded
-from ragkv.store.source import FileSource, RamSource
+from ragkv.store.source import FileSource, Lease, RamSource
 from ragkv.store.space import Recency, Space
 from ragkv.store.stats import EntryInfo, StoreStats
 from ragkv.store.txn import IndexTxn
@@ -369,7 +369,7 @@ class ChunkStore:
             return missing
         ram = self._ram.get(key)
         if ram is not None:
-            return OpenEntry(RamSource(ram, fd, self._quarantine))
+            return OpenEntry(RamSource(ram, Lease(fd), self._quarantine))
         try:
             header = read_header(fd)
             if header.key != key:
@@ -383,7 +383,7 @@ class ChunkStore:
             self._quarantine(key, fd)
             os.close(fd)
             return error
-        return OpenEntry(FileSource(header, fd, self._executor, self._ram.buffers, self._quarantine))
+        return OpenEntry(FileSource(header, Lease(fd), self._executor, self._ram.buffers, self._quarantine))
 
     def _find_remote(self, keys: Sequence[bytes]) -> dict[bytes, EntryHeader]:
         return self._remote.find(list(dict.fromkeys(keys))) if self._remote is not None and keys else {}

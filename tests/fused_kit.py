@@ -176,8 +176,7 @@ def check_looking_ahead(name: str, dtype: torch.dtype, device: str) -> None:
         positions = torch.cat((torch.arange(3), torch.arange(55, 61))).to(runner.device)
         found = drained(look(runner, ids[positions], positions))
         step = AttentionStep(kv, positions[3:], 61, contiguous=False, score_rows=6)
-        for layer, query in found.queries.items():
-            runner.score(layer, query._replace(rows=query.rows[3:]), step)
+        runner.score({at: query._replace(rows=query.rows[3:]) for at, query in found.queries.items()}, step)
         queries = torch.stack([query.rows for query in found.queries.values()])
         results.append((queries, found.kv, step.scores))
     for actual, expected in zip(*results, strict=True):

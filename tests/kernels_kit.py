@@ -108,6 +108,25 @@ def check_scores(
     torch.testing.assert_close((actual - start).sum().item(), float(weights), rtol=1e-3, atol=1e-3)
 
 
+def check_layers(attending: ModuleType, scoring: ModuleType, case: Case, shape: Shape, device: str) -> None:
+    """The same rows at three layers in one call against one call each, for attention and what keys are paid."""
+    given = attend_inputs(case, shape, torch.float16, device)
+    generator = torch.Generator().manual_seed(2)
+    kv = torch.randn((3, 2, *given.k.shape), generator=generator).to(given.k)
+    queries = torch.randn((3, *given.q.shape), generator=generator).to(given.q)
+    options = {"scale": shape.head_dim**-0.5, "window": case.window}
+    k, v, stride = kv[0, 0], kv[0, 1], kv.stride(0)
+    out, lse = attending.attend(queries, k, v, given.slots, layer_stride=stride, **options)
+    scores, expected = (torch.zeros(case.length, device=device) for _ in range(2))
+    scoring.score_keys(queries, lse, k, given.slots, scores, last=2, layer_stride=stride, **options)
+    for layer, q in enumerate(queries):
+        one, one_lse = attending.attend(q, *kv[layer], given.slots, **options)
+        close(out[layer], one, torch.float16)
+        close(lse[layer], one_lse, torch.float16)
+        scoring.score_keys(q, one_lse, kv[layer, 0], given.slots, expected, last=2, **options)
+    torch.testing.assert_close(scores, expected, rtol=1e-3, atol=1e-4)
+
+
 class Rotation(NamedTuple):
     """``turning``: rotary dimensions, 0 for a layer without RoPE."""
 

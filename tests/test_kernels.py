@@ -34,6 +34,11 @@ def test_attend_in_other_shapes(shape, case):
     kit.check_attend(attend, kit.CASES[case], shape, torch.float16, "cpu")
 
 
+@pytest.mark.parametrize("case", ["scattered", "scattered-windowed"])
+def test_several_layers(case):
+    kit.check_layers(attend, scores, kit.CASES[case], kit.SHAPES[0], "cpu")
+
+
 @pytest.mark.parametrize("last", [1, 5, 1000])
 @pytest.mark.parametrize("case", kit.CASES.values(), ids=kit.CASES)
 @pytest.mark.parametrize("shape", kit.SHAPES[:2], ids=str)

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from ragkv import engine
+from ragkv import engine, pinned
 from ragkv.engine import Engine
-from ragkv.pinned import PageLocking, is_page_locked
+from ragkv.pinned import PageLocking, all_page_locked, is_page_locked
 from ragkv.store import ChunkStore
 from tests.store_kit import holds, put
 
@@ -115,3 +115,15 @@ def test_the_engine_locks_the_ram_tiers_memory_on_cuda_only(monkeypatch, tmp_pat
     monkeypatch.setattr(engine, "ChunkStore", opened)
     with pytest.raises(InterruptedError):
         Engine(data_dir=tmp_path)
+
+
+def test_many_at_once_as_each_by_itself(monkeypatch):
+    page = 2 * MIB
+    monkeypatch.setattr(pinned, "_LOCKED", {3, 4, 6, 7, 8})
+    starts = [3 * page, 3 * page + 5, 4 * page - 1, 5 * page - 1, 5 * page, 6 * page, 6 * page + 1, 9 * page - 1]
+    for nbytes in (1, 2, 100, page - 1, page, page + 1, 2 * page, 3 * page, 3 * page + 1):
+        each = [is_page_locked(start, nbytes) for start in starts]
+        assert [all_page_locked(np.array([[start]]), [nbytes]) for start in starts] == each
+        locked = [start for start, is_locked in zip(starts, each, strict=True) if is_locked]
+        assert all_page_locked(np.array([locked, locked]), [nbytes] * len(locked))
+        assert not all_page_locked(np.array([[*locked, 5 * page]]), [*[nbytes] * len(locked), nbytes])

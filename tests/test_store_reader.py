@@ -14,6 +14,7 @@ import pytest
 
 from ragkv.errors import CorruptEntryError, StoreError
 from ragkv.store import ChunkStore, Geometry, OpenEntry, source
+from ragkv.store.lease import leased
 from ragkv.store.ram import RamTier
 from ragkv.store.reader import LayerReader
 from tests.store_kit import GEOMETRY, entry_file, key_for, open_one, put, slabs_for
@@ -333,3 +334,37 @@ def test_an_order_that_does_not_name_each_layer_once_is_refused(root, order):
             store.open_layers([entry], order=order)
         with store.open_layers([], order=order) as layers:
             assert list(layers) == []
+
+
+def test_where_slabs_lie_is_told_of_what_is_all_in_ram(root):
+    with opened(root, ram_bytes=8 << 20) as store:
+        keys = [key_for(i) for i in range(2)]
+        with contextlib.ExitStack() as leases:
+            entries = [leases.enter_context(entry) for entry in store.open(keys)]
+            with store.open_layers(entries) as layers:
+                assert layers.lying([SLAB] * 2) is None  # on the SSD
+                list(layers)
+        with contextlib.ExitStack() as leases:
+            entries = [leases.enter_context(entry) for entry in store.open(keys)]
+            with store.open_layers(entries, order=range(BIG.layers)[::-1]) as layers:
+                addresses = layers.lying([SLAB] * 2)
+                assert addresses.tolist() == [[slab.ctypes.data for slab in slabs] for slabs in reversed([*layers])]
+            with store.open_layers(entries) as layers:
+                assert layers.lying([SLAB, SLAB + 1]) is None
+            with store.open_layers([]) as layers:
+                assert layers.lying([]) is None
+
+
+def test_a_lease_ends_with_the_last_who_shares_it(root):
+    with opened(root) as store:
+        [entry] = store.open([key_for(0)])
+        one, other = store.open_layers([entry]), store.open_layers([entry])
+        entry.close()
+        one.close()
+        one.close()
+        assert leased(store.folder.entry_path(key_for(0)))
+        assert len(list(other)) == BIG.layers
+        other.close()
+        assert not leased(store.folder.entry_path(key_for(0)))
+        with pytest.raises(StoreError, match="closed"):
+            entry.source()

@@ -8,6 +8,7 @@ for the chip, each shares its keys among several programs, whose results a secon
 
 from __future__ import annotations
 
+import math
 from functools import cache
 from typing import NamedTuple
 
@@ -90,7 +91,7 @@ def _step(
     return acc, total, new_top
 
 
-@triton.jit(do_not_specialize=["rows", "splits", "window", "scale"])
+@triton.jit(do_not_specialize=["rows", "pairs", "splits", "window", "scale"])
 def _attend(
     q,
     k,
@@ -101,9 +102,11 @@ def _attend(
     part,
     part_lse,
     rows,
+    pairs,
     splits,
     window,
     scale,
+    layer_stride,
     KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     HD: tl.constexpr,
@@ -114,14 +117,15 @@ def _attend(
     BLOCK_N: tl.constexpr,
     WINDOWED: tl.constexpr,
 ):
-    head = tl.program_id(0)
+    layer = tl.program_id(0) // KV_HEADS
+    head = tl.program_id(0) % KV_HEADS
     split = tl.program_id(1)
     tile = tl.num_programs(2) - 1 - tl.program_id(2)  # the tiles that see most begin first
     m = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     d = tl.arange(0, HD_PAD)
     row = m // GROUP
     alive = row < rows
-    pair = row * (KV_HEADS * GROUP) + head * GROUP + m % GROUP
+    pair = (layer * rows + row) * (KV_HEADS * GROUP) + head * GROUP + m % GROUP
     at = pair[:, None] * HD + d[None, :]
     held = alive[:, None] & (d < HD)[None, :]
     queries = tl.load(q + at, mask=held, other=0.0)
@@ -146,8 +150,8 @@ def _attend(
     left = whole_begin - begin
     edges = left + end - whole_end
 
-    k += head * HEAD_STRIDE
-    v += head * HEAD_STRIDE
+    k += tl.cast(layer, tl.int64) * layer_stride + head * HEAD_STRIDE
+    v += tl.cast(layer, tl.int64) * layer_stride + head * HEAD_STRIDE
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, HD_PAD], tl.float32)
@@ -170,7 +174,6 @@ def _attend(
         tl.store(out + at, acc.to(out.dtype.element_ty), mask=held)
         tl.store(lse + pair, log_sum * LN2, mask=alive)
     else:
-        pairs = rows * (KV_HEADS * GROUP)
         tl.store(part + split * (pairs * HD) + at, acc, mask=held)
         tl.store(part_lse + split * pairs + pair, log_sum, mask=alive)
 
@@ -213,13 +216,14 @@ class AttendRoom:
     """What :func:`attend` writes: made once, used again by every layer.
 
     Args:
-        q: queries of the shape, dtype and device that it will be given.
+        q: queries of the shape, (rows, heads, head_dim) or (layers, rows, heads, head_dim), dtype and device that it
+            will be given.
         length: about how many keys there are.
         tile: by default :func:`choose_tile`'s, as are ``splits`` :func:`choose_splits`'s.
 
     Attributes:
-        out: (rows, heads, head_dim).
-        lse: float32 (rows, heads), natural log-sum-exp of every row's scaled scores.
+        out: as the queries.
+        lse: float32 (rows, heads), natural log-sum-exp of every row's scaled scores; with layers in front as there.
     """
 
     def __init__(
@@ -231,16 +235,16 @@ class AttendRoom:
         tile: Tile | None = None,
         splits: int | None = None,
     ) -> None:
-        rows, heads, head_dim = q.shape
-        packed = rows * (heads // kv_heads)
+        *layers, rows, heads, head_dim = q.shape
+        packed, groups = rows * (heads // kv_heads), kv_heads * math.prod(layers)
         self.tile = tile or choose_tile(packed, head_dim, q.dtype)
         self.tiles = -(-packed // self.tile.rows)
-        self.splits = min(MAX_SPLITS, splits or choose_splits(self.tiles * kv_heads, length, self.tile, q.device))
+        self.splits = min(MAX_SPLITS, splits or choose_splits(self.tiles * groups, length, self.tile, q.device))
         self.out = torch.empty_like(q)
-        self.lse = torch.empty((rows, heads), dtype=torch.float32, device=q.device)
+        self.lse = torch.empty(q.shape[:-1], dtype=torch.float32, device=q.device)
         self.part = self.part_lse = self.lse  # not touched unless keys are split
         if self.splits > 1:
-            size = (self.splits, rows, heads, head_dim)
+            size = (self.splits, *q.shape)
             self.part = torch.empty(size, dtype=torch.float32, device=q.device)
             self.part_lse = torch.empty(size[:-1], dtype=torch.float32, device=q.device)
 
@@ -254,27 +258,30 @@ def attend(
     scale: float,
     window: int | None = None,
     room: AttendRoom | None = None,
+    layer_stride: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Every row's attention over keys ``0 … its slot``, or the last ``window`` of them.
 
     Args:
-        q: (rows, heads, head_dim), contiguous.
-        k: (length, kv_heads, head_dim), head_dim contiguous; v has its strides.
+        q: (rows, heads, head_dim), contiguous; or (layers, rows, heads, head_dim), the same rows at several layers.
+        k: (length, kv_heads, head_dim), head_dim contiguous, of the first layer; v has its strides.
         slots: int64 (rows,), ascending, below ``length``, on the same device.
         room: made for these shapes; its ``out`` and ``lse`` are what is returned.
+        layer_stride: elements from one layer's keys to the next one's.
 
     Returns:
-        ``out`` (rows, heads, head_dim) and ``lse`` float32 (rows, heads).
+        ``out``, of the shape of ``q``, and ``lse`` float32, without head_dim.
     """
-    rows, heads, head_dim = q.shape
+    *layers, rows, heads, head_dim = q.shape
     length, kv_heads, _ = k.shape
-    check_kv(k, v, slots, q)
+    pairs = rows * heads * math.prod(layers)
+    check_kv(k, v, slots, q[0] if layers else q)
     if q.dtype != k.dtype:
         raise ValueError(f"queries are {q.dtype}, keys {k.dtype}")
     room = room or AttendRoom(q, kv_heads, length)
     tile, pad = room.tile, max(16, next_power_of_2(head_dim))
     windowed = window is not None and window < length
-    _attend[(kv_heads, room.splits, room.tiles)](
+    _attend[(kv_heads * math.prod(layers), room.splits, room.tiles)](
         q,
         k,
         v,
@@ -284,9 +291,11 @@ def attend(
         room.part,
         room.part_lse,
         rows,
+        pairs,
         room.splits,
         window if windowed else 0,
         scale * LOG2E,
+        layer_stride,
         kv_heads,
         heads // kv_heads,
         head_dim,
@@ -300,7 +309,6 @@ def attend(
         num_stages=tile.stages,
     )
     if room.splits > 1:
-        pairs = rows * heads
         _join[(-(-pairs // _JOINED),)](
             room.part, room.part_lse, room.out, room.lse, pairs, room.splits, head_dim, pad,
             next_power_of_2(room.splits), _JOINED, num_warps=4,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -12,7 +14,7 @@ from ragkv.kernels.shapes import check_kv, next_power_of_2
 BLOCK_ROWS, BLOCK_KEYS = 64, 32
 
 
-@triton.jit(do_not_specialize=["first", "rows", "length", "window", "scale"])
+@triton.jit(do_not_specialize=["first", "rows", "length", "layers", "window", "scale"])
 def _score_keys(
     q,
     lse,
@@ -22,8 +24,10 @@ def _score_keys(
     first,
     rows,
     length,
+    layers,
     window,
     scale,
+    layer_stride,
     LOG2E: tl.constexpr,
     KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
@@ -35,20 +39,23 @@ def _score_keys(
     BLOCK_N: tl.constexpr,
     WINDOWED: tl.constexpr,
 ):
-    # One program has a block of keys for all heads: so sums are always taken in the same order.
+    # One program has a block of keys for all layers and heads: so sums are always taken in the same order.
     key = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     d = tl.arange(0, HD_PAD)
     key_held = (key < length)[:, None] & (d < HD)[None, :]
     at = key[:, None] * STRIDE + d[None, :]
     tiles = ((rows - first) * GROUP + BLOCK_M - 1) // BLOCK_M
     paid = tl.zeros([BLOCK_N], tl.float32)
-    for head in range(KV_HEADS):
-        keys = tl.trans(tl.load(k + head * HEAD_STRIDE + at, mask=key_held, other=0.0))
+    for each in range(layers * KV_HEADS):
+        layer = each // KV_HEADS
+        head = each % KV_HEADS
+        here = k + tl.cast(layer, tl.int64) * layer_stride + head * HEAD_STRIDE
+        keys = tl.trans(tl.load(here + at, mask=key_held, other=0.0))
         for tile in range(tiles):
             m = tile * BLOCK_M + tl.arange(0, BLOCK_M)
             row = first + m // GROUP
             alive = row < rows
-            pair = row * (KV_HEADS * GROUP) + head * GROUP + m % GROUP
+            pair = (layer * rows + row) * (KV_HEADS * GROUP) + head * GROUP + m % GROUP
             held = alive[:, None] & (d < HD)[None, :]
             queries = tl.load(q + pair[:, None] * HD + d[None, :], mask=held, other=0.0)
             log_sum = tl.load(lse + pair, mask=alive, other=0.0) * LOG2E
@@ -73,19 +80,22 @@ def score_keys(
     last: int,
     scale: float,
     window: int | None = None,
+    layer_stride: int = 0,
 ) -> None:
     """Add to ``scores``, for every key, the sum of the attention weights that the ``last`` rows' heads give it.
 
     Args:
-        q: (rows, heads, head_dim) and ``slots`` int64 (rows,), as :func:`ragkv.kernels.attend.attend` took them.
-        lse: float32 (rows, heads), as it returned it.
-        k: (length, kv_heads, head_dim).
+        q: (rows, heads, head_dim), or with layers in front, and ``slots`` int64 (rows,), as
+            :func:`ragkv.kernels.attend.attend` took them.
+        lse: float32, as it returned it.
+        k: (length, kv_heads, head_dim) of the first layer.
         scores: float32 (length,).
+        layer_stride: elements from one layer's keys to the next one's.
     """
-    rows, heads, head_dim = q.shape
+    *layers, rows, heads, head_dim = q.shape
     length, kv_heads, _ = k.shape
-    check_kv(k, k, slots, q)
-    if scores.shape != (length,) or scores.dtype != torch.float32 or lse.shape != q.shape[:2]:
+    check_kv(k, k, slots, q[0] if layers else q)
+    if scores.shape != (length,) or scores.dtype != torch.float32 or lse.shape != q.shape[:-1]:
         raise ValueError(f"scores {tuple(scores.shape)} of {scores.dtype}, log-sum-exp {tuple(lse.shape)}")
     windowed = window is not None and window < length
     _score_keys[(-(-length // BLOCK_KEYS),)](
@@ -97,8 +107,10 @@ def score_keys(
         max(0, rows - last),
         rows,
         length,
+        math.prod(layers),
         window if windowed else 0,
         scale * LOG2E,
+        layer_stride,
         LOG2E,
         kv_heads,
         heads // kv_heads,

@@ -36,6 +36,11 @@ def test_attend_to_many_keys(heads, window):
     kernels_kit.check_attend(attend, LONG._replace(window=window), shape, torch.bfloat16, "cuda")
 
 
+@pytest.mark.parametrize("case", [*kernels_kit.CASES.values(), LONG])
+def test_several_layers(case):
+    kernels_kit.check_layers(attend, scores, case, kernels_kit.SHAPES[0], "cuda")
+
+
 @pytest.mark.parametrize("last", [1, 33, 1000])
 @pytest.mark.parametrize("case", [*kernels_kit.CASES.values(), LONG, LONG._replace(window=500)])
 @pytest.mark.parametrize(("shape", "dtype"), SHAPES, ids=str)
