@@ -29,7 +29,8 @@ class Rates:
         flops: matrix product of the model's own sizes in its dtype.
         memory: reading and writing the device's memory.
         link: from page-locked host memory to the device; None where that is the host.
-        tiers: reading stored chunks from each tier. Device: its memory; RAM: copying memory; SSD:
+        tiers: reading stored chunks from each tier. Device: its memory; RAM: the link where there is one, which reads
+            page-locked memory where it lies, else copying memory; SSD:
             :func:`ragkv.eval.disk.raw_read`.
     """
 

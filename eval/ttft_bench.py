@@ -188,7 +188,7 @@ class Bench:
         if place.tier == "device":
             return memory_rate(self.runner)
         if place.tier == "ram":
-            return ram_rate()
+            return link_rate(self.runner) or ram_rate()
         if place.tier == "ssd":
             return disk_rate(self._files(place, chunks[:some]))
         return max(_read_rate(self._stores[place], [c.tokens.key for c in chunks[:some]]) for _ in range(3))
