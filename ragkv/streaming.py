@@ -90,11 +90,12 @@ class Streaming:
     @cached_property
     def _placer(self) -> SlabPlacer:
         """Made when the first layer is needed, not before the first bytes are on their way."""
-        from ragkv.kernels.slabs import SlabPlacer  # needs Triton
+        from ragkv.kernels.slabs import SlabPlacer, span_table  # needs Triton
 
+        shape, angles = self._runner.shape, self._runner.rope.table(self._spans[-1].end)
         lengths, starts = [span.length for span in self._spans], [span.start for span in self._spans]
-        slots, angles = [start - self._kv.base for start in starts], self._runner.rope.table(self._spans[-1].end)
-        placer = SlabPlacer(self._codec, self._runner.shape, lengths, slots, starts, angles)
+        table = span_table(self._codec, shape, lengths, [start - self._kv.base for start in starts], starts)
+        placer = SlabPlacer(self._codec, shape, uploaded(table, self._device), max(lengths), angles)
         self._placing.wait_stream(torch.cuda.current_stream(self._device))
         return placer
 

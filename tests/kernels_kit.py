@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from ragkv.kernels import twins
-from ragkv.kernels.slabs import SlabPlacer
+from ragkv.kernels.slabs import SlabPlacer, span_table
 from ragkv.kv import KvShape
 from ragkv.rope import Rope
 from ragkv.unpacking import Unpacker
@@ -211,7 +211,8 @@ def check_slabs(codec: str, shape: Shape, turning: int, dtype: torch.dtype) -> N
         for to, source in pieces:
             stage[to] = slab[source]
     keys, values = unpacker.unpack(torch.from_numpy(stage))
-    placer = SlabPlacer(codec, kv_shape, lengths, first, first, rope.table(length))
+    table = span_table(codec, kv_shape, lengths, first, first)
+    placer = SlabPlacer(codec, kv_shape, table, max(lengths), rope.table(length))
     sources = torch.tensor([[*(slab.ctypes.data for slab in slabs), 0]])
     for layer, together in ((0, 1), (1, 1), (0, 2)):
         kv = torch.full((together, 2, length, shape.kv_heads, shape.head_dim), 7.0, dtype=dtype)

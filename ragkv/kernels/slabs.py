@@ -17,7 +17,6 @@ import triton.language as tl
 from ragkv.kernels.shapes import next_power_of_2
 from ragkv.kv import KvShape
 from ragkv.store import CODECS
-from ragkv.uploading import uploaded
 
 # Pairs of a program at a time, and its warps (tests/bench/loading.py).
 BLOCK_PAIRS = 32
@@ -130,31 +129,31 @@ def _place(
         tl.store(v + target + 2 * HALF + j, y.to(dtype), mask=rest_held)
 
 
+def span_table(
+    codec: str, shape: KvShape, lengths: Sequence[int], slots: Sequence[int], positions: Sequence[int]
+) -> torch.Tensor:
+    """What :class:`SlabPlacer` wants to know of some chunks, int64, on the host: of each its ``lengths`` in tokens, the
+    first of its ``slots``, and the position of its first token."""
+    offsets = {n: _offsets(codec, shape, n) for n in set(lengths)}
+    table = np.column_stack([lengths, positions, slots, np.array([offsets[n] for n in lengths])])
+    return torch.from_numpy(table.astype(np.int64))
+
+
 class SlabPlacer:
     """Places chunks stored with ``codec``, each at consecutive slots, some layers at a time.
 
     Args:
-        lengths: tokens of each chunk.
-        slots: the first slot of each.
-        positions: of the first token of each.
+        spans: :func:`span_table`, on the device.
+        longest: tokens of the longest chunk.
         angles: :meth:`ragkv.rope.Rope.table`.
     """
 
     def __init__(
-        self,
-        codec: str,
-        shape: KvShape,
-        lengths: Sequence[int],
-        slots: Sequence[int],
-        positions: Sequence[int],
-        angles: tuple[torch.Tensor, torch.Tensor],
+        self, codec: str, shape: KvShape, spans: torch.Tensor, longest: int, angles: tuple[torch.Tensor, torch.Tensor]
     ) -> None:
-        offsets = {n: _offsets(codec, shape, n) for n in set(lengths)}
-        table = np.column_stack([lengths, positions, slots, np.array([offsets[n] for n in lengths])])
         self._cos, self._sin = (part.contiguous() for part in angles)
-        self._device = self._cos.device
-        self._spans = uploaded(torch.from_numpy(table.astype(np.int64)), self._device)
-        self._grid = (len(lengths), -(-max(lengths) * shape.kv_heads // BLOCK_PAIRS))
+        self._spans = spans
+        self._grid = (len(spans), -(-longest * shape.kv_heads // BLOCK_PAIRS))
         half, hd = self._cos.shape[-1], shape.head_dim
         size = 1 if codec != "raw" else shape.dtype.itemsize
         self._rotary, self._plain = half, hd // 2

@@ -100,7 +100,8 @@ class Bench:
             for rows in self.options.rows:
                 yield from self.parts(rows)
                 yield from self.attend(rows)
-            yield from self.full_attention(max(self.options.prefill))
+            if self.options.prefill:
+                yield from self.full_attention(max(self.options.prefill))
 
     def matrix_rate(self) -> Record:
         n = 8192 if self.cuda and not self.options.tiny else 256

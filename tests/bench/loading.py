@@ -94,7 +94,8 @@ class Bench:
                     kernel.BLOCK_PAIRS, kernel.WARPS = block, warps
                     count = TOKENS // tokens
                     places = [i * tokens for i in range(count)]
-                    placer = kernel.SlabPlacer(codec, SHAPE, [tokens] * count, places, places, angles)
+                    table = kernel.span_table(codec, SHAPE, [tokens] * count, places, places).to(self.device)
+                    placer = kernel.SlabPlacer(codec, SHAPE, table, tokens, angles)
                     sources = torch.tensor([[self.near.data_ptr() + i * _SLOT for i in range(count)]]).to(self.device)
                     took = seconds(lambda p=placer, s=sources: p.place(s, k, v, rotated=True), 9)  # type: ignore[misc]
                     moved = count * CODECS[codec].slab_bytes(SHAPE.geometry, tokens) + 2 * k.nbytes
