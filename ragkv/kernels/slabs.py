@@ -19,7 +19,7 @@ from ragkv.kv import KvShape
 from ragkv.store import CODECS
 
 # Pairs of a program at a time, and its warps (tests/bench/loading.py).
-BLOCK_PAIRS = 32
+BLOCK_PAIRS = 16
 WARPS = 4
 _CODEC = {"raw": 0, "int8": 1, "fp8": 2}
 _ELEMENTS = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
