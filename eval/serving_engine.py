@@ -16,11 +16,14 @@ import torch
 from ragkv.checkpoint import Checkpoint
 from ragkv.clock import Stopwatch
 from ragkv.config import Settings
+from ragkv.controller import Controller
 from ragkv.eval.serving_drive import Callbacks, Driver
+from ragkv.eval.steps import drained
 from ragkv.eval.workloads import Ask, Piece, Workload
 from ragkv.generation import Generation, TokenScores
 from ragkv.lineage import Lineage
 from ragkv.loop import EngineLoop
+from ragkv.machine import measure_machine
 from ragkv.paged import block_bytes
 from ragkv.pipeline import resolve_method
 from ragkv.plan import PlannedChunk, make_plan
@@ -63,8 +66,10 @@ def scheduler_options(settings: Settings, requests: int) -> dict[str, Any]:
 def opened_loop(
     settings: Settings, checkpoint: Checkpoint, store: ChunkStore, pool: Sizes, options: dict[str, Any]
 ) -> Iterator[EngineLoop]:
-    """A loop with nothing in its pool; its memory is given back at the end."""
+    """A loop with nothing in its pool, that knows what its machine takes; its memory is given back at the end."""
     runner = checkpoint.runner
+    with torch.inference_mode():
+        machine = drained(measure_machine(runner))
     loop = EngineLoop(
         runner,
         store,
@@ -73,6 +78,7 @@ def opened_loop(
         max_running=settings.max_running,
         stall_s=settings.stall_ms / 1000,
         on_missing=lambda spans: None,
+        controller=Controller(machine),
     )
     try:
         yield loop
