@@ -18,7 +18,7 @@ from ragkv.errors import MissingEntryError, RagkvError, StoreError
 from ragkv.kv import NOTHING, Known, RequestKV
 from ragkv.lineage import ALL
 from ragkv.loading import ChunkLostError, LayerLoader, Slabs
-from ragkv.methods import outline
+from ragkv.methods import outline, parameters
 from ragkv.plan import PromptPlan, Span
 from ragkv.rows import Rows
 from ragkv.runner import ModelRunner
@@ -105,7 +105,7 @@ class Prefill:
         reused = [span for span in self._plan.spans if span.end > self._known.tokens]
         if self._strategy == FULL or self._off or not reused:
             return rows + len(self._tail)
-        ratio = 0.0 if self._strategy == "none" else self._ratio
+        ratio = self._ratio if "ratio" in parameters(self._strategy) else 0.0
         repaired = ratio * sum(span.length for span in reused if span.context_present)
         return rows - sum(span.length for span in reused) + round(repaired)
 
