@@ -24,9 +24,15 @@ _BEHIND, _BEFORE, _FADE = 3, 1, 0.8
 _HEAD = 12
 # Of a document's head, of a word that the question repeats, of a token whose document has earlier chunks that it was
 # encoded without, against a rare word met again; and of any other token.
-_HEADS, _ASKED, _APART, _OTHER = 2.0, 0.5, 0.5, 0.2
-# Of documents that share no word with the question, against the one that shares most.
-_UNRELATED = 0.05
+_HEADS, _ASKED, _APART, _OTHER = 3.0, 0.5, 0.8, 0.2
+# Of chunks that lack no chunk before them, against all others.
+_FRESH = 0.1
+# Of a word that the question shares with a document's head, against one that it shares with the rest.
+_NAMED = 4.0
+# Of documents linked to the one that shares most words with the question, and of those that have nothing to do with it.
+_LINKED, _UNRELATED = 0.3, 0.05
+# The power of relevance: higher, and the second of two documents a question asks about gets too little.
+_FOCUS = 1.25
 # Of a token that recurs all over the prompt, against one that stands once.
 _COMMON = 0.1
 
@@ -39,8 +45,9 @@ def hints(plan: PromptPlan) -> Floats:
     words = _Words(plan)
     stale = words.widened(np.maximum(words.met_again(), _ASKED * words.asked()))
     stale += _HEADS * words.head + _APART * words.apart + _OTHER
+    stale *= np.where(words.fresh, np.float32(_FRESH), np.float32(1))
     out = np.zeros(len(plan.ids), np.float32)
-    out[: plan.question_start] = stale * (words.relevance() ** 2 + _UNRELATED) * (words.document >= 0)
+    out[: plan.question_start] = stale * (words.relevance() + _UNRELATED) * (words.document >= 0)
     return out
 
 
@@ -81,6 +88,7 @@ class _Words:
         document: number of the token's document, -1 in the prefix.
         head: 1 in the first tokens of a document's first chunk.
         apart: 1 where the prompt has an earlier chunk of the token's document that its KV was not encoded behind.
+        fresh: where the prompt has no earlier chunk at all that its KV was not encoded behind.
     """
 
     def __init__(self, plan: PromptPlan) -> None:
@@ -111,6 +119,7 @@ class _Words:
         self._seen_from = spread(starts[behind])
         self.document = spread(documents, -1)
         self.apart = spread(apart).astype(np.float32)
+        self.fresh = spread(np.array(behind) == 0) & (not plan.standing)
         self.head = np.zeros(end, np.float32)
         for span in plan.spans:
             self.head[span.start : min(span.end, span.start + _HEAD)] = not span.chunk.chunk.ordinal
@@ -125,13 +134,31 @@ class _Words:
         return _scaled((self._rarity * self._asked)[self._groups.of])
 
     def relevance(self) -> Floats:
-        """How much of the question's words the token's document shares, rare ones counting more; at most 1."""
-        inside = self._asked[self._groups.of] & (self.document >= 0)
+        """How much of the question's words the token's document shares, rare ones and those of its head counting more;
+        or, less, how much a document shares that is linked to it: one of both names a word of the other's head. At
+        most 1."""
         count = int(self.document.max()) + 1
-        pairs = np.unique(self._groups.of[inside] * count + self.document[inside])
-        _, word, spread = np.unique(pairs // count, return_inverse=True, return_counts=True)
-        shared = np.bincount(pairs % count, np.log2(1 + count / spread)[word] - 1 + 1e-3, minlength=count)
-        return np.where(self.document >= 0, _scaled(shared.astype(np.float32))[self.document], 0.0).astype(np.float32)
+        word, document, asked, head = self._held(count)
+        spread = np.bincount(word)[word]
+        rarity = np.log2(1 + count / spread) - 1 + 1e-3
+        shared = np.bincount(document, asked * rarity * (1 + (_NAMED - 1) * head), minlength=count)
+        own: Floats = _scaled(shared.astype(np.float32)) ** np.float32(_FOCUS)
+        # Two documents that alone hold a word are linked by it; many that hold one are hardly.
+        lent: Floats = (own[document] / np.maximum(spread - 1, 1)).astype(np.float32)
+        linked = np.maximum(_most(lent, word)[word] * head, _most(lent * head, word)[word])
+        relevance = np.maximum(own, _LINKED * _most(linked, document, count))
+        return np.where(self.document >= 0, relevance[self.document], 0.0).astype(np.float32)
+
+    def _held(self, count: int) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.bool_], NDArray[np.bool_]]:
+        """An entry for each of the ``count`` documents and each word of a head or of the question that it holds: word,
+        document, whether the question repeats the word, whether it stands in the document's head."""
+        of, head = self._groups.of, self.head > 0
+        wanted = self._asked.copy()
+        wanted[of[head]] = True
+        inside = wanted[of] & (self.document >= 0)
+        pairs = _Groups(of[inside] * count + self.document[inside])
+        word, document = np.divmod(pairs.values, count)
+        return word, document, self._asked[word], np.bincount(pairs.of, head[inside], len(word)) > 0
 
     def widened(self, values: Floats) -> Floats:
         """Each value lent to its neighbours in its chunk, fading."""
@@ -143,6 +170,13 @@ class _Words:
             if d <= _BEFORE:
                 out[:-d] = np.maximum(out[:-d], lent * values[d:])
         return out
+
+
+def _most(values: Floats, group: NDArray[np.int64], groups: int = 0) -> Floats:
+    """The greatest of the ``values`` of each group, 0 at least."""
+    out = np.zeros(max(groups, int(group.max(initial=-1)) + 1), np.float32)
+    np.maximum.at(out, group, values)
+    return out
 
 
 def _scaled(values: Floats) -> Floats:

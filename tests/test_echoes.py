@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -49,12 +50,12 @@ def test_a_word_met_again_in_another_document_and_what_follows_it_is_stale():
 
 def test_a_single_token_that_recurs_is_no_word():
     plan = prompt(("book", 0, 0, [*plain(100), 50, *plain(110)]), ("file", 0, 0, [*plain(200), 50, *plain(210)]))
-    assert len({*hints(plan)[len(PREFIX) : plan.question_start].tolist()}) == 1
+    assert len({*hints(plan)[plan.spans[1].start : plan.question_start].tolist()}) == 1
 
 
 def test_no_word_crosses_a_border_of_chunks():
     plan = prompt(("a", 0, 0, [*plain(100), 50]), ("b", 0, 0, [51, *plain(200)]), ("c", 0, 0, [*plain(300), 50, 51]))
-    assert len({*hints(plan)[len(PREFIX) : plan.question_start].tolist()}) == 1
+    assert len({*hints(plan)[plan.spans[1].start : plan.question_start].tolist()}) == 1
 
 
 def test_what_a_chunk_was_encoded_behind_it_has_read():
@@ -101,8 +102,59 @@ def test_the_documents_that_share_words_with_the_question_come_first():
 def test_words_that_all_documents_hold_tell_none_apart():
     documents = [(str(n), 0, 0, [*plain(100 * n + 100), 60, 61]) for n in range(3)]
     plan = prompt(*documents, question=(60, 61, 900))
-    starts = [hints(plan)[span.start] for span in plan.spans]
+    starts = [hints(plan)[span.start] for span in plan.spans[1:]]
     assert max(starts) == pytest.approx(min(starts))
+
+
+def test_a_chunk_that_lacks_no_other_is_hardly_stale():
+    """The first of the prompt, and what was encoded behind it alone; not if an earlier turn brought chunks."""
+    plan = prompt(("a", 0, 0, plain(100)), ("a", 1, 1, plain(200)), ("b", 0, 0, plain(300)), ("b", 1, 1, plain(400)))
+    first, behind, apart, last = (float(hints(plan)[span.start]) for span in plan.spans)
+    assert first == behind < 0.2 * apart
+    assert apart == last
+    later = replace(plan, standing=(plan.spans[0].chunk,))
+    assert hints(later)[later.spans[0].start] == pytest.approx(apart)
+
+
+def per_document(plan: PromptPlan) -> list[float]:
+    """What a token that no word speaks of has in each one-chunk document."""
+    return [float(hints(plan)[span.end - 1]) for span in plan.spans]
+
+
+def test_a_document_whose_head_the_question_names_comes_before_one_that_mentions_it():
+    named, mentions = [50, 51, *plain(100, 40)], [*plain(200, 30), 50, 51, *plain(300, 10)]
+    other = ("other", 0, 0, plain(400, 40))
+    for order in ([named, mentions], [mentions, named]):
+        texts = [other, *((str(n), 0, 0, ids) for n, ids in enumerate(order)), ("z", 0, 0, plain(500, 40))]
+        plan = laid_out(texts, question=(900, 50, 51, 901))
+        parts = per_document(plan)
+        assert parts[1 + order.index(named)] > 2 * parts[1 + order.index(mentions)] > 4 * parts[3]
+
+
+@pytest.mark.parametrize("mentioned", ["later", "earlier"])
+def test_relevance_is_handed_on_between_a_document_and_one_that_names_what_stands_in_its_head(mentioned):
+    """The question names one document; that one names the head of another, or is itself named by its head's word."""
+    head, body = [70, 71, *plain(100, 40)], [*plain(200, 30), 70, 71, *plain(300, 10)]
+    asked = body if mentioned == "later" else head
+    asked.extend([50, 51, *plain(600, 6)])
+    texts = (("other", 0, 0, plain(400, 40)), ("h", 0, 0, head), ("m", 0, 0, body), ("z", 0, 0, plain(500, 40)))
+    parts = per_document(laid_out(texts, question=(900, 50, 51, 901)))
+    asked_at, linked_at = (2, 1) if asked is body else (1, 2)
+    assert parts[asked_at] > 2 * parts[linked_at] > 4 * parts[3]
+
+
+def test_words_that_stand_in_no_head_or_in_many_documents_link_none():
+    body = [*plain(200, 30), 70, 71, *plain(300, 10)]
+    other = [*plain(800, 30), 70, 71, *plain(850, 10)]
+    texts = [("x", 0, 0, plain(400, 40)), ("m", 0, 0, [*body, 50, 51, *plain(600, 6)]), ("o", 0, 0, other)]
+    texts.append(("z", 0, 0, plain(500, 40)))
+    parts = per_document(laid_out(texts, question=(900, 50, 51, 901)))
+    assert parts[2] == parts[3]
+    texts[2] = ("o", 0, 0, [70, 71, *plain(800, 40)])
+    few = per_document(laid_out(texts, question=(900, 50, 51, 901)))
+    texts += [(f"more{n}", 0, 0, [70, 71, *plain(1000 + 100 * n, 40)]) for n in range(6)]
+    many = per_document(laid_out(texts, question=(900, 50, 51, 901)))
+    assert few[2] > 2 * many[2] > many[3]
 
 
 def test_only_chunks_have_hints():
