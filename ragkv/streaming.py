@@ -16,7 +16,6 @@ import threading
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
-from functools import cached_property
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
@@ -43,7 +42,7 @@ _STAGED = 4
 # Two layers to a batch, which halves what launching takes the host, but for large ones and the last: what computes the
 # first of them waits for both.
 _TOGETHER, _LARGE, _LAST = 2, 64 << 20, 2
-# Batches of which page-locked copies are held.
+# Layers of which a thread that reads holds page-locked copies.
 LAYERS_UNDER_WAY = 3
 _ALIGNMENT = 64
 # One thread copies 5 GB/s; a host's memory gives several times that, and a link to the device wants it.
@@ -77,19 +76,18 @@ class Streaming:
         self._placed: list[torch.cuda.Event] = []
         self._under_way: deque[tuple[torch.cuda.Event, list[Any]]] = deque()
         self._thread: threading.Thread | None = None
+        self._placer: SlabPlacer | None = None
         self._stop = False
         self._lying = _lying(slabs, self._sizes)
         self._copying, self._placing = (_stream_behind_this(self._device) for _ in range(2))
         if ready:
             self._copy_first()
         else:
-            self._placer  # noqa: B018  (the streams must not wait for what this thread launches later)
+            self._placer = self._make_placer()  # here: it waits for what the stream that computes has launched
             self._thread = threading.Thread(target=self._feed, name="ragkv-loader", daemon=True)
             self._thread.start()
 
-    @cached_property
-    def _placer(self) -> SlabPlacer:
-        """Made when the first layer is needed, not before the first bytes are on their way."""
+    def _make_placer(self) -> SlabPlacer:
         from ragkv.kernels.slabs import SlabPlacer, span_table  # needs Triton
 
         shape, angles = self._runner.shape, self._runner.rope.table(self._spans[-1].end)
@@ -155,11 +153,12 @@ class Streaming:
             if not self._copied:
                 self._copy(turn, layers)
             self._placing.wait_event(self._copied.popleft())
-        placer = self._placer
+        if self._placer is None:  # not before the first bytes are on their way
+            self._placer = self._make_placer()
         k, v = self._kv.read(layers[0], self._kv.capacity)
         sources, rotated, stride = self._stage.sources[turn], self._rotates[layers[0]], self._kv.layer_stride
         with torch.cuda.stream(self._placing):
-            placer.place(sources[: len(layers)], k, v, rotated=rotated, layer_stride=stride)
+            self._placer.place(sources[: len(layers)], k, v, rotated=rotated, layer_stride=stride)
         placed = self._placing.record_event()
         self._placed.append(placed)
         for _ in layers:
@@ -184,11 +183,11 @@ class Streaming:
         self._hold(copied, held)
 
     def _hold(self, copied: torch.cuda.Event, readable: list[Any]) -> None:
-        """What is copied must stay where it is until then. What is in memory stays there for nothing."""
-        if self._thread is not None:
-            self._under_way.append((copied, readable))
-            if len(self._under_way) > LAYERS_UNDER_WAY:
-                self._under_way.popleft()[0].synchronize()
+        """What is copied must stay where it is until then: page-locked copies would be lent to the next otherwise."""
+        self._under_way.append((copied, readable))
+        # The thread that computes must not wait.
+        if self._thread is not None and len(self._under_way) > LAYERS_UNDER_WAY:
+            self._under_way.popleft()[0].synchronize()
 
 
 class _Stage:

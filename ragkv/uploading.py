@@ -42,7 +42,8 @@ class _Outbox:
         nbytes = tensor.nbytes
         padded = -(-nbytes // _ALIGNMENT) * _ALIGNMENT
         out = torch.empty(padded, dtype=torch.uint8, device=device)
-        with self._lock:
+        # Kernels are launched on the thread's own device, whatever they are given.
+        with self._lock, torch.cuda.device(device):
             part = self._room(padded)
             part[:nbytes].view(tensor.dtype).copy_(tensor.reshape(-1))
             stream = torch.cuda.current_stream(device)

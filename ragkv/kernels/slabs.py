@@ -68,7 +68,7 @@ def _place(
 ):
     # A pair is a token and a KV head. Decoded elements are rounded to the KV's dtype before they are rotated: so a
     # key is the same whichever way it was placed.
-    chunk = tl.program_id(0)
+    chunk = tl.program_id(1)
     dtype = k.dtype.element_ty
     i = tl.arange(0, HALF_PAD)[None, :]
     j = tl.arange(0, REST_PAD)[None, :]
@@ -80,7 +80,7 @@ def _place(
     row = tl.load(spans + chunk * 6 + 1)
     first_slot = tl.load(spans + chunk * 6 + 2)
     to_values = tl.load(spans + chunk * 6 + 3)
-    pair = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    pair = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     alive = pair < pairs
     token = pair // KV_HEADS
     held = alive[:, None] & (i < HALF)
@@ -153,7 +153,7 @@ class SlabPlacer:
     ) -> None:
         self._cos, self._sin = (part.contiguous() for part in angles)
         self._spans = spans
-        self._grid = (len(spans), -(-longest * shape.kv_heads // BLOCK_PAIRS))
+        self._grid = (-(-longest * shape.kv_heads // BLOCK_PAIRS), len(spans))
         half, hd = self._cos.shape[-1], shape.head_dim
         size = 1 if codec != "raw" else shape.dtype.itemsize
         self._rotary, self._plain = half, hd // 2
