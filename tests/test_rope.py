@@ -93,3 +93,16 @@ def test_an_unknown_rope_type_is_refused():
     model = make_model("llama")
     model.model.rotary_emb.rope_type = "spiral"
     assert "'spiral'" in read_rope(model).refusal
+
+
+@torch.inference_mode()
+def test_kept_tables_hold_what_is_computed_for_each_prompt(runner):
+    """Of keys and of rows, whether they were made for short prompts or long ones first."""
+    for length, positions in ((5, [0, 4]), (300, [0, 7, 299]), (40, [39]), (301, [300, 300])):
+        at = torch.tensor(positions)
+        for kept, fresh in zip(runner.rope.table(length), runner.rope.angles(at), strict=True):
+            assert torch.equal(kept[at], fresh)
+        step = AttentionStep(runner.new_kv(512), at, 512, contiguous=False)
+        rows = [runner.rows(at % 7, step, reach) for reach in (length, None)]
+        for kept, fresh in zip(rows[0].rotary, rows[1].rotary, strict=True):
+            assert torch.equal(kept, fresh)
