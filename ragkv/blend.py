@@ -10,7 +10,7 @@ them for others along with it, and serve others in between.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -22,6 +22,7 @@ from ragkv.clock import Stopwatch
 from ragkv.kv import RequestKV
 from ragkv.loading import LayerLoader
 from ragkv.plan import PromptPlan, Span
+from ragkv.prelude import Prelude
 from ragkv.rows import Rows
 from ragkv.runner import ModelRunner
 from ragkv.steps import LayerCall, Steps
@@ -43,6 +44,11 @@ class Start:
 Strategy = Callable[["Blend"], Steps[Start]]
 
 
+def repair_budget(reused: Iterable[Span], ratio: float) -> int:
+    """How many tokens of ``reused`` chunks a strategy with this ``ratio`` may select."""
+    return round(ratio * sum(span.length for span in reused if span.context_present))
+
+
 class Blend:
     """One blended prefill.
 
@@ -51,6 +57,7 @@ class Blend:
         strategy: chooses the tokens to repair; see :mod:`ragkv.selection`.
         known: leading tokens whose KV is there already; no reused span begins before their end.
         ratio: share of the repairable context tokens a strategy selects.
+        prelude: what the strategy wants begun early, if it was.
         seed: of the ``random`` strategy.
     """
 
@@ -66,9 +73,10 @@ class Blend:
         ratio: float,
         watch: Stopwatch,
         known: int = 0,
+        prelude: Prelude | None = None,
         seed: int = 0,
     ) -> None:
-        self.runner, self.plan, self.kv, self.loader = runner, plan, kv, loader
+        self.runner, self.plan, self.kv, self.loader, self.prelude = runner, plan, kv, loader, prelude
         self.reused, self.ratio, self.seed, self.watch, self.known = reused, ratio, seed, watch, known
         self._strategy = strategy
         self.ids = runner.tensor(plan.array)
@@ -94,7 +102,7 @@ class Blend:
     @property
     def budget(self) -> int:
         """How many tokens the strategy may select."""
-        return round(self.ratio * int(self.repairable.sum()))
+        return repair_budget(self.reused, self.ratio)
 
     def steps(self) -> Steps[Rows]:
         """Returns the rows after the last layer, the prompt's last token last.

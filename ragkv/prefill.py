@@ -9,7 +9,7 @@ from typing import cast
 
 import torch
 
-from ragkv.blend import Blend
+from ragkv.blend import Blend, repair_budget
 from ragkv.clock import Stopwatch
 from ragkv.controller import Controller
 from ragkv.costs import Piece, Work
@@ -20,9 +20,10 @@ from ragkv.lineage import ALL
 from ragkv.loading import ChunkLostError, LayerLoader, Slabs
 from ragkv.methods import outline, parameters
 from ragkv.plan import PromptPlan, Span
+from ragkv.prelude import Prelude, lookahead_positions
 from ragkv.rows import Rows
 from ragkv.runner import ModelRunner
-from ragkv.selection import STRATEGIES, lookahead_positions
+from ragkv.selection import STRATEGIES
 from ragkv.steps import LayerCall, Steps, alone
 from ragkv.store import ChunkStore, EntryHeader, OpenEntry
 from ragkv.trial import Trial, read_beside
@@ -106,8 +107,7 @@ class Prefill:
         if self._strategy == FULL or self._off or not reused:
             return rows + len(self._tail)
         ratio = self._ratio if "ratio" in parameters(self._strategy) else 0.0
-        repaired = ratio * sum(span.length for span in reused if span.context_present)
-        return rows - sum(span.length for span in reused) + round(repaired)
+        return rows - sum(span.length for span in reused) + repair_budget(reused, ratio)
 
     def run(self) -> Generator[None, None, PrefillResult]:
         """:meth:`steps`, each layer run by itself; yields between them."""
@@ -195,8 +195,9 @@ class Prefill:
         return f"another {' and '.join(wrong)}" if wrong else None
 
     def _blend(self, entries: dict[Span, OpenEntry], trial: Trial | None) -> Steps[PrefillResult]:
-        kv = self._workspace()
         spans = list(entries)
+        prelude = self._begin(spans)
+        kv = self._workspace()
         [codec] = {span.chunk.tokens.codec for span in spans}
         layers = self._runner.shape.layers
         order = outline(self._strategy, layers).loading_order(layers)
@@ -217,6 +218,7 @@ class Prefill:
                 strategy=STRATEGIES[self._strategy],
                 ratio=self._ratio,
                 known=self._known.tokens,
+                prelude=prelude,
                 seed=self._seed,
                 watch=self._watch,
             )
@@ -235,6 +237,13 @@ class Prefill:
         logits, computed = self._runner.logits(rows), blend.computed
         outcomes = [self._outcome(span, tiers.get(span), blend.dense_layers, computed) for span in self._plan.spans]
         return PrefillResult(logits, kv, outcomes, exact=min(span.start for span in spans))
+
+    def _begin(self, spans: list[Span]) -> Prelude | None:
+        if not outline(self._strategy, self._runner.shape.layers).searched or not repair_budget(spans, self._ratio):
+            return None
+        prelude = Prelude(self._runner, self._plan)
+        self._watch.lap("select")
+        return prelude
 
     def _read_on(self, slabs: Slabs, spans: list[Span], lost: ChunkLostError) -> Steps[None]:
         """Find what else is lost, lest every chunk cost an attempt. The sound ones are then in RAM for the next."""

@@ -17,22 +17,16 @@ densely, and it never selects tokens that are not repairable.
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
-
 import torch
 
 from ragkv.attention import AttentionStep
 from ragkv.blend import Blend, Start, Strategy
-from ragkv.echoes import hints, scarcity
+from ragkv.echoes import hints
 from ragkv.lookahead import Look, look
 from ragkv.methods import outline
-from ragkv.plan import PromptPlan
+from ragkv.prelude import Prelude
 from ragkv.steps import Steps
 from ragkv.uploading import uploaded
-
-_WORDS = ThreadPoolExecutor(2, thread_name_prefix="ragkv-words")
-# Of the prompt, what looks ahead besides the question: where attention goes that finds nothing, and what it is told.
-_LEAD = 64
 
 
 def none(blend: Blend) -> Steps[Start]:
@@ -77,12 +71,10 @@ def links(blend: Blend) -> Steps[Start]:
     all tokens that matter few are stale, of all stale ones few matter, and function words hardly ever do."""
     if not blend.budget:
         return (yield from none(blend))
-    # Read while the device looks ahead, and this thread launches that.
-    weights = _WORDS.submit(lambda: torch.from_numpy(hints(blend.plan) * scarcity(blend.plan)))
-    positions = uploaded(lookahead_positions(blend.plan), blend.runner.device)
-    found = yield from _look(blend, positions)
-    scores = yield from _sought(blend, positions, found)
-    return _selected(blend, scores * uploaded(weights.result(), scores.device))
+    prelude = blend.prelude or Prelude(blend.runner, blend.plan)
+    found = prelude.found or (yield from _look(blend, prelude))
+    scores = yield from _sought(blend, prelude.positions, found)
+    return _selected(blend, scores * uploaded(prelude.weights(), scores.device))
 
 
 def hkvd(blend: Blend) -> Steps[Start]:
@@ -122,12 +114,6 @@ def _attended(blend: Blend) -> Steps[torch.Tensor]:
     return rows.step.scores
 
 
-def lookahead_positions(plan: PromptPlan) -> torch.Tensor:
-    """int64: the prompt's first tokens, and the question's."""
-    first = plan.spans[0].start if plan.spans else plan.question_start
-    return torch.cat((torch.arange(min(_LEAD, first)), torch.arange(plan.question_start, len(plan.ids))))
-
-
 def _sought(blend: Blend, positions: torch.Tensor, found: Look) -> Steps[torch.Tensor]:
     """float32 (length,) on the device: the attention that the question's rows, which saw none of the context, pay to
     its stored keys. ``found`` is of ``positions``."""
@@ -151,19 +137,15 @@ def _sought(blend: Blend, positions: torch.Tensor, found: Look) -> Steps[torch.T
     return step.scores
 
 
-def _look(blend: Blend, positions: torch.Tensor) -> Steps[Look]:
-    fused, ids = blend.runner.lookahead, blend.ids[positions]
-    if fused is not None and len(positions) <= fused.most:
-        found = fused.look(ids, positions)
-        blend.watch.lap("select")
-        return found
-    steps = look(blend.runner, ids, positions)
+def _look(blend: Blend, prelude: Prelude) -> Steps[Look]:
+    """Layer by layer, where looking ahead is no single launch."""
+    steps = look(blend.runner, prelude.ids, prelude.positions)
     while True:
         try:
             next(steps)
         except StopIteration as done:
-            ahead: Look = done.value
-            return ahead
+            found: Look = done.value
+            return found
         blend.watch.lap("select")
         yield None
         blend.watch.lap("queue")

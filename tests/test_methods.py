@@ -8,8 +8,9 @@ import torch
 
 from ragkv.costs import Piece, Work, passes
 from ragkv.methods import outline, parameters
+from ragkv.prelude import lookahead_positions
 from ragkv.runner import ModelRunner
-from ragkv.selection import STRATEGIES, lookahead_positions
+from ragkv.selection import STRATEGIES
 from tests.blend_kit import Desk
 from tests.engine_kit import DOCUMENTS
 from tests.families import make_model

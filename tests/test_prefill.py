@@ -10,9 +10,12 @@ import numpy as np
 import pytest
 import torch
 
+from ragkv import prefill
 from ragkv.clock import Stopwatch
 from ragkv.errors import RemoteError
 from ragkv.kv import Known
+from ragkv.lookahead import look
+from ragkv.prelude import Prelude
 from ragkv.selection import STRATEGIES
 from tests.blend_kit import Desk, close, drain
 from tests.families import MOVABLE
@@ -432,3 +435,50 @@ def test_how_many_rows_a_prompt_takes_is_known_before_it_is_opened(desk, strateg
     blended = strategy != "full" and known < 60
     assert rows[-1 - desk.runner.shape.layers * blended] == least
     assert (rows[-1] == 2) == blended
+
+
+# What is begun before there is memory
+
+
+@pytest.mark.parametrize(("strategy", "ratio", "begun"), [("links", 0.2, 1), ("links", 0.0, 0), ("echo", 0.2, 0)])
+def test_what_can_be_begun_early_is_begun_before_anything_is_read(desk, monkeypatch, strategy, ratio, begun):
+    chunks = desk.document("d", 20, 15)
+    desk.put(*chunks)
+    order = []
+    open_layers = desk.store.open_layers
+    monkeypatch.setattr(prefill, "Prelude", lambda *given: (order.append("begun"), Prelude(*given))[1])
+    monkeypatch.setattr(desk.store, "open_layers", lambda *a, **k: (order.append("read"), open_layers(*a, **k))[1])
+    desk.run(desk.plan(*chunks), strategy, ratio)
+    assert order == ["begun"] * begun + ["read"]
+
+
+def test_chunks_that_may_not_be_repaired_are_begun_nothing_for(desk, monkeypatch):
+    first, second = desk.document("d", 20, 15)
+    desk.put(first, second)
+    monkeypatch.setattr(prefill, "Prelude", None)
+    result = desk.run(desk.plan(second), "links", 0.5)
+    assert result.outcomes[0].repaired_tokens == 0
+
+
+@pytest.mark.parametrize("most", [9, 10])
+def test_looking_ahead_in_one_launch_selects_the_same(desk, monkeypatch, most):
+    """A question of nine tokens behind a prefix of one: ten rows."""
+
+    class Launched:
+        def __init__(self):
+            self.most, self.looked = most, 0
+
+        def look(self, ids, positions):
+            self.looked += 1
+            return drain(look(desk.runner, ids, positions))
+
+    chunks = [desk.document(name, 20)[0] for name in "abc"]
+    desk.put(*chunks)
+    plan = desk.plan(*chunks)
+    expected = desk.run(plan, "links", 0.2)
+    launched = Launched()
+    monkeypatch.setattr(desk.runner, "lookahead", launched)
+    actual = desk.run(plan, "links", 0.2)
+    assert launched.looked == (most == 10)
+    assert [o.repaired_tokens for o in actual.outcomes] == [o.repaired_tokens for o in expected.outcomes]
+    assert torch.equal(actual.logits, expected.logits)
