@@ -76,24 +76,26 @@ class Work:
 def work_of(runner: ModelRunner, plan: PromptPlan, outcomes: Sequence[SpanOutcome], tier_bytes: int) -> Work:
     """The work of a prefill with these ``outcomes``, in the order of the plan's spans.
 
-    A chunk's recomputed rows count as if they stood in its middle. A selector's own passes are no part of it.
+    A chunk's recomputed rows count as if they stood in its middle. A selector's own passes are no part of it. In the
+    last layer, rows but the prompt's last one need keys and values only.
     """
     computed = [
         (span.start, span.end, outcome.token_layers) for span, outcome in zip(plan.spans, outcomes, strict=True)
     ]
-    layers, first = runner.shape.layers, plan.spans[0].start if plan.spans else plan.question_start
-    computed += [(a, b, (b - a) * layers) for a, b in ((0, first), (plan.question_start, len(plan.ids)))]
-    linear = sum(weight.numel() for weight in _matrices(runner)) / layers
+    shape, length, first = runner.shape, len(plan.ids), plan.spans[0].start if plan.spans else plan.question_start
+    computed += [(a, b, (b - a) * shape.layers) for a, b in ((0, first), (plan.question_start, length))]
+    linear = sum(weight.numel() for weight in _matrices(runner)) / shape.layers
+    beside_kv = linear - 2 * int(runner.config.hidden_size) * shape.kv_heads * shape.head_dim
     head = runner.model.lm_head.weight
-    width = 4 * int(runner.config.num_attention_heads) * runner.shape.head_dim
-    windows = [getattr(layer.self_attn, "sliding_window", None) for layer in runner.decoder.layers]
-    flops = 2.0 * head.numel()
+    width = 4 * int(runner.config.num_attention_heads) * shape.head_dim
+    windows = [getattr(layer.self_attn, "sliding_window", None) or length for layer in runner.decoder.layers]
+    flops = 2 * (head.numel() + beside_kv) + width * min(length, windows[-1])
     for start, end, token_layers in computed:
-        middle = (start + end + 1) / 2
-        seen = sum(min(middle, window or middle) for window in windows) / layers
-        flops += token_layers * (2 * linear + width * seen)
-    kv = runner.shape.entry_bytes(len(plan.ids), "raw")
-    weights = int(linear * layers + head.numel()) * head.itemsize
+        seen = [min((start + end + 1) / 2, window) for window in windows[:-1]]
+        a_row = 2 * (shape.layers * linear - beside_kv) + width * sum(seen)
+        flops += token_layers / shape.layers * a_row
+    kv = shape.entry_bytes(length, "raw")
+    weights = int(linear * shape.layers + head.numel()) * head.itemsize
     return Work(tier_bytes, weights + kv, flops)
 
 

@@ -3,15 +3,17 @@
     norm → q, k, v in one product → rotate and write into the KV → attend → output, added to the rows
          → norm → gate and up in one product → activation → down, added to the rows
 
-Residual sums are the products' own accumulation, in float32. The modules of the model stay whole: their matrices become
-views of the joined ones, so that the plain loop over ``transformers``' layers runs on the same memory and is the twin
-this one is compared with (:mod:`ragkv.selfcheck`).
+Residual sums are the products' own accumulation, in float32. Behind the last layer only a prompt's last row is asked
+for: there the others write their keys and values, and that is all. The modules of the model stay whole: their matrices
+become views of the joined ones, so that the plain loop over ``transformers``' layers runs on the same memory and is the
+twin this one is compared with (:mod:`ragkv.selfcheck`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -69,11 +71,14 @@ class _Part(NamedTuple):
     rotary: tuple[torch.Tensor, torch.Tensor]
     qkv: torch.Tensor
     q: torch.Tensor
+    slots: torch.Tensor
     attend: AttendRoom
 
 
 class _Room:
     """Memory for some rows, the same for every layer. ``attended`` is (rows, heads · head_dim)."""
+
+    parts: list[_Part]
 
     def __init__(self, rows: Rows | Joined, layer: Layer, heads: int, head_dim: int) -> None:
         hidden, steps = rows.hidden[0], rows.step.steps
@@ -94,8 +99,22 @@ class _Room:
                 room.out = out
         self.attended = attended.view(count, -1)
         rotary = zip(torch.split(cos, sizes), torch.split(sin, sizes), strict=True)
-        parts = zip(steps, rotary, torch.split(self.qkv, sizes), torch.split(q, sizes), rooms, strict=True)
+        slots = [step.slots for step in steps]
+        parts = zip(steps, rotary, torch.split(self.qkv, sizes), torch.split(q, sizes), slots, rooms, strict=True)
         self.parts = [_Part(*part) for part in parts]
+
+    @cached_property
+    def end(self) -> _Room:
+        """Of one prompt's room, what belongs to its last row."""
+        [part] = self.parts
+        end: _Room = object.__new__(_Room)
+        end.normed, end.qkv, end.gate_up, end.attended = (
+            memory[-1:] for memory in (self.normed, self.qkv, self.gate_up, self.attended)
+        )
+        attend = AttendRoom(part.q[-1:], part.step.kv.shape.kv_heads, part.step.length)
+        attend.out = part.attend.out[-1:]
+        end.parts = [part._replace(q=part.q[-1:], slots=part.slots[-1:], attend=attend)]
+        return end
 
 
 class FusedLayers:
@@ -116,7 +135,8 @@ class FusedLayers:
             torch.cuda.empty_cache()  # what the separate matrices held is in pieces that nothing else fits into
 
     def run(self, index: int, rows: Rows | Joined) -> None:
-        """Advance ``rows`` through layer ``index``, writing their keys and values into the KV of their steps."""
+        """Advance ``rows`` through layer ``index``, writing their keys and values into the KV of their steps. The last
+        layer may advance the last row alone."""
         if isinstance(rows, Joined):
             self.launch(index, rows)
             return
@@ -137,11 +157,21 @@ class FusedLayers:
         else:
             torch.addmm(layer.qkv_bias, room.normed, layer.qkv, out=room.qkv)
         for part in room.parts:
+            _write(index, layer, part)
+        if self._ends(index, rows):
+            hidden, room = hidden[-1:], room.end
+        for part in room.parts:
             _attend(index, layer, part)
         hidden.addmm_(room.attended, layer.output)
         rms_norm(hidden, layer.post_norm, layer.eps, room.normed)
         torch.mm(room.normed, layer.gate_up, out=room.gate_up)
         hidden.addmm_(silu_mul(room.gate_up), layer.down)
+
+    def _ends(self, index: int, rows: Rows | Joined) -> bool:
+        """Whether nobody wants more of layer ``index`` than all rows' KV and what the last row comes to."""
+        if index < len(self.layers) - 1 or isinstance(rows, Joined):
+            return False
+        return rows.step.rows > 1 and not rows.step.score_rows and index not in rows.step.kept
 
     def values(self, index: int, rows: Rows) -> torch.Tensor:
         """Values (rows, kv_heads, head_dim) that layer ``index`` would write for ``rows``."""
@@ -206,18 +236,24 @@ class FusedLayers:
         _score(rows, lse, k, step, query.scale, window, stride)
 
 
-def _attend(index: int, layer: Layer, part: _Part) -> None:
-    """Rotate and write the keys and values of one prompt's rows, and have the rows look at all its keys."""
-    step, q = part.step, part.q
+def _write(index: int, layer: Layer, part: _Part) -> None:
+    """Rotate the queries of one prompt's rows and their keys, and write these and their values into its KV."""
+    step = part.step
     k, v = step.kv.read(index, step.length)
     rotary = part.rotary if layer.rotates else None
-    rope_write(part.qkv, rotary, layer.norms, step.slots, q, k, v, eps=layer.norm_eps)
+    rope_write(part.qkv, rotary, layer.norms, part.slots, part.q, k, v, eps=layer.norm_eps)
     if index in step.kept:
-        step.queries[index] = Query(q.clone(), layer.scale, layer.window)
+        step.queries[index] = Query(part.q.clone(), layer.scale, layer.window)
+
+
+def _attend(index: int, layer: Layer, part: _Part) -> None:
+    """Have one prompt's rows look at all its keys."""
+    step = part.step
+    k, v = step.kv.read(index, step.length)
     window = layer.window if layer.window is not None and layer.window < step.length else None
-    _, lse = attend(q, k, v, step.slots, scale=layer.scale, window=window, room=part.attend)
+    _, lse = attend(part.q, k, v, part.slots, scale=layer.scale, window=window, room=part.attend)
     if step.score_rows:
-        _score(q, lse, k, step, layer.scale, window)
+        _score(part.q, lse, k, step, layer.scale, window)
 
 
 def _score(

@@ -69,7 +69,7 @@ def check_passes(name: str, dtype: torch.dtype, device: str) -> None:
         for layer in range(runner.shape.layers):
             runner.run_layer(layer, rows)
         decoded = runner.decode(7, 5 + 61, kv)
-        results.append((logits, first, rows.hidden, runner.logits(rows), rows.step.scores, decoded))
+        results.append((logits, first, runner.logits(rows), rows.step.scores, decoded))
     for actual, expected in zip(*results, strict=True):
         assert actual.shape == expected.shape
         near(actual, expected, dtype)
@@ -111,6 +111,21 @@ def check_some_rows_go_on(name: str, dtype: torch.dtype, device: str) -> None:
     near(results[0], results[1], dtype)
 
 
+@torch.inference_mode()
+def check_the_end(runner: ModelRunner) -> None:
+    """In the last layer all rows write their KV, and the last row alone goes on, unless their attention is wanted."""
+    last = runner.shape.layers - 1
+    for score_rows in (0, 6):
+        rows = repaired(runner, 61, 1, score_rows)
+        for layer in range(last):
+            runner.run_layer(layer, rows)
+        before = rows.hidden.clone()
+        runner.run_layer(last, rows)
+        assert not torch.equal(rows.hidden[:, -1], before[:, -1])
+        assert torch.equal(rows.hidden[:, :-1], before[:, :-1]) == (not score_rows)
+        assert all(torch.isfinite(part).all() for part in rows.step.kv.read(last, 61))
+
+
 def prompt(runner: ModelRunner, length: int, seed: int) -> Rows:
     """The rows of a prefill."""
     ids = torch.randint(256, (length,), generator=torch.Generator().manual_seed(seed)).to(runner.device)
@@ -143,7 +158,7 @@ def check_joined(runner: ModelRunner, dtype: torch.dtype) -> None:
     def ends(rows: Rows) -> list[torch.Tensor]:
         kv = [part.clone() for layer in layers for part in rows.step.kv.read(layer, rows.step.length)]
         scores = [] if rows.step.scores is None else [rows.step.scores]
-        return [rows.hidden.clone(), runner.logits(rows), *kv, *scores]
+        return [rows.hidden[:, -1].clone(), runner.logits(rows), *kv, *scores]
 
     expected = []
     for rows in prompts():

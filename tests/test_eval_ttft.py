@@ -222,12 +222,15 @@ def test_the_floor_counts_matrices_and_attention_to_the_causal_limit(bench: Benc
     run = bench.run(RAM, bench.requests(40, "raw"), "full", 1.0)
     work = work_of(bench.runner, run.plan, run.outcomes, 0)
     model = bench.runner.model
-    linear = sum(p.numel() for layer in model.model.layers for p in layer.parameters() if p.dim() > 1)
-    attention = 4 * 4 * 4 * 16 * sum(range(1, 46))
-    assert work.flops == pytest.approx(2 * 45 * linear + attention + 2 * model.lm_head.weight.numel())
+    *layers, last = [sum(p.numel() for p in layer.parameters() if p.dim() > 1) for layer in model.model.layers]
+    kv = sum(getattr(model.model.layers[-1].self_attn, name).weight.numel() for name in ("k_proj", "v_proj"))
+    # Of the last layer: keys and values of all rows, and the rest of the prompt's last.
+    end = 2 * (last - kv + model.lm_head.weight.numel()) + 4 * 4 * 16 * 45
+    rows = 2 * 45 * (sum(layers) + kv) + len(layers) * 4 * 4 * 16 * sum(range(1, 46))
+    assert work.flops == pytest.approx(rows + end)
     nothing = work_of(bench.runner, run.plan, [SpanOutcome("ram")] * 3, 7)
-    rows = 2 * 5 * linear + 4 * 4 * 4 * 16 * sum(range(41, 46))
-    assert nothing.flops == pytest.approx(rows + 2 * model.lm_head.weight.numel())
+    rows = 2 * 5 * (sum(layers) + kv) + len(layers) * 4 * 4 * 16 * sum(range(41, 46))
+    assert nothing.flops == pytest.approx(rows + end)
     assert nothing.memory_bytes == work.memory_bytes
 
 

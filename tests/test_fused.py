@@ -51,6 +51,11 @@ def test_rows_of_several_prompts(name):
     kit.check_joined(ModelRunner(make_model(name), fused=True), torch.float32)
 
 
+@pytest.mark.parametrize("name", ["qwen2-windowed", "smollm3"])
+def test_the_last_layer_ends_with_the_last_row(name):
+    kit.check_the_end(ModelRunner(make_model(name), fused=True))
+
+
 @pytest.mark.parametrize("name", sorted(set(MOVABLE) - set(kit.FUSED)))
 def test_what_it_does_not_know_is_refused(name):
     model = make_model(name)
