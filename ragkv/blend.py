@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import cached_property
 
 import numpy as np
 import torch
@@ -26,7 +25,7 @@ from ragkv.prelude import Prelude
 from ragkv.rows import Rows
 from ragkv.runner import ModelRunner
 from ragkv.steps import LayerCall, Steps
-from ragkv.uploading import uploaded
+from ragkv.uploading import uploaded, uploaded_together
 
 
 @dataclass(frozen=True)
@@ -51,6 +50,9 @@ def repair_budget(reused: Iterable[Span], ratio: float) -> int:
 
 class Blend:
     """One blended prefill.
+
+    Attributes:
+        ids, required_places: int64, on the device: the prompt's tokens, and the positions that are computed anyway.
 
     Args:
         reused: spans whose stored KV the loader brings; the other spans are computed.
@@ -79,7 +81,6 @@ class Blend:
         self.runner, self.plan, self.kv, self.loader, self.prelude = runner, plan, kv, loader, prelude
         self.reused, self.ratio, self.seed, self.watch, self.known = reused, ratio, seed, watch, known
         self._strategy = strategy
-        self.ids = runner.tensor(plan.array)
         self.length = len(plan.ids)
         required, repairable = np.ones(self.length, np.bool_), np.zeros(self.length, np.bool_)
         required[:known] = False
@@ -88,6 +89,8 @@ class Blend:
             # Recomputing tokens whose document context is not in this prompt would forget what it knew.
             repairable[span.start : span.end] = span.context_present
         self.required, self.repairable = torch.from_numpy(required), torch.from_numpy(repairable)
+        known_now = (torch.from_numpy(plan.array), self.required.nonzero()[:, 0], ~self.repairable)
+        self.ids, self.required_places, self._barred = uploaded_together(known_now, runner.device)
         self.dense_layers = 0
         self._rows: Rows | None = None
 
@@ -114,11 +117,6 @@ class Blend:
         self._rows, self.dense_layers = start.rows, start.dense_layers
         yield from self.advance(start.rows, start.layer, self.runner.shape.layers, "recompute")
         return start.rows
-
-    @cached_property
-    def required_places(self) -> torch.Tensor:
-        """:meth:`places` of what is required."""
-        return self.places(self.required)
 
     def places(self, where: torch.Tensor) -> torch.Tensor:
         """The positions, on the device, where ``where``, bool (length,) on the host, holds."""
@@ -150,9 +148,7 @@ class Blend:
 
         Scores that are on the device stay there, and nobody waits for them.
         """
-        barred = ~self.repairable
-        if scores.device != barred.device:
-            barred = uploaded(barred, scores.device)
+        barred = ~self.repairable if scores.device.type == "cpu" else self._barred
         best = scores.float().masked_fill(barred, float("-inf")).topk(self.budget).indices
         if best.device != self.runner.device:
             best = uploaded(best, self.runner.device)

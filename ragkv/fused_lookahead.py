@@ -36,14 +36,14 @@ class FusedLookahead:
         self._runner = runner
         self._captured: dict[int, _Captured] = {}
 
-    def look(self, ids: torch.Tensor, positions: torch.Tensor) -> Look:
-        """``ids`` and ``positions`` are int64 (rows,). The result stays when the next one is computed."""
-        rows = len(ids)
+    def look(self, tokens: torch.Tensor) -> Look:
+        """``tokens``, int64 (2, rows), are ids and positions. The result stays when the next one is computed."""
+        rows = tokens.shape[1]
         size = _SIZES[bisect_left(_SIZES, rows)]
         if size not in self._captured:
             self._captured[size] = self._capture(size)
         captured = self._captured[size]
-        captured.inputs[0, :rows], captured.inputs[1, :rows] = ids, positions
+        captured.inputs[:, :rows] = tokens
         captured.graph.replay()
         queries = captured.look.queries
         found = zip(queries.items(), captured.rows[:, :rows].clone(), strict=True)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from ragkv.echoes import hints, scarcity
 from ragkv.lookahead import Look
@@ -26,14 +28,12 @@ class Prelude:
     """
 
     def __init__(self, runner: ModelRunner, plan: PromptPlan) -> None:
-        self._weights = _WORDS.submit(_weigh, plan)
         positions = lookahead_positions(plan)
-        self.ids, self.positions = uploaded(
-            torch.stack((torch.from_numpy(plan.array)[positions], positions)), runner.device
-        )
+        rows = uploaded(torch.from_numpy(np.stack((plan.array[positions], positions))), runner.device)
+        self.ids, self.positions = rows
         fused = runner.lookahead
-        few = fused is not None and len(positions) <= fused.most
-        self.found: Look | None = fused.look(self.ids, self.positions) if fused is not None and few else None
+        self.found: Look | None = fused.look(rows) if fused is not None and len(positions) <= fused.most else None
+        self._weights = _WORDS.submit(_weigh, plan)
 
     def weights(self) -> torch.Tensor:
         """float32 (prompt tokens,), on the host: how much it matters what of each token the question attends to."""
@@ -44,7 +44,7 @@ def _weigh(plan: PromptPlan) -> torch.Tensor:
     return torch.from_numpy(hints(plan) * scarcity(plan))
 
 
-def lookahead_positions(plan: PromptPlan) -> torch.Tensor:
-    """int64: the prompt's first tokens, and the question's."""
+def lookahead_positions(plan: PromptPlan) -> NDArray[np.int64]:
+    """The prompt's first tokens, and the question's."""
     first = plan.spans[0].start if plan.spans else plan.question_start
-    return torch.cat((torch.arange(min(_LEAD, first)), torch.arange(plan.question_start, len(plan.ids))))
+    return np.concatenate((np.arange(min(_LEAD, first)), np.arange(plan.question_start, len(plan.ids))))

@@ -27,6 +27,22 @@ def uploaded(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     return outbox.upload(tensor, device)
 
 
+def uploaded_together(tensors: Sequence[torch.Tensor], device: torch.device) -> list[torch.Tensor]:
+    """:func:`uploaded`, of several at once: that takes the host hardly longer than one."""
+    if device.type != "cuda":
+        return [tensor.to(device) for tensor in tensors]
+    ends = np.cumsum([-(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT for tensor in tensors]).tolist()
+    packed = torch.empty(ends[-1], dtype=torch.uint8)
+    starts = [0, *ends[:-1]]
+    for start, tensor in zip(starts, tensors, strict=True):
+        packed[start : start + tensor.nbytes].view(tensor.dtype).copy_(tensor.reshape(-1))
+    there = uploaded(packed, device)
+    return [
+        there[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+        for start, tensor in zip(starts, tensors, strict=True)
+    ]
+
+
 class _Outbox:
     """Takes what is small, and has a kernel read it (:mod:`ragkv.kernels.fetch`)."""
 

@@ -356,7 +356,9 @@ def what_must_not_be_repaired_is(monkeypatch):
             return round(self.ratio * int(self.repairable.sum()))
 
     monkeypatch.setattr(prefill, "Blend", Eager)
-    monkeypatch.setattr(prefill, "repair_budget", lambda spans, ratio: round(ratio * sum(span.length for span in spans)))
+    monkeypatch.setattr(
+        prefill, "repair_budget", lambda spans, ratio: round(ratio * sum(span.length for span in spans))
+    )
 
 
 @mutant(only=lambda case: case.strategy == "hkvd")

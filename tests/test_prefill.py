@@ -468,9 +468,9 @@ def test_looking_ahead_in_one_launch_selects_the_same(desk, monkeypatch, most):
         def __init__(self):
             self.most, self.looked = most, 0
 
-        def look(self, ids, positions):
+        def look(self, tokens):
             self.looked += 1
-            return drain(look(desk.runner, ids, positions))
+            return drain(look(desk.runner, *tokens))
 
     chunks = [desk.document(name, 20)[0] for name in "abc"]
     desk.put(*chunks)

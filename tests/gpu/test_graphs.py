@@ -66,6 +66,11 @@ def test_prompts_join_and_part_in_and_out_of_graphs(family, dtype):
     assert not all(captured)
 
 
+@pytest.mark.parametrize("family", ["qwen2-windowed", "smollm3"])
+def test_the_last_layer_ends_with_the_last_row(family):
+    fused_kit.check_the_end(made(family))
+
+
 @torch.inference_mode()
 def test_the_workspace_is_one_prompts_at_a_time():
     runner = made()
@@ -86,7 +91,7 @@ def test_looking_ahead_gives_the_same_in_graphs():
     for count in (1, 31, 32, 33, 200):
         ids = torch.randint(3, 256, (count,), device="cuda", generator=torch.Generator("cuda").manual_seed(count))
         positions = torch.arange(5000, 5000 + count, device="cuda")
-        plain, fused = drained(look(runner, ids, positions)), runner.lookahead.look(ids, positions)
+        plain, fused = drained(look(runner, ids, positions)), runner.lookahead.look(torch.stack((ids, positions)))
         assert tuple(fused.queries) == tuple(plain.queries) == searched_layers(runner.shape.layers)
         kept.append((fused, {layer: query.rows.clone() for layer, query in fused.queries.items()}))
         close(fused.kv, plain.kv)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ragkv import uploading
-from ragkv.uploading import copy_each, copy_over, uploaded
+from ragkv.uploading import copy_each, copy_over, uploaded, uploaded_together
 
 pytestmark = pytest.mark.gpu
 DEVICE = torch.device("cuda")
@@ -44,6 +44,17 @@ def test_nothing_and_much(shape):
     tensor = torch.full(shape, 7, dtype=torch.int64)
     assert torch.equal(uploaded(tensor, DEVICE).cpu(), tensor)
     assert uploaded(tensor, DEVICE).shape == tensor.shape
+
+
+def test_several_at_once_arrive_as_they_are():
+    generator = torch.Generator().manual_seed(0)
+    sizes = [(7, torch.int64), (3, torch.bool), (0, torch.float32), (65, torch.bool), (9, torch.float32)]
+    sent = [numbers((size,), dtype, generator) for size, dtype in sizes]
+    arrived = uploaded_together([*sent, sent[0].view(7, 1)], DEVICE)
+    for one, other in zip([*sent, sent[0].view(7, 1)], arrived, strict=True):
+        assert other.is_cuda
+        assert other.dtype == one.dtype
+        assert torch.equal(one, other.cpu())
 
 
 def test_an_upload_does_not_wait_for_what_is_copied_over():
