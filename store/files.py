@@ -64,6 +64,7 @@ class Folder:
         self.tmp = self.root / "tmp"
         self.quarantined = self.root / "quarantine"
         self.entries = self.root / "entries"
+        self._entries = str(self.entries)
 
     def prepare(self, *, read_only: bool) -> None:
         """Create the folder, or make sure that it is a store of this version.
@@ -113,7 +114,7 @@ class Folder:
 
     def entry_path(self, key: bytes) -> str:
         name = key.hex()
-        return f"{self.entries}/{name[:2]}/{name}.kv"
+        return f"{self._entries}/{name[:2]}/{name}.kv"
 
     def entry_keys(self) -> Iterator[bytes]:
         """The keys that the files under ``entries`` are named by, in no order."""
@@ -224,7 +225,10 @@ def disk_bytes(path: str | os.PathLike[str], *, names: int = 1) -> int:
 
 def is_there(path: str) -> bool:
     """Whether something stands at ``path`` that is no link: links are never followed."""
-    return os.path.lexists(path) and not os.path.islink(path)
+    try:
+        return not stat.S_ISLNK(os.lstat(path).st_mode)
+    except OSError:
+        return False
 
 
 def key_of(name: str) -> bytes | None:

@@ -1,7 +1,7 @@
 """Leases on entry files: kernel locks on an open file (OFD), which die with their owner.
 
-An open entry holds a read lock. Whoever wants to remove it needs the write lock and does not wait for it. So
-an entry in use is never removed, by no thread and no process, and a killed reader leaves nothing behind.
+An entry that is open from its file holds a read lock. Whoever wants to remove it needs the write lock and does not
+wait for it. So a file in use is never removed, by no thread and no process, and a killed reader leaves nothing behind.
 """
 
 from __future__ import annotations

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
+from weakref import WeakValueDictionary
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,10 +23,15 @@ IN_FLIGHT_BYTES = 128 << 20
 
 @dataclass(frozen=True, eq=False)
 class RamEntry:
-    """An entry's header and one read-only uint8 array per layer."""
+    """An entry's header and one read-only uint8 array per layer.
+
+    ``holders`` has an item for each who has it open. A list, as a finalizer may close it at any moment, in the middle
+    of what this module does under a lock: appending and popping need none.
+    """
 
     header: EntryHeader
     slabs: tuple[Array, ...]
+    holders: list[None] = field(default_factory=list, repr=False)
 
     @cached_property
     def addresses(self) -> NDArray[np.int64]:
@@ -52,7 +58,8 @@ class RamTier:
     """Safe to call from any thread. Arrays handed out stay valid after their entry has left.
 
     Who leaves says the cost-aware policy. What an entry costs here is to read its bytes again: those used least
-    leave first, and new ones that are not used soon before them.
+    leave first, and new ones that are not used soon before them. It is told of uses when it is asked, or when there is
+    time (:meth:`settle`), and not while an entry is opened.
 
     Entries lie in ``buffers``, which lends the memory of those that left to those that come; ``allocate``
     provides it, in the first place.
@@ -62,19 +69,42 @@ class RamTier:
         self.capacity = capacity
         self.buffers = Buffers(capacity + IN_FLIGHT_BYTES, allocate)
         self._entries: dict[bytes, RamEntry] = {}
+        self._alive: WeakValueDictionary[bytes, RamEntry] = WeakValueDictionary()  # also those that left while open
+        self._uses: dict[bytes, int] = {}
         self._shelf = MemoryShelf()
         self._policy = CostAware()
         self._used = 0
         self._reserved = 0
         self._lock = threading.Lock()
 
-    def get(self, key: bytes) -> RamEntry | None:
-        """The entry, now used once more."""
+    def open(self, keys: Sequence[bytes]) -> list[RamEntry | None]:
+        """The entries of ``keys`` that are here, used once more and with one more of ``holders``, for the caller."""
         with self._lock:
-            item = self._shelf.get(key)
-            if item is not None:
-                self._shelf.move(key, self._policy.use(self._shelf, item, 1))
-            return self._entries.get(key)
+            found = [self._entries.get(key) for key in keys]
+            uses = self._uses
+            for key, entry in zip(keys, found, strict=True):
+                if entry is not None:
+                    entry.holders.append(None)
+                    uses[key] = uses.pop(key, 0) + 1  # the latest use last
+        return found
+
+    def is_open(self, key: bytes) -> bool:
+        """Whether somebody has the entry open from here, even if it has left since."""
+        entry = self._alive.get(key)
+        return entry is not None and bool(entry.holders)
+
+    def let_go(self, key: bytes) -> bool:
+        """Drop an entry whose file is about to go, unless it is open: False then. Nobody opens it meanwhile."""
+        with self._lock:
+            free = not self.is_open(key)
+            if free:
+                self._drop(key)
+        return free
+
+    def settle(self) -> None:
+        """Tell the policy of the uses so far."""
+        with self._lock:
+            self._settle()
 
     def reserve(self, nbytes: int) -> bool:
         """Make room for an entry still being read, so that the cap holds meanwhile; False if none."""
@@ -95,17 +125,18 @@ class RamTier:
         with self._lock:
             self._reserved -= entry.nbytes
             if key not in self._entries:
+                self._settle()
+                before = self._alive.get(key)
+                if before is not None:  # it left while it was open, and is open still
+                    entry = replace(entry, holders=before.holders)
                 item = MemoryItem(entry.nbytes, cost=entry.nbytes)
-                self._entries[key] = entry
+                self._entries[key] = self._alive[key] = entry
                 self._shelf.put(key, item.at(self._policy.admit(self._shelf, item, self._shelf.recall(key))))
                 self._used += entry.nbytes
 
     def drop(self, key: bytes) -> None:
         with self._lock:
-            entry = self._entries.pop(key, None)
-            if entry is not None:
-                self._shelf.delete(key)
-                self._used -= entry.nbytes
+            self._drop(key)
 
     def clear(self) -> None:
         with self._lock:
@@ -117,9 +148,23 @@ class RamTier:
     def nbytes(self) -> int:
         return self._used
 
+    def _drop(self, key: bytes) -> None:
+        entry = self._entries.pop(key, None)
+        if entry is not None:
+            self._shelf.delete(key)
+            self._used -= entry.nbytes
+
+    def _settle(self) -> None:
+        uses, self._uses = self._uses, {}
+        for key, times in uses.items():
+            item = self._shelf.get(key)
+            if item is not None:
+                self._shelf.move(key, self._policy.use(self._shelf, item, times))
+
     def _evict(self, room: int) -> None:
         if self._used <= room:
             return
+        self._settle()
         for key, item in self._policy.victims(self._shelf):
             evict(self._shelf, key, item)
             del self._entries[key]

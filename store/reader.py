@@ -29,16 +29,19 @@ TASK_BYTES = 256 << 10
 
 
 class OpenEntry:
-    """A leased entry: until ``close`` no thread and no process can evict or delete it.
+    """An entry that can be read until ``close``, whatever happens to it meanwhile.
 
-    ``tier`` says where its bytes are, such as "ram" or "ssd". Closing twice is fine, and so is
-    closing while the entry is being read.
+    ``tier`` says where its bytes are. From "ssd" it is leased: no thread and no process can evict or delete it. From
+    "ram" its own store cannot; where another process does, its bytes stay. Closing twice is fine, and so is closing
+    while the entry is being read.
     """
 
+    __slots__ = ("_lock", "_source", "header", "tier")
+
     def __init__(self, source: Source) -> None:
+        self._source: Source | None = source
         self.header: EntryHeader = source.header
         self.tier: str = source.tier
-        self._source: Source | None = source
         self._lock = threading.Lock()
 
     @property
@@ -83,15 +86,15 @@ class OpenEntry:
         self.close()
 
     def __del__(self) -> None:
-        if getattr(self, "_source", None) is not None:
+        if self._source is not None:
             self.close()
 
 
 class _Reading:
-    """One entry under reading, layers in ``order``: what of it stays in RAM, and what went wrong with it so far."""
+    """One entry on its way to RAM, layers in ``order``: what of it stays there, and what went wrong with it so far."""
 
-    def __init__(self, source: Source, order: Sequence[int], allocate: Allocate | None) -> None:
-        self.source = source
+    def __init__(self, source: Source, lane: Executor, order: Sequence[int], allocate: Allocate | None) -> None:
+        self.source, self.lane = source, lane
         self.header = source.header
         self.reserved = 0
         self.kept: dict[int, Array] = {}
@@ -104,10 +107,8 @@ class _Reading:
         return self._failed is not None
 
     def slab(self, turn: int) -> SlabOrError:
-        """The bytes of the layer whose turn it is, verified unless they were in RAM already."""
+        """The bytes of the layer whose turn it is, verified."""
         layer = self._order[turn]
-        if self.source.lane is None:
-            return self.source.slab(layer, None)
         earlier = self.error_at(turn)
         if earlier is not None:
             return earlier
@@ -183,7 +184,8 @@ class LayerReader(Iterator[list[SlabOrError]]):
         ram: RamTier,
         order: Sequence[int] | None = None,
     ) -> None:
-        self._readings: list[_Reading] = []
+        self._sources: list[Source] = []
+        self._readings: dict[int, _Reading] = {}
         self._ahead: deque[list[Future[list[SlabOrError]]]] = deque()
         self._ram = ram
         self._next = 0
@@ -198,7 +200,10 @@ class LayerReader(Iterator[list[SlabOrError]]):
             raise StoreError(f"order must name each of {self._layers} layers once, not {self._order}", setting="order")
         try:
             for entry in entries:
-                self._readings.append(_Reading(entry.source(), self._order, allocate))
+                self._sources.append(entry.source())
+            for i, source in enumerate(self._sources):
+                if source.lane is not None:
+                    self._readings[i] = _Reading(source, source.lane, self._order, allocate)
             self._tasks = self._spread()
             self.traffic = {self._readings[task[0]].source.tier: Traffic() for _, task in self._tasks}
             for _ in range(min(depth, self._layers)):
@@ -228,11 +233,14 @@ class LayerReader(Iterator[list[SlabOrError]]):
     def close(self) -> None:
         """Stop reading. No buffer is written to afterwards."""
         running = [future for futures in self._ahead for future in futures if not future.cancel()]
-        wait(running)
+        if running:
+            wait(running)
         self._ahead.clear()
-        readings, self._readings = self._readings, []
-        for reading in readings:
-            reading.source.close()
+        sources, self._sources = self._sources, []
+        readings, self._readings = self._readings, {}
+        for source in sources:
+            source.close()
+        for reading in readings.values():
             self._ram.release(reading.reserved)
 
     def __enter__(self) -> LayerReader:
@@ -246,11 +254,10 @@ class LayerReader(Iterator[list[SlabOrError]]):
     def lying(self, sizes: Sequence[int]) -> NDArray[np.int64] | None:
         """int64 (layers, entries): where all slabs lie; None unless all are in RAM and have these ``sizes``, one for
         each entry. They stay there until the reader is closed, and whoever reads them so need not ask for layers."""
-        sources = [reading.source for reading in self._readings]
-        entries = [source.entry for source in sources if isinstance(source, RamSource)]
-        if len(entries) != len(sources) or [entry.slab_bytes for entry in entries] != list(sizes):
+        entries = [source.entry for source in self._sources if isinstance(source, RamSource)]
+        if len(entries) != len(self._sources) or [entry.slab_bytes for entry in entries] != list(sizes):
             return None
-        return np.stack([entry.addresses for entry in entries], axis=1) if entries else None
+        return np.array([entry.addresses for entry in entries]).T if entries else None
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -258,17 +265,15 @@ class LayerReader(Iterator[list[SlabOrError]]):
         self.close()
 
     def __del__(self) -> None:
-        if getattr(self, "_readings", None):
+        if getattr(self, "_sources", None):
             self.close()
 
     def _spread(self) -> list[tuple[Executor, list[int]]]:
         """What each task of a layer reads, in the order of the entries; and room in RAM for what may stay."""
         tasks: list[tuple[Executor, list[int]]] = []
         open_tasks: dict[Executor, tuple[int, list[int]]] = {}
-        for i, reading in enumerate(self._readings):
-            lane = reading.source.lane
-            if lane is None:
-                continue
+        for i, reading in self._readings.items():
+            lane = reading.lane
             nbytes = entry_bytes(slab.nbytes for slab in reading.header.slabs)
             if self._ram.reserve(nbytes):
                 reading.reserved = nbytes
@@ -304,12 +309,12 @@ class LayerReader(Iterator[list[SlabOrError]]):
         }
         # A later layer may have been read well before an earlier one failed.
         return [
-            reading.error_at(turn) or (cold[i] if i in cold else reading.slab(turn))
-            for i, reading in enumerate(self._readings)
+            (self._readings[i].error_at(turn) or cold[i]) if i in cold else source.slab(self._order[turn], None)
+            for i, source in enumerate(self._sources)
         ]
 
     def _promote(self) -> None:
-        for reading in self._readings:
+        for reading in self._readings.values():
             if reading.reserved and not reading.failed:
                 slabs = tuple(read_only(reading.kept[layer]) for layer in range(self._layers))
                 self._ram.commit(reading.header.key, RamEntry(reading.header, slabs))

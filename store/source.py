@@ -63,7 +63,7 @@ class Source(Protocol):
         ...
 
     def close(self) -> None:
-        """Give the lease back. Closing twice is fine; no :meth:`slab` runs meanwhile."""
+        """Give the lease back: once, and no :meth:`slab` runs meanwhile."""
         ...
 
 
@@ -88,49 +88,43 @@ class Lease:
             os.close(self.fd)
 
 
-class _Leased:
-    """An entry under a lease. ``on_reject`` takes the entry's key and descriptor."""
+class RamSource:
+    """An entry of the RAM tier, open: one of its ``holders``.
 
-    def __init__(self, header: EntryHeader, lease: Lease, on_reject: OnReject) -> None:
-        self.header = header
-        self._lease: Lease | None = lease
-        self._on_reject = on_reject
+    It has no lease on its file. A lease is there so that no bytes vanish while they are read, and so that no deleted
+    file takes space that nobody counts, being open; neither can happen to what lies in memory. That what is open stays
+    in the store, its own store sees to (``RamTier.let_go``). Another process may delete or evict the file: then
+    who has it open reads on, and nobody is given it again. A kernel lease would cost four system calls for each entry,
+    which is most of what opening takes; and keeping it for as long as an entry is in RAM would keep every process
+    from making room.
+    """
 
-    @property
-    def held(self) -> Lease:
-        """The lease. Raises StoreError: it was closed."""
-        if self._lease is None:
-            raise StoreError("the entry is closed; open it again", key=self.header.key.hex())
-        return self._lease
-
-    def reject(self) -> None:
-        self._on_reject(self.header.key, self.held.fd)
-
-    def close(self) -> None:
-        lease, self._lease = self._lease, None
-        if lease is not None:
-            lease.close()
-
-
-class RamSource(_Leased):
-    """An entry of the RAM tier. Its file is leased all the same: what is open stays in the store."""
+    __slots__ = ("_on_reject", "entry", "header")
 
     tier = "ram"
     lane = None
 
-    def __init__(self, entry: RamEntry, lease: Lease, on_reject: OnReject) -> None:
-        super().__init__(entry.header, lease, on_reject)
+    def __init__(self, entry: RamEntry, on_reject: Callable[[EntryHeader], None]) -> None:
         self.entry = entry
+        self.header = entry.header
+        self._on_reject = on_reject
 
     def slab(self, layer: int, buffer: Array | None) -> Array:
         return self.entry.slabs[layer]
 
+    def reject(self) -> None:
+        self._on_reject(self.header)
+
     def share(self) -> RamSource:
-        return RamSource(self.entry, self.held.share(), self._on_reject)
+        self.entry.holders.append(None)
+        return self
+
+    def close(self) -> None:
+        self.entry.holders.pop()
 
 
-class FileSource(_Leased):
-    """An entry of the SSD tier.
+class FileSource:
+    """An entry of the SSD tier, under a lease. ``on_reject`` takes its key and descriptor.
 
     Large slabs are read past the page cache: keeping what is used often is the RAM tier's business, and the
     kernel's copy would cost time and memory. Small ones are worth its reading ahead.
@@ -147,12 +141,21 @@ class FileSource(_Leased):
         on_reject: OnReject,
         direct: bool | None = None,
     ) -> None:
-        super().__init__(header, lease, on_reject)
+        self.header = header
         self.lane = lane
+        self._lease: Lease | None = lease
         self._buffers = buffers
+        self._on_reject = on_reject
         if direct is None:
             direct = all(slab.nbytes >= DIRECT_BYTES for slab in header.slabs) and go_direct(lease.fd)
         self._direct = direct
+
+    @property
+    def held(self) -> Lease:
+        """The lease. Raises StoreError: it was closed."""
+        if self._lease is None:
+            raise StoreError("the entry is closed; open it again", key=self.header.key.hex())
+        return self._lease
 
     def slab(self, layer: int, buffer: Array | None) -> Array:
         if buffer is None:
@@ -168,5 +171,13 @@ class FileSource(_Leased):
             np.copyto(buffer, between)
         return buffer
 
+    def reject(self) -> None:
+        self._on_reject(self.header.key, self.held.fd)
+
     def share(self) -> FileSource:
         return FileSource(self.header, self.held.share(), self.lane, self._buffers, self._on_reject, self._direct)
+
+    def close(self) -> None:
+        lease, self._lease = self._lease, None
+        if lease is not None:
+            lease.close()

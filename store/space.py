@@ -12,6 +12,7 @@ from ragkv.store.files import Folder, disk_bytes, disk_errors, key_of
 from ragkv.store.header import BLOCK
 from ragkv.store.lease import leased
 from ragkv.store.policies import Policy, evict
+from ragkv.store.ram import RamTier
 from ragkv.store.rows import Row
 from ragkv.store.txn import IndexTxn
 
@@ -53,24 +54,31 @@ class Space:
     """Keeps the entry files of a folder under ``capacity`` bytes, as the disk counts them.
 
     Every method wants the write transaction, inside which nobody else can take or free space. Files go last: what
-    fails before has changed nothing that is not rolled back. ``on_evict`` is
-    called with each key that had to leave.
+    fails before has changed nothing that is not rolled back. What is open stays, from ``ram`` or under a lease.
+    ``on_evict`` is called with each key that had to leave.
     """
 
     def __init__(
-        self, folder: Folder, capacity: int, policy: Policy, recency: Recency, on_evict: Callable[[bytes], None]
+        self,
+        folder: Folder,
+        capacity: int,
+        policy: Policy,
+        recency: Recency,
+        ram: RamTier,
+        on_evict: Callable[[bytes], None],
     ) -> None:
         self.capacity = capacity
         self._folder = folder
         self._policy = policy
         self._recency = recency
+        self._ram = ram
         self._on_evict = on_evict
 
     def make(self, txn: IndexTxn, need: int) -> None:
         """Evict until ``need`` more bytes fit.
 
         Raises:
-            StoreFullError: they never will, or what is left is leased; no entry has left then.
+            StoreFullError: they never will, or what is left is open; no entry has left then.
         """
         # One block more than asked for: the disk may need it for the file's own list of extents.
         room = self.capacity - (need + BLOCK if need else 0)
@@ -92,7 +100,7 @@ class Space:
             drop(spare)
 
     def tidy(self, txn: IndexTxn) -> bool:
-        """Clear up after dead writers, and evict what is above the cap and not leased; True if there is more to do."""
+        """Clear up after dead writers, and evict what is above the cap and not open; True if there is more to do."""
         with disk_errors(self._folder.root):
             drop(recover(self._folder, txn))
             excess = self._excess(txn, self.capacity)
@@ -130,11 +138,11 @@ class Space:
         return excess
 
     def _victims(self, txn: IndexTxn, excess: int, *, most: int | None = None) -> list[tuple[bytes, Row]]:
-        """Take rows off the shelf that together free ``excess`` bytes, or as many as are not leased."""
+        """Take rows off the shelf that together free ``excess`` bytes, or as many as are not open."""
         taken: list[tuple[bytes, Row]] = []
         for key, _ in self._policy.victims(txn):
             row = txn.get(key)
-            if row is None or leased(self._folder.entry_path(key)):
+            if row is None or self._ram.is_open(key) or leased(self._folder.entry_path(key)):
                 continue
             evict(txn, key, row)
             taken.append((key, row))
@@ -147,7 +155,7 @@ class Space:
         """Delete the files of ``victims``; says how many bytes that freed."""
         freed = 0
         for key, row in victims:
-            if self._folder.remove(key):
+            if self._ram.let_go(key) and self._folder.remove(key):
                 self._on_evict(key)
                 freed += row.nbytes
             else:  # opened a moment ago

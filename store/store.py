@@ -103,7 +103,7 @@ class ChunkStore:
         self._counts: Counter[str] = Counter()
         self._lock = threading.Lock()
         self._recency = Recency()
-        self._space = Space(self.folder, capacity_bytes, chosen, self._recency, self._evicted)
+        self._space = Space(self.folder, capacity_bytes, chosen, self._recency, self._ram, self._evicted)
         self._closed = False
         self._session = Session(self.folder, read_only=read_only, tidy=self._tidy)
         self._index: Index = self._session.index
@@ -142,15 +142,19 @@ class ChunkStore:
         ]
 
     def open(self, keys: Sequence[bytes]) -> list[OpenEntry | StoreError]:
-        """Lease the entries of ``keys``. One that is missing or corrupt comes back as an error, and so does one for
-        another version of ragkv (StoreFormatError), which stays.
+        """Open the entries of ``keys``, under a lease each or from RAM (see ``OpenEntry``). One that is missing or
+        corrupt comes back as an error, and so does one for another version of ragkv (StoreFormatError), which stays.
 
         What is not here is asked of the remote tier, all of it in one round trip (of 256 keys). An entry there
         has no lease: it may vanish while it is read.
         """
-        rows = self._index_open().get_many(keys)
-        opened = [self._open(key, row) for key, row in zip(keys, rows, strict=True)]
-        self._touch([entry.key for entry in opened if isinstance(entry, OpenEntry)])
+        index = self._index_open()
+        index.check_process()
+        in_ram = self._open_in_ram(keys)
+        rest = [key for key, entry in zip(keys, in_ram, strict=True) if entry is None]
+        rows = dict(zip(rest, index.get_many(rest), strict=True)) if rest else {}
+        opened = [entry or self._open(key, rows[key]) for key, entry in zip(keys, in_ram, strict=True)]
+        self._touch([entry.header.key for entry in opened if isinstance(entry, OpenEntry)])
         if self._remote is not None:
             opened = self._open_remote(self._remote, keys, opened)
         self._count_hits(opened)
@@ -356,6 +360,19 @@ class ChunkStore:
         while index.write(self._space.tidy):
             pass  # in small transactions: others may want to write
 
+    def _open_in_ram(self, keys: Sequence[bytes]) -> list[OpenEntry | None]:
+        """Open what lies in RAM and is still in the store. Its file tells, which goes first, whoever removes it: the
+        index need not be asked.
+        """
+        found = self._ram.open(keys)
+        opened = [OpenEntry(RamSource(entry, self._reject)) if entry is not None else None for entry in found]
+        for i, (key, entry) in enumerate(zip(keys, opened, strict=True)):
+            if entry is not None and not is_there(self.folder.entry_path(key)):
+                entry.close()
+                self._gone(key)
+                opened[i] = None
+        return opened
+
     def _open(self, key: bytes, row: Row | None) -> OpenEntry | StoreError:
         missing = MissingEntryError("the chunk is not in the store; encode it again", key=key.hex())
         if row is None:
@@ -367,9 +384,6 @@ class ChunkStore:
         if fd is None:
             self._forget_missing(key)
             return missing
-        ram = self._ram.get(key)
-        if ram is not None:
-            return OpenEntry(RamSource(ram, Lease(fd), self._quarantine))
         try:
             header = read_header(fd)
             if header.key != key:
@@ -411,7 +425,7 @@ class ChunkStore:
         return sum(self._remove(txn, key) for key in keys if txn.get(key) is not None)
 
     def _remove(self, txn: IndexTxn, key: bytes) -> bool:
-        if not self.folder.remove(key):
+        if not (self._ram.let_go(key) and self.folder.remove(key)):
             return False
         self._gone(key)
         return txn.delete(key)
@@ -423,6 +437,19 @@ class ChunkStore:
             with contextlib.suppress(StoreError, OSError):  # the caller has the error that matters
                 self._index.write(lambda txn: self.folder.quarantine(key, fd) and txn.delete(key))
 
+    def _reject(self, header: EntryHeader) -> None:
+        """Quarantine what was opened from RAM, unless another entry has taken its file's place."""
+        key = header.key
+        with contextlib.suppress(StoreError, OSError):
+            fd = lease(self.folder.entry_path(key))
+            if fd is not None:
+                with os.fdopen(fd, "rb", buffering=0):
+                    if read_header(fd) == header:
+                        self._quarantine(key, fd)
+                        return
+        self._count("corrupt")
+        self._gone(key)
+
     def _forget_missing(self, key: bytes) -> None:
         """Drop a row whose file somebody removed by hand (or a crash, halfway through an eviction)."""
         self._gone(key)
@@ -431,18 +458,19 @@ class ChunkStore:
                 self._index.write(lambda txn: not is_there(self.folder.entry_path(key)) and txn.delete(key))
 
     def _count_hits(self, opened: Sequence[OpenEntry | StoreError]) -> None:
-        tiers = Counter(entry.tier if isinstance(entry, OpenEntry) else "miss" for entry in opened)
         with self._lock:
-            self._counts.update(tiers)
+            for entry in opened:
+                self._counts[entry.tier if isinstance(entry, OpenEntry) else "miss"] += 1
 
     def _touch(self, keys: Sequence[bytes]) -> None:
-        if keys and not self.read_only and self._recency.note(keys):
+        if keys and self._recency.note(keys):
             with contextlib.suppress(RuntimeError):  # the store is being closed, which flushes too
                 self._executor.submit(self._flush)
 
     def _flush(self) -> None:
+        self._ram.settle()
         uses = self._recency.take()
-        if uses:
+        if uses and not self.read_only:
             with contextlib.suppress(StoreError):  # the order of use is a hint; losing it harms nobody
                 self._index.write(lambda txn: self._space.use(txn, uses))
 

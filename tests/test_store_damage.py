@@ -528,15 +528,16 @@ def test_an_entry_published_but_not_indexed_is_taken_in(root):
 
 def test_a_forked_child_is_refused_and_harms_nobody(root):
     with opened(root) as store:
+        assert holds(store, 0)  # it is in RAM
         pid = os.fork()
         if pid == 0:
             refused = 0
-            for use in (lambda: store.lookup([key_for(0)]), lambda: opened(root)):
+            for use in (lambda: store.lookup([key_for(0)]), lambda: store.open([key_for(0)]), lambda: opened(root)):
                 try:
                     use()
                 except StoreError as error:
                     refused += "fork" in str(error)
             os._exit(refused)
-        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 2
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 3
         assert holds(store, 0)
         assert put(store, 99)

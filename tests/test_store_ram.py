@@ -21,7 +21,7 @@ def add(ram: RamTier, i: int, nbytes: int = 100) -> bool:
 def test_the_least_recently_used_leaves():
     ram = RamTier(300)
     assert all(add(ram, i) for i in range(3))
-    assert ram.get(key_for(0)) is not None
+    assert ram.open([key_for(0)]) != [None]
     assert add(ram, 3)
     assert [key_for(i) in ram for i in range(4)] == [True, False, True, True]
     assert ram.nbytes == 300
@@ -31,11 +31,41 @@ def test_many_new_entries_do_not_wash_out_what_is_used():
     ram = RamTier(600)
     for i in range(3):
         add(ram, i)
-        assert all(ram.get(key_for(i)) is not None for _ in range(3))
+        assert all(ram.open([key_for(i)]) != [None] for _ in range(3))
     for i in range(10, 30):
         assert add(ram, i)
         assert ram.nbytes <= 600
     assert [key_for(i) in ram for i in range(3)] == [True] * 3
+
+
+def test_every_use_counts():
+    ram = RamTier(200)
+    for i in (0, 1):
+        add(ram, i)
+    ram.open([key_for(0)] * 3)
+    ram.open([key_for(1)])
+    assert add(ram, 2)
+    assert [key_for(i) in ram for i in range(3)] == [True, False, True]
+
+
+def test_what_is_open_is_not_let_go_even_when_it_has_left():
+    ram = RamTier(100)
+    add(ram, 0)
+    entries = ram.open([key_for(0), key_for(1), key_for(0)])
+    assert entries[1] is None
+    for entry in entries[::2]:
+        assert not ram.let_go(key_for(0))
+        assert entry is not None
+        entry.holders.pop()
+    assert ram.let_go(key_for(0))
+    assert add(ram, 2)
+    held = ram.open([key_for(2)])
+    assert add(ram, 3)
+    assert key_for(2) not in ram
+    assert not ram.let_go(key_for(2))
+    assert ram.let_go(key_for(3))
+    assert len(ram) == ram.nbytes == 0
+    assert held
 
 
 def test_what_never_fits_does_not_wash_out_the_rest():
@@ -56,7 +86,7 @@ def test_reservations_count():
 def test_arrays_cannot_be_written_and_outlive_their_entry():
     ram = RamTier(100)
     add(ram, 5)
-    entry = ram.get(key_for(5))
+    [entry] = ram.open([key_for(5)])
     assert entry is not None
     with pytest.raises(ValueError, match="read-only"):
         entry.slabs[0][0] = 1
@@ -72,7 +102,7 @@ def test_many_threads_never_exceed_the_cap():
     def work(seed: int) -> None:
         for i in np.random.default_rng(seed).integers(0, 30, 300):
             add(ram, int(i), nbytes=100)
-            ram.get(key_for(int(i)))
+            ram.open([key_for(int(i))])
             if ram.nbytes > 1000:
                 above.append(ram.nbytes)
 
