@@ -1,29 +1,44 @@
 """How long a store of many entries takes to open: closed cleanly before, and not. Prints JSON.
 
     python -m tests.bench.store_open [--entries 1000000] [--folder FOLDER]
+    python -m tests.bench.store_open --prompts
 
 The entries' files are of one block and never read. Page cache warm; medians of three.
+
+With ``--prompts``, how long the chunks of a prompt take instead, but for their bytes: those in RAM from ``open`` over
+``lying`` until all is closed, those on the SSD opened and closed, in turn. Their sizes do not matter; medians. Calls
+are those that a profiler sees.
 """
 
 from __future__ import annotations
 
 import argparse
+import cProfile
 import json
 import os
+import pstats
 import random
 import shutil
 import statistics
 import tempfile
 import time
 from collections import defaultdict
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
-from ragkv.store import ChunkStore
+import numpy as np
+
+from ragkv.store import ChunkStore, Geometry, OpenEntry
 from ragkv.store.index import Index
 from ragkv.store.rows import Row
 from tests.stress.store_faults import environment
 
 BLOCK = 4096
+SHAPE = Geometry(layers=32, kv_heads=1, head_dim=8, dtype="float16")
+TOKENS = 8
+CHUNKS = (16, 64)
+ROUNDS = 500
 
 
 def opened(root: Path) -> ChunkStore:
@@ -65,14 +80,77 @@ def measure(root: Path, seconds: dict[str, list[float]], *, clean: bool) -> None
     store.close()
 
 
+def prompts(root: Path) -> dict[str, Any]:
+    """For prompts of each of ``CHUNKS``: microseconds and Python calls."""
+    rng = random.Random(0)
+    keys = [rng.randbytes(32) for _ in range(max(CHUNKS))]
+    kv = np.zeros((SHAPE.layers, 2, TOKENS, SHAPE.kv_heads, SHAPE.head_dim), np.float16)
+    with (
+        ChunkStore(root, capacity_bytes=1 << 40, ram_bytes=1 << 30) as near,
+        ChunkStore(root, capacity_bytes=1 << 40, ram_bytes=0) as far,
+    ):
+        for key in keys:
+            near.put(key, SHAPE, kv, tokens=TOKENS, model="m")
+        entries = opened_all(near, keys)
+        for _ in near.open_layers(entries):
+            pass
+        close(entries)
+        return {f"{count}_chunks": prompt(near, far, keys[:count]) for count in CHUNKS}
+
+
+def prompt(near: ChunkStore, far: ChunkStore, keys: Sequence[bytes]) -> dict[str, Any]:
+    trips: dict[str, Callable[[], None]] = {
+        "ram": lambda: there_and_back(near, keys),
+        "ssd_open_and_close": lambda: close(opened_all(far, keys)),
+    }
+    taken: defaultdict[str, list[float]] = defaultdict(list)
+    for _ in range(ROUNDS):
+        for name, trip in trips.items():
+            start = time.perf_counter()
+            trip()
+            taken[name].append(time.perf_counter() - start)
+    return {
+        "median_us": {name: round(statistics.median(some) * 1e6, 1) for name, some in taken.items()},
+        "python_calls": {name: calls(trip) for name, trip in trips.items()},
+    }
+
+
+def there_and_back(store: ChunkStore, keys: Sequence[bytes]) -> None:
+    entries = opened_all(store, keys)
+    with store.open_layers(entries, order=[*range(1, SHAPE.layers), 0]) as layers:
+        if layers.lying([SHAPE.slab_bytes(TOKENS)] * len(keys)) is None:
+            raise RuntimeError("not all chunks are in RAM")
+    close(entries)
+
+
+def opened_all(store: ChunkStore, keys: Sequence[bytes]) -> list[OpenEntry]:
+    return [entry for entry in store.open(keys) if isinstance(entry, OpenEntry)]
+
+
+def close(entries: Sequence[OpenEntry]) -> None:
+    for entry in entries:
+        entry.close()
+
+
+def calls(trip: Callable[[], None]) -> int:
+    with cProfile.Profile() as profile:
+        trip()
+    return int(pstats.Stats(profile).total_calls)  # type: ignore[attr-defined]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--entries", type=int, default=1_000_000)
     parser.add_argument("--folder", help="where to put the store (4 KiB an entry) while it is measured")
+    parser.add_argument("--prompts", action="store_true", help="measure the chunks of a prompt instead")
     options = parser.parse_args()
     root = Path(tempfile.mkdtemp(dir=options.folder)) / "kv"
     seconds: defaultdict[str, list[float]] = defaultdict(list)
     try:
+        if options.prompts:
+            report = {"command": "python -m tests.bench.store_open --prompts", "environment": environment(root)}
+            print(json.dumps({**report, **prompts(root)}, indent=1))
+            return
         fill(root, options.entries)
         for _ in range(3):
             measure(root, seconds, clean=False)
