@@ -443,10 +443,12 @@ class ChunkStore:
         with contextlib.suppress(StoreError, OSError):
             fd = lease(self.folder.entry_path(key))
             if fd is not None:
-                with os.fdopen(fd, "rb", buffering=0):
+                try:
                     if read_header(fd) == header:
                         self._quarantine(key, fd)
                         return
+                finally:
+                    os.close(fd)
         self._count("corrupt")
         self._gone(key)
 
