@@ -17,9 +17,11 @@ from numpy.typing import NDArray
 from ragkv.plan import PromptPlan
 
 Floats = NDArray[np.float32]
+Flags = NDArray[np.bool_]
+Places = NDArray[np.int64]
 
-# A name is met at its last token, and read on in the tokens behind it.
-_BEHIND, _BEFORE, _FADE = 3, 1, 0.8
+# A name is met at its last token, of two at least, and read on in the tokens behind it.
+_BEHIND, _FADE = 3, 0.8
 # A document's first tokens name what it is about, and all of it leans on them.
 _HEAD = 12
 # Of a document's head, of a word that the question repeats, of a token whose document has earlier chunks that it was
@@ -36,145 +38,189 @@ _FOCUS = 1.25
 # Of a token that recurs all over the prompt, against one that stands once.
 _COMMON = 0.1
 
+# No vocabulary has as many tokens; ids from here on are not counted by a table of all smaller ones.
+_MANY = 1 << 20
+# 2^64 ÷ the golden ratio: Knuth's multiplicative hashing.
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+
 
 def hints(plan: PromptPlan) -> Floats:
     """(prompt tokens,): how likely a token's stored KV is stale in what the question needs; only their order and their
     ratios mean anything. 0 outside chunks."""
     if not plan.spans:
         return np.zeros(len(plan.ids), np.float32)
-    words = _Words(plan)
-    stale = words.widened(np.maximum(words.met_again(), _ASKED * words.asked()))
-    stale += _HEADS * words.head + _APART * words.apart + _OTHER
-    stale *= np.where(words.fresh, np.float32(_FRESH), np.float32(1))
-    out = np.zeros(len(plan.ids), np.float32)
-    out[: plan.question_start] = stale * (words.relevance() + _UNRELATED) * (words.document >= 0)
-    return out
+    parts = _Parts(plan)
+    words = _Words(plan, parts)
+    stale = _widened(words.echoes(), parts.starts)
+    stale += parts.leaning()
+    if not plan.standing:
+        stale *= parts.spread(np.where(parts.seen_from == 1, np.float32(_FRESH), np.float32(1)))
+    weights = words.relevance() + np.float32(_UNRELATED)
+    weights[0] = 0
+    stale *= parts.spread(weights[parts.document])
+    return stale
 
 
 def scarcity(plan: PromptPlan) -> Floats:
     """(prompt tokens,): how much a token may carry that is asked for, whoever attends to it: least those that recur
     all over the prompt, such as articles, pronouns and full stops; most, 1, those that stand once."""
-    groups = _Groups(plan.array)
-    rarity = _scaled(np.log2(len(plan.ids) / groups.counts).astype(np.float32)[groups.of])
-    return (_COMMON + (1 - _COMMON) * rarity**2).astype(np.float32)
+    ids = plan.array
+    if ids.max() >= _MANY:
+        ids = _firsts(ids)
+    counts = np.bincount(ids).take(ids)
+    rarity = _rarity(int(counts.max()), len(ids))
+    rarity /= float(rarity[counts.min()]) or 1.0
+    scarce: Floats = _COMMON + (1 - _COMMON) * rarity**2
+    return scarce.take(counts)
 
 
-class _Groups:
-    """Equal values of an array, as numpy's ``unique`` has them, whose stable sort takes several times as long.
+def _rarity(most: int, among: int) -> Floats:
+    """(most + 1,): how rare is what stands 0 (as if once), 1, 2 … times ``among`` so many."""
+    return np.log2(among / np.maximum(np.arange(most + 1), 1)).astype(np.float32)
 
-    Attributes:
-        values: one of each, ascending; ``counts`` and ``first``: how often it stands there, and where at first.
-        of: for each place, the number of its value.
+
+def _firsts(values: Places) -> Places:
+    """For each place of an array, where its value stands first.
+
+    By a table of hashes' slots, in a fraction of the time that sorting takes. A slot is its first value's; others that
+    hash there, few, are sorted, so that no prompt can make it slow.
     """
-
-    def __init__(self, array: NDArray[np.int64]) -> None:
-        order = np.argsort(array)
-        ordered = array[order]
-        begins = np.empty(len(array), np.bool_)
-        begins[:1] = True
-        np.not_equal(ordered[1:], ordered[:-1], out=begins[1:])
-        starts = np.flatnonzero(begins)
-        self.values = ordered[starts]
-        self.counts = np.diff(starts, append=len(array))
-        self.first = np.minimum.reduceat(order, starts)
-        self.of = np.empty(len(array), np.int64)
-        self.of[order] = np.cumsum(begins) - 1
+    bits = len(values).bit_length() + 1
+    slots = values.view(np.uint64) * _GOLDEN
+    slots >>= np.uint64(64 - bits)
+    first = _earliest(slots.view(np.int64), np.arange(len(values)), 1 << bits)
+    others = (values.take(first) != values).nonzero()[0]
+    unplaced = values.take(others)
+    first[others] = _earliest(np.sort(unplaced).searchsorted(unplaced), others, len(others))
+    return first
 
 
-class _Words:
-    """The words of a prompt. Arrays are (question_start,), a word standing at its last token.
+def _earliest(slots: Places, places: Places, count: int) -> Places:
+    """The first of the ascending ``places`` that has the same one of ``count`` slots."""
+    table = np.empty(count, np.int64)
+    table[slots[::-1]] = places[::-1]  # of several, the last written stays
+    return table.take(slots)
+
+
+class _Parts:
+    """The parts of a prompt: its prefix, each chunk, its question. Arrays have an element for each.
 
     Attributes:
-        document: number of the token's document, -1 in the prefix.
-        head: 1 in the first tokens of a document's first chunk.
-        apart: 1 where the prompt has an earlier chunk of the token's document that its KV was not encoded behind.
-        fresh: where the prompt has no earlier chunk at all that its KV was not encoded behind.
+        starts: where it begins.
+        document: number of its document's first part; 0 if it is no chunk.
+        documents: how many there are.
+        seen_from: the first part that its KV was encoded behind, or itself: of what stands before that it saw nothing.
+        heads: places of the first tokens of documents' first chunks.
     """
 
     def __init__(self, plan: PromptPlan) -> None:
-        end, ids = plan.question_start, plan.array
-        words = np.concatenate(([-1], ids[:-1] << 32 | ids[1:]))
-        starts = np.array([span.start for span in plan.spans])
-        lengths = np.array([span.length for span in plan.spans])
-        words[starts] = -1 - starts  # no word crosses a chunk's border
-        self._groups = _Groups(words[:end])
-        self._rarity = np.log2(end / self._groups.counts).astype(np.float32)
-        self._asked = np.isin(self._groups.values, words[end + 1 :])
-
-        numbers: dict[str, int] = {}
         first: dict[str, int] = {}
-        documents, behind, apart = [], [], []
-        for index, span in enumerate(plan.spans):
-            name = span.chunk.chunk.document_id
-            documents.append(numbers.setdefault(name, len(numbers)))
-            behind.append(index - span.chunk.tokens.context_chunks if span.context_present else index)
-            apart.append(first.setdefault(name, index) < behind[-1])
-        in_prefix = end - int(lengths.sum())
+        rows = [(0, plan.spans[0].start, 1, 0, 0)]
+        for number, span in enumerate(plan.spans, 1):
+            chunk = span.chunk.chunk
+            behind = span.context_present and span.chunk.tokens.context_chunks
+            rows.append((span.start, span.end, chunk.ordinal, behind, first.setdefault(chunk.document_id, number)))
+        rows.append((plan.question_start, len(plan.ids), 1, len(rows), 0))
+        self.starts, ends, ordinals, behind, self.document = np.array(rows).T
+        self.documents = len(first)
+        self.seen_from = np.arange(len(rows)) - behind
+        self._lengths = ends - self.starts
+        opening = (ordinals == 0).nonzero()[0]
+        headed, at = (np.arange(_HEAD) < self._lengths[opening, None]).nonzero()
+        self._headed = opening[headed]
+        self.heads = self.starts[self._headed] + at
 
-        def spread(values: Any, prefix: int = 0) -> NDArray[Any]:
-            """A value of each chunk, for all its tokens."""
-            return np.repeat(np.concatenate(([prefix], values)), np.concatenate(([in_prefix], lengths)))
+    def spread(self, values: NDArray[Any]) -> NDArray[Any]:
+        """A value of each part, for all its tokens."""
+        return values.repeat(self._lengths)
 
-        self._chunk = spread(np.arange(len(starts)), -1)
-        self._seen_from = spread(starts[behind])
-        self.document = spread(documents, -1)
-        self.apart = spread(apart).astype(np.float32)
-        self.fresh = spread(np.array(behind) == 0) & (not plan.standing)
-        self.head = np.zeros(end, np.float32)
-        for span in plan.spans:
-            self.head[span.start : min(span.end, span.start + _HEAD)] = not span.chunk.chunk.ordinal
-
-    def met_again(self) -> Floats:
-        """Rarity, at most 1, of words that stood before in what their chunk had not seen."""
-        of = self._groups.of
-        return _scaled(self._rarity[of] * (self._groups.first[of] < self._seen_from))
-
-    def asked(self) -> Floats:
-        """Rarity, at most 1, of words that the question repeats."""
-        return _scaled((self._rarity * self._asked)[self._groups.of])
-
-    def relevance(self) -> Floats:
-        """How much of the question's words the token's document shares, rare ones and those of its head counting more;
-        or, less, how much a document shares that is linked to it: one of both names a word of the other's head. At
-        most 1."""
-        count = int(self.document.max()) + 1
-        word, document, asked, head = self._held(count)
-        spread = np.bincount(word)[word]
-        rarity = np.log2(1 + count / spread) - 1 + 1e-3
-        shared = np.bincount(document, asked * rarity * (1 + (_NAMED - 1) * head), minlength=count)
-        own: Floats = _scaled(shared.astype(np.float32)) ** np.float32(_FOCUS)
-        # Two documents that alone hold a word are linked by it; many that hold one are hardly.
-        lent: Floats = (own[document] / np.maximum(spread - 1, 1)).astype(np.float32)
-        linked = np.maximum(_most(lent, word)[word] * head, _most(lent * head, word)[word])
-        relevance = np.maximum(own, _LINKED * _most(linked, document, count))
-        return np.where(self.document >= 0, relevance[self.document], 0.0).astype(np.float32)
-
-    def _held(self, count: int) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.bool_], NDArray[np.bool_]]:
-        """An entry for each of the ``count`` documents and each word of a head or of the question that it holds: word,
-        document, whether the question repeats the word, whether it stands in the document's head."""
-        of, head = self._groups.of, self.head > 0
-        wanted = self._asked.copy()
-        wanted[of[head]] = True
-        inside = wanted[of] & (self.document >= 0)
-        pairs = _Groups(of[inside] * count + self.document[inside])
-        word, document = np.divmod(pairs.values, count)
-        return word, document, self._asked[word], np.bincount(pairs.of, head[inside], len(word)) > 0
-
-    def widened(self, values: Floats) -> Floats:
-        """Each value lent to its neighbours in its chunk, fading."""
-        out = values.copy()
-        for d in range(1, max(_BEHIND, _BEFORE) + 1):
-            lent = np.float32(_FADE**d) * (self._chunk[d:] == self._chunk[:-d])
-            if d <= _BEHIND:
-                out[d:] = np.maximum(out[d:], lent * values[:-d])
-            if d <= _BEFORE:
-                out[:-d] = np.maximum(out[:-d], lent * values[d:])
+    def leaning(self) -> Floats:
+        """What a token has whatever its words: for its place in its document, and for what that lacks."""
+        apart = np.float32(_APART) * (self.document < self.seen_from)
+        out = self.spread(apart + np.float32(_OTHER))
+        out[self.heads] = (np.float32(_HEADS) + apart + np.float32(_OTHER))[self._headed]
         return out
 
 
-def _most(values: Floats, group: NDArray[np.int64], groups: int = 0) -> Floats:
+class _Words:
+    """The words of a prompt, each standing at its last token. A word's number is the place where it stands first."""
+
+    def __init__(self, plan: PromptPlan, parts: _Parts) -> None:
+        ids, start, end = plan.array, plan.spans[0].start, plan.question_start
+        self._parts, self._pairs = parts, np.empty_like(ids)
+        np.bitwise_or(ids[:-1] << 32, ids[1:], out=self._pairs[1:])
+        self._pairs[parts.starts] = -1 - parts.starts  # no word crosses a border
+        self._word = _firsts(self._pairs)
+        counts = np.bincount(self._word[:end], minlength=len(ids))
+        self._rarity = _rarity(int(counts.max()), end).take(counts).take(self._word)
+        question = self._word[end:]
+        self._question = question[question < end]
+        self._asked = np.zeros(end, np.bool_)  # of each number, as ``wanted``
+        self._asked[self._question] = True
+        wanted = self._asked.copy()
+        wanted[self._word[parts.heads]] = True
+        # Where words of a head or of the question stand in chunks.
+        self._telling = wanted.take(self._word[start:end]).nonzero()[0] + start
+
+    def echoes(self) -> Floats:
+        """(prompt tokens,): rarity, at most 1, of words that stood before in what their chunk had not seen; or, less,
+        of those that the question repeats."""
+        parts = self._parts
+        echoes = _scaled(self._rarity * (self._word < parts.spread(parts.starts[parts.seen_from])))
+        asked = self._telling[self._asked[self._word[self._telling]]]
+        most = float(self._rarity[self._question].max(initial=0.0)) or 1.0
+        echoes[asked] = np.maximum(echoes[asked], _ASKED * (self._rarity[asked] / most))
+        return echoes
+
+    def relevance(self) -> Floats:
+        """(parts,), at documents' numbers: how much of the question's words a document shares, rare ones and those of
+        its head counting more; or, less, how much a document shares that is linked to it: one of both names a word of
+        the other's head. At most 1."""
+        word, document, head = self._held()
+        parts, words = len(self._parts.starts), len(self._asked)
+        spread = np.bincount(word)[word]
+        asked = self._asked[word].nonzero()[0]
+        asked = asked[self._pairs[word[asked]].argsort()]  # a sum's last bit is not to depend on where words stand
+        rarity = np.log2(1 + self._parts.documents / spread[asked]) - 1 + 1e-3
+        shared = np.bincount(document[asked], rarity * (1 + (_NAMED - 1) * head[asked]), minlength=parts)
+        own: Floats = _scaled(shared.astype(np.float32)) ** np.float32(_FOCUS)
+        # Two documents that alone hold a word are linked by it; many that hold one are hardly.
+        lent: Floats = (own[document] / np.maximum(spread - 1, 1)).astype(np.float32)
+        linked = np.maximum(_most(lent, word, words)[word] * head, _most(lent * head, word, words)[word])
+        relevance: Floats = np.maximum(own, _LINKED * _most(linked, document, parts))
+        return relevance
+
+    def _held(self) -> tuple[Places, Places, Flags]:
+        """An entry for each document and each word of a head or of the question that it holds: word, document, whether
+        the word stands in the document's head."""
+        parts, at = self._parts, self._telling
+        body = np.ones(len(self._word), np.bool_)
+        body[parts.heads] = False
+        bits = len(parts.starts).bit_length()
+        keys = self._word[at] << bits | parts.spread(parts.document)[at]
+        keys = keys << 1 | body[at]
+        keys.sort()
+        new = np.ones(len(keys), np.bool_)
+        np.not_equal(keys[1:] >> 1, keys[:-1] >> 1, out=new[1:])
+        keys = keys.take(new.nonzero()[0])
+        return keys >> 1 + bits, keys >> 1 & (1 << bits) - 1, (keys & 1) == 0
+
+
+def _widened(values: Floats, starts: Places) -> Floats:
+    """Each value lent to its neighbours in its part, fading; ``values`` are used up."""
+    out = values.copy()
+    # No part's first token ends a word, so nothing is lent to the part before.
+    np.maximum(out[:-1], np.float32(_FADE) * values[1:], out=out[:-1])
+    for d in range(1, _BEHIND + 1):
+        values.put(starts - d, 0, mode="wrap")  # nor to the part behind
+        lent = np.float32(_FADE**d) * values
+        np.maximum(out[d:], lent[:-d], out=out[d:])
+    return out
+
+
+def _most(values: Floats, group: NDArray[np.int64], groups: int) -> Floats:
     """The greatest of the ``values`` of each group, 0 at least."""
-    out = np.zeros(max(groups, int(group.max(initial=-1)) + 1), np.float32)
+    out = np.zeros(groups, np.float32)
     np.maximum.at(out, group, values)
     return out
 
