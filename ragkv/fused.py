@@ -11,6 +11,7 @@ twin this one is compared with (:mod:`ragkv.selfcheck`).
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -22,12 +23,13 @@ from torch.nn.functional import linear
 from ragkv.attention import AttentionStep, Query
 from ragkv.fused_graphs import Captured, LayerGraphs
 from ragkv.kernels import twins
-from ragkv.kernels.attend import AttendRoom, attend
+from ragkv.kernels.attend import AttendRoom, attend, drop_hopper
 from ragkv.kernels.pointwise import rms_norm, silu_mul
 from ragkv.kernels.rotate import rope_write
 from ragkv.kernels.scores import score_keys
 from ragkv.rows import Joined, Rows
 
+log = logging.getLogger("ragkv")
 _DTYPES = (torch.bfloat16, torch.float16)
 _MATRICES = ("q_proj", "k_proj", "v_proj", "o_proj")
 _REQUIRED = {
@@ -181,7 +183,17 @@ class FusedLayers:
         return values.view(values.shape[0], -1, self._head_dim)
 
     def find_fault(self) -> str | None:
-        """What of attention is computed wrongly, tried with one row, some and many; compiles what these need."""
+        """What of attention is computed wrongly, tried with one row, some and many; compiles what these need.
+
+        If it is the kernel for Hopper that is wrong, or cannot be compiled, the one for any device runs instead.
+        """
+        fault = self._attention_fault()
+        if fault is not None and drop_hopper(fault):
+            log.warning("the fused layer loop %s; it does without its kernel for Hopper", fault)
+            fault = self._attention_fault()
+        return fault
+
+    def _attention_fault(self) -> str | None:
         length, layer = 700, self.layers[0]
         kv_heads = (layer.qkv.shape[1] // self._head_dim - self._heads) // 2
         group = self._heads // kv_heads
@@ -189,7 +201,10 @@ class FusedLayers:
         windows = {None if w is None else min(w, length // 2) for w in (None, *(each.window for each in self.layers))}
         for window in windows:
             for rows in (1, 16 // group + 1, 256 // group + 1):
-                error = self._attention_error(rows, length, kv_heads, window)
+                try:
+                    error = self._attention_error(rows, length, kv_heads, window)
+                except Exception as failed:  # whatever the compiler or the driver raises
+                    return f"failed: {failed!r}"
                 if not error <= _TOLERANCE:
                     return f"computes the attention of {rows} rows, window {window}, {error:.2%} off"
         return None

@@ -11,7 +11,9 @@ import torch
 if importlib.util.find_spec("triton") is None or os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs Triton, and TRITON_INTERPRET=1 before it is imported", allow_module_level=True)
 
+from ragkv import fused
 from ragkv.fused import refusal
+from ragkv.kernels import attend
 from ragkv.runner import ModelRunner
 from ragkv.selfcheck import find_fault, settle_layer_loop
 from tests import fused_kit as kit
@@ -88,6 +90,28 @@ def test_the_check_at_load_passes(name):
     settle_layer_loop(runner)
     assert runner.plain_because is None
     assert find_fault(runner) is None
+
+
+@pytest.mark.parametrize("broken", ["wrong", "raises"])
+@pytest.mark.parametrize("helps", [True, False])
+def test_a_kernel_for_hopper_that_is_wrong_is_dropped(broken, helps, monkeypatch, caplog):
+    runner, dropped = ModelRunner(make_model("llama"), fused=True), []
+    true = attend.attend
+
+    def attention(*args, **options):
+        if dropped and helps:
+            return true(*args, **options)
+        if broken == "raises":
+            raise RuntimeError("no such instruction")
+        out, lse = true(*args, **options)
+        return 2 * out, lse
+
+    monkeypatch.setattr(fused, "attend", attention)
+    monkeypatch.setattr(fused, "drop_hopper", lambda why: (dropped.append(why), len(dropped) == 1)[1])
+    settle_layer_loop(runner)
+    assert len(dropped) == 1
+    assert (runner.fused is not None) == helps
+    assert "without its kernel for Hopper" in caplog.text
 
 
 @pytest.mark.parametrize("broken", ["wrong", "raises"])

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from functools import cache
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
@@ -23,6 +24,9 @@ LN2 = tl.constexpr(0.6931471805599453)
 MAX_SPLITS = 32
 _JOINED = 8  # rows' heads of a program that joins
 _CPU_PROGRAMS = 8  # Triton's interpreter: few, but more than one
+_SOME = 256  # packed rows that leave much of a large tile empty
+_HOPPER = (9, 0)
+_dropped: list[str] = []
 
 
 class Tile(NamedTuple):
@@ -219,9 +223,11 @@ class AttendRoom:
         q: queries of the shape, (rows, heads, head_dim) or (layers, rows, heads, head_dim), dtype and device that it
             will be given.
         length: about how many keys there are.
-        tile: by default :func:`choose_tile`'s, as are ``splits`` :func:`choose_splits`'s.
+        tile: of the kernel for any device; by default :func:`choose_tile`'s, or the one for Hopper runs where it can.
+        splits: by default :func:`choose_splits`'s.
 
     Attributes:
+        hopper: that kernel, if it runs.
         out: as the queries.
         lse: float32 (rows, heads), natural log-sum-exp of every row's scaled scores; with layers in front as there.
     """
@@ -237,6 +243,9 @@ class AttendRoom:
     ) -> None:
         *layers, rows, heads, head_dim = q.shape
         packed, groups = rows * (heads // kv_heads), kv_heads * math.prod(layers)
+        self.hopper = None if tile or layers else hopper_for(packed, head_dim, q)
+        if self.hopper is not None:
+            tile = Tile(self.hopper.ROWS, self.hopper.KEYS, 8, 2)
         self.tile = tile or choose_tile(packed, head_dim, q.dtype)
         self.tiles = -(-packed // self.tile.rows)
         self.splits = min(MAX_SPLITS, splits or choose_splits(self.tiles * groups, length, self.tile, q.device))
@@ -279,8 +288,31 @@ def attend(
     if q.dtype != k.dtype:
         raise ValueError(f"queries are {q.dtype}, keys {k.dtype}")
     room = room or AttendRoom(q, kv_heads, length)
-    tile, pad = room.tile, max(16, next_power_of_2(head_dim))
-    windowed = window is not None and window < length
+    pad, seen = max(16, next_power_of_2(head_dim)), window if window is not None and window < length else None
+    if room.hopper is not None and k.stride(1) == head_dim:
+        room.hopper.launch(q, k, v, slots, room, scale * LOG2E, seen)
+    else:
+        _launch(q, k, v, slots, room, scale * LOG2E, seen, layer_stride)
+    if room.splits > 1:
+        _join[(-(-pairs // _JOINED),)](
+            room.part, room.part_lse, room.out, room.lse, pairs, room.splits, head_dim, pad,
+            next_power_of_2(room.splits), _JOINED, num_warps=4,
+        )  # fmt: skip
+    return room.out, room.lse
+
+
+def _launch(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    slots: torch.Tensor,
+    room: AttendRoom,
+    scale: float,
+    window: int | None,
+    layer_stride: int,
+) -> None:
+    *layers, rows, heads, head_dim = q.shape
+    kv_heads, tile = k.shape[1], room.tile
     _attend[(kv_heads * math.prod(layers), room.splits, room.tiles)](
         q,
         k,
@@ -291,29 +323,50 @@ def attend(
         room.part,
         room.part_lse,
         rows,
-        pairs,
+        rows * heads * math.prod(layers),
         room.splits,
-        window if windowed else 0,
-        scale * LOG2E,
+        window or 0,
+        scale,
         layer_stride,
         kv_heads,
         heads // kv_heads,
         head_dim,
-        pad,
+        max(16, next_power_of_2(head_dim)),
         k.stride(0),
         k.stride(1),
         tile.rows,
         tile.keys,
-        windowed,
+        window is not None,
         num_warps=tile.warps,
         num_stages=tile.stages,
     )
-    if room.splits > 1:
-        _join[(-(-pairs // _JOINED),)](
-            room.part, room.part_lse, room.out, room.lse, pairs, room.splits, head_dim, pad,
-            next_power_of_2(room.splits), _JOINED, num_warps=4,
-        )  # fmt: skip
-    return room.out, room.lse
+
+
+def hopper_for(packed: int, head_dim: int, q: torch.Tensor) -> ModuleType | None:
+    """:mod:`ragkv.kernels.hopper`, where it takes rows like those of ``q``, and ``packed`` ones are enough for it."""
+    if packed <= _SOME or _dropped or (hopper := _hopper(q.device)) is None:
+        return None
+    return hopper if head_dim in hopper.HEAD_DIMS and q.dtype in hopper.DTYPES else None
+
+
+def drop_hopper(why: str) -> bool:
+    """Do without the kernel for Hopper from now on, in rooms made after this; False where it does not run anyway."""
+    devices = [torch.device("cuda", i) for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+    if _dropped or not any(_hopper(device) for device in devices):
+        return False
+    _dropped.append(why)
+    return True
+
+
+@cache
+def _hopper(device: torch.device) -> ModuleType | None:
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) != _HOPPER:
+        return None
+    try:
+        from ragkv.kernels import hopper  # needs a Triton that has Gluon
+    except (ImportError, AttributeError):
+        return None
+    return hopper
 
 
 def choose_tile(packed: int, head_dim: int, dtype: torch.dtype) -> Tile:
@@ -323,7 +376,7 @@ def choose_tile(packed: int, head_dim: int, dtype: torch.dtype) -> Tile:
         return Tile(16 if packed <= 16 else 32, 32, 4, 2)
     if packed <= 16:
         return Tile(16, 64, 4, 3)
-    if packed <= 256:
+    if packed <= _SOME:
         return Tile(64, 64, 4, 3)
     return Tile(128, 128, 4, 3) if head_dim <= 64 else Tile(128, 64, 8, 3)
 

@@ -208,27 +208,28 @@ class Bench:
 
     def attend(self, count: int) -> Iterator[Record]:
         """Attention alone, in the tiles it takes and others."""
-        from ragkv.kernels.attend import AttendRoom, Tile, attend, choose_splits, choose_tile
+        from ragkv.kernels.attend import AttendRoom, Tile, attend, choose_tile
 
         slots, keys = self.slots(count), self.options.keys
         k, v = self.kv(keys).read(0, keys)
         q = self.random(count, self.heads, self.shape.head_dim)
         packed = count * self.heads // self.shape.kv_heads
-        chosen = choose_tile(packed, self.shape.head_dim, self.dtype)
-        tiles = [chosen]
+        default = AttendRoom(q, self.shape.kv_heads, keys)
+        tiles = [None, choose_tile(packed, self.shape.head_dim, self.dtype)]
         if packed > 64 and not self.options.tiny:
-            others = (Tile(64, 64, 4, 3), Tile(128, 64, 8, 3), Tile(128, 128, 8, 2))
-            tiles += [tile for tile in others if tile != chosen]
+            tiles += [Tile(64, 64, 4, 3), Tile(128, 64, 8, 3), Tile(128, 128, 8, 2)]
         flops, scale = self.attention_flops(slots), self.shape.head_dim**-0.5
-        for tile in tiles:
-            programs = -(-packed // tile.rows) * self.shape.kv_heads
-            own = choose_splits(programs, keys, tile, self.device)
-            for splits in dict.fromkeys((own, 1, 2, 4)):
+        for tile in dict.fromkeys(tiles):
+            for splits in dict.fromkeys((default.splits, 1, 2, 4)):
                 room = AttendRoom(q, self.shape.kv_heads, keys, tile=tile, splits=splits)
+                if tile is None and room.hopper is None:
+                    continue
                 ms = self.time(lambda room=room: attend(q, k, v, slots, scale=scale, room=room))
                 yield {
-                    "what": f"attend {count} rows", "tile": list(tile), "splits": splits,
-                    "chosen": tile == chosen and splits == own, **self.speed(ms, flops),
+                    "what": f"attend {count} rows", "kernel": "hopper" if room.hopper else "any",
+                    "tile": list(room.tile), "splits": splits,
+                    "chosen": (room.hopper, room.tile, splits) == (default.hopper, default.tile, default.splits),
+                    **self.speed(ms, flops),
                 }  # fmt: skip
 
     def full_attention(self, length: int) -> Iterator[Record]:
@@ -236,22 +237,28 @@ class Bench:
         from torch.nn.attention import SDPBackend, sdpa_kernel
         from torch.nn.functional import scaled_dot_product_attention as sdpa
 
-        from ragkv.kernels.attend import attend
+        from ragkv.kernels.attend import AttendRoom, attend, choose_tile
 
         k, v = self.kv(length).read(0, length)
         q = self.random(length, self.heads, self.shape.head_dim)
         slots = torch.arange(length, device=self.device)
-        scale = self.shape.head_dim**-0.5
+        kv_heads, scale = self.shape.kv_heads, self.shape.head_dim**-0.5
+        any_device = choose_tile(length * self.heads // kv_heads, self.shape.head_dim, self.dtype)
 
         def backend(kind: SDPBackend, n: int) -> None:
             parts = [part[:n].transpose(0, 1)[None] for part in (q, k, v)]
             with sdpa_kernel(kind):
                 sdpa(*parts, is_causal=True, scale=scale, enable_gqa=True)
 
+        def ours(n: int, tile: Any) -> None:
+            room = AttendRoom(q[:n], kv_heads, n, tile=tile)
+            attend(q[:n], k[:n], v[:n], slots[:n], scale=scale, room=room)
+
         runs: dict[str, Callable[[int], object]] = {
             "cudnn": lambda n: backend(SDPBackend.CUDNN_ATTENTION, n),
             "flash": lambda n: backend(SDPBackend.FLASH_ATTENTION, n),
-            "ragkv": lambda n: attend(q[:n], k[:n], v[:n], slots[:n], scale=scale),
+            "ragkv": lambda n: ours(n, None),
+            "ragkv, any device": lambda n: ours(n, any_device),
         }
         for name, run in runs.items():
             try:

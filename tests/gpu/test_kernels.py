@@ -25,15 +25,49 @@ LONG = kernels_kit.Case([*range(0, 3000, 7), *range(3000, 3033)], 3033)
 @pytest.mark.parametrize("splits", [None, 1, 3])
 @pytest.mark.parametrize("case", kernels_kit.CASES.values(), ids=kernels_kit.CASES)
 @pytest.mark.parametrize(("shape", "dtype"), SHAPES, ids=str)
-def test_attend(shape, case, dtype, splits):
+def test_attend(shape, case, dtype, splits, monkeypatch):
+    monkeypatch.setattr(attend, "_dropped", ["for any device"])
     kernels_kit.check_attend(attend, case, shape, dtype, "cuda", splits)
 
 
 @pytest.mark.parametrize("window", [None, 500])
 @pytest.mark.parametrize("heads", [(32, 8, 128), (14, 2, 64), (28, 4, 128), (8, 8, 96)])
-def test_attend_to_many_keys(heads, window):
+def test_attend_to_many_keys(heads, window, monkeypatch):
+    monkeypatch.setattr(attend, "_dropped", ["for any device"])
     shape = kernels_kit.Shape(*heads)
     kernels_kit.check_attend(attend, LONG._replace(window=window), shape, torch.bfloat16, "cuda")
+
+
+# Rows that fill several tiles: dense, scattered, with empty shares of the keys, blocks that are masked on both sides.
+MANY = {
+    "dense": kernels_kit.Case(list(range(700)), 700),
+    "long": LONG,
+    "far-apart": kernels_kit.Case(list(range(0, 9000, 30)), 9001),
+    "in-front": kernels_kit.Case(list(range(300)), 5000),
+    "behind": kernels_kit.Case(list(range(4000, 4511)), 4512),
+}
+
+
+@pytest.mark.skipif(torch.cuda.get_device_capability() != (9, 0), reason="it is for Hopper")
+@pytest.mark.parametrize("splits", [None, 1, 3])
+@pytest.mark.parametrize("window", [None, 1, 100, 300, 2000])
+@pytest.mark.parametrize("case", MANY.values(), ids=MANY)
+@pytest.mark.parametrize(("heads", "dtype"), [((8, 2, 128), torch.bfloat16), ((14, 2, 64), torch.float16)])
+def test_attend_on_hopper(heads, dtype, case, window, splits):
+    shape = kernels_kit.Shape(*heads)
+    case = case._replace(window=window)
+    given = kernels_kit.attend_inputs(case, shape, dtype, "cuda")
+    assert attend.AttendRoom(given.q, shape.kv_heads, case.length).hopper is not None
+    kernels_kit.check_attend(attend, case, shape, dtype, "cuda", splits)
+
+
+def test_a_dropped_kernel_is_not_used_again(monkeypatch):
+    monkeypatch.setattr(attend, "_dropped", [])
+    q = torch.zeros((700, 8, 128), dtype=torch.bfloat16, device="cuda")
+    if attend.AttendRoom(q, 2, 700).hopper is not None:
+        assert attend.drop_hopper("it is wrong")
+    assert attend.AttendRoom(q, 2, 700).hopper is None
+    assert not attend.drop_hopper("once more")
 
 
 @pytest.mark.parametrize("case", [*kernels_kit.CASES.values(), LONG])
