@@ -19,28 +19,22 @@ _ALIGNMENT = 64
 def uploaded(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     """``tensor``, which is on the host, on ``device``. An ordinary copy would wait for all that was launched before,
     and one from page-locked memory, by the copy engine, for all slabs that are on their way."""
-    if device.type != "cuda":
-        return tensor.to(device)
-    outbox = _outbox()
-    if outbox is None or not 0 < tensor.nbytes <= _HALF - _ALIGNMENT:
-        return tensor.pin_memory().to(device, non_blocking=True)
-    return outbox.upload(tensor, device)
+    return uploaded_together([tensor], device)[0]
 
 
 def uploaded_together(tensors: Sequence[torch.Tensor], device: torch.device) -> list[torch.Tensor]:
     """:func:`uploaded`, of several at once: that takes the host hardly longer than one."""
     if device.type != "cuda":
         return [tensor.to(device) for tensor in tensors]
-    ends = np.cumsum([-(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT for tensor in tensors]).tolist()
-    packed = torch.empty(ends[-1], dtype=torch.uint8)
-    starts = [0, *ends[:-1]]
-    for start, tensor in zip(starts, tensors, strict=True):
-        packed[start : start + tensor.nbytes].view(tensor.dtype).copy_(tensor.reshape(-1))
-    there = uploaded(packed, device)
-    return [
-        there[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
-        for start, tensor in zip(starts, tensors, strict=True)
-    ]
+    outbox, nbytes = _outbox(), sum(map(_padded, tensors))
+    if outbox is None or not 0 < nbytes <= _HALF:  # too much, or nothing
+        return [tensor.pin_memory().to(device, non_blocking=True) for tensor in tensors]
+    return outbox.upload(tensors, nbytes, device)
+
+
+def _padded(tensor: torch.Tensor) -> int:
+    """Bytes that it takes there: what follows it is aligned."""
+    return -(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT
 
 
 class _Outbox:
@@ -48,26 +42,31 @@ class _Outbox:
 
     def __init__(self, fetch: Any) -> None:
         self._fetch = fetch
-        self._memory = torch.empty(2 * _HALF, dtype=torch.uint8, pin_memory=True)
+        memory = torch.empty(2 * _HALF, dtype=torch.uint8, pin_memory=True)
+        self._words, self._bytes = memory.view(torch.int32), memory.numpy()
         self._half, self._at = 0, 0
         self._streams: dict[int, Any] = {}
         self._read: list[list[torch.cuda.Event]] = [[], []]
         self._lock = threading.Lock()
 
-    def upload(self, tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-        nbytes = tensor.nbytes
-        padded = -(-nbytes // _ALIGNMENT) * _ALIGNMENT
-        out = torch.empty(padded, dtype=torch.uint8, device=device)
+    def upload(self, tensors: Sequence[torch.Tensor], nbytes: int, device: torch.device) -> list[torch.Tensor]:
+        """``nbytes`` are their padded ones."""
+        out, arrived, start = torch.empty(nbytes, dtype=torch.uint8, device=device), [], 0
         # Kernels are launched on the thread's own device, whatever they are given.
         with self._lock, torch.cuda.device(device):
-            part = self._room(padded)
-            part[:nbytes].view(tensor.dtype).copy_(tensor.reshape(-1))
+            first = self._room(nbytes)
+            for tensor in tensors:
+                end = start + tensor.nbytes
+                self._bytes[first + start : first + end] = tensor.reshape(-1).view(torch.uint8).numpy()
+                arrived.append(out[start:end].view(tensor.dtype).view(tensor.shape))
+                start += _padded(tensor)
             stream = torch.cuda.current_stream(device)
             self._streams[stream.cuda_stream] = stream
-            self._fetch(part.view(torch.int32), out.view(torch.int32))
-        return out[:nbytes].view(tensor.dtype).view(tensor.shape)
+            self._fetch(self._words[first // 4 : (first + nbytes) // 4], out.view(torch.int32))
+        return arrived
 
-    def _room(self, nbytes: int) -> torch.Tensor:
+    def _room(self, nbytes: int) -> int:
+        """Where so many bytes may be written."""
         if self._at + nbytes > (self._half + 1) * _HALF:
             self._read[self._half] = [stream.record_event() for stream in self._streams.values()]
             self._streams.clear()
@@ -76,7 +75,7 @@ class _Outbox:
             for event in self._read[self._half]:
                 event.synchronize()
         start, self._at = self._at, self._at + nbytes
-        return self._memory[start : self._at]
+        return start
 
 
 @cache
