@@ -21,7 +21,7 @@ import torch
 
 from ragkv.attention import AttentionStep
 from ragkv.blend import Blend, Start, Strategy
-from ragkv.echoes import hints
+from ragkv.echoes import hints, scarcity
 from ragkv.lookahead import Look, look
 from ragkv.methods import outline
 from ragkv.prelude import Prelude
@@ -74,7 +74,9 @@ def links(blend: Blend) -> Steps[Start]:
     prelude = blend.prelude or Prelude(blend.runner, blend.plan)
     found = prelude.found or (yield from _look(blend, prelude))
     scores = yield from _sought(blend, prelude.positions, found)
-    return _selected(blend, scores * uploaded(prelude.weights(), scores.device))
+    # Words are read while the device does what was launched so far.
+    weights = torch.from_numpy(hints(blend.plan) * scarcity(blend.plan))
+    return _selected(blend, scores * uploaded(weights, scores.device))
 
 
 def hkvd(blend: Blend) -> Steps[Start]:
@@ -120,11 +122,12 @@ def _sought(blend: Blend, positions: torch.Tensor, found: Look) -> Steps[torch.T
     asking = blend.length - blend.plan.question_start
     lead = len(positions) - asking
     step = AttentionStep(blend.kv, positions[lead:], blend.length, contiguous=False, score_rows=asking)
-    absent, known = blend.required_places - blend.kv.base, min(blend.known, lead)
-    first = min(found.queries)
-    # What is not computed yet has no keys but its own, and memory may hold anything, NaN too.
-    blend.kv.write_layers(first, absent, torch.zeros_like(found.kv[:, :, :1]))
-    blend.kv.write_layers(first, positions[known:] - blend.kv.base, found.kv[:, :, known:])
+    first, known = min(found.queries), min(blend.known, lead)
+    own = positions[known:]
+    if len(blend.required_places) > len(own):
+        # What is not computed yet has no keys but its own, and memory may hold anything, NaN too.
+        blend.kv.write_layers(first, blend.required_places - blend.kv.base, torch.zeros_like(found.kv[:, :, :1]))
+    blend.kv.write_layers(first, own - blend.kv.base, found.kv[:, :, known:])
     for layer in found.queries:
         blend.loader.ensure(layer)
     blend.watch.lap("load")
