@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import signal
 import socket
 import threading
@@ -64,7 +65,7 @@ def serve(sock: socket.socket, engine: EngineAPI, *, announce: Callable[[str], N
     ``announce`` (default: print) is told the URL once connections are answered. Closes the socket. The engine
     is the caller's to close, which is why a signal makes this return instead of ending the process.
     """
-    with sock, _signals_return():
+    with sock, _signals_return(), _heap_settled():
         server_for(engine, announce=announce or _print_url).run(sockets=[sock])
 
 
@@ -96,6 +97,18 @@ class _Server(uvicorn.Server):
 
 def _print_url(url: str) -> None:
     print(f"ragkv serves on {url}", flush=True)
+
+
+@contextmanager
+def _heap_settled() -> Iterator[None]:
+    """What is there by now stays as long as the server, so no collection looks at it: one over all objects of a loaded
+    model stops every thread for tenths of a second, in the middle of somebody's answer."""
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 @contextmanager

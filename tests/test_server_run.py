@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import signal
 import socket
 import subprocess
@@ -13,7 +14,7 @@ import pytest
 
 from ragkv.client import Client
 from ragkv.errors import ConfigError, EngineClosedError
-from ragkv.server import bind, url_of
+from ragkv.server import bind, serve, url_of
 from tests.fake_engine import KEY, FakeEngine, serving, settings
 
 ROOT = Path(__file__).parents[1]
@@ -58,6 +59,19 @@ def test_the_url_is_the_one_bound():
     with bind(settings(host="localhost")) as sock:
         assert sock.getsockname()[1] > 0
         assert url_of(sock).endswith(f":{sock.getsockname()[1]}")
+
+
+def test_collections_leave_what_was_loaded_alone_while_serving():
+    frozen = []
+
+    def announce(url):
+        frozen.append(gc.get_freeze_count())
+        signal.raise_signal(signal.SIGTERM)
+
+    engine = FakeEngine()
+    serve(bind(engine.settings), engine, announce=announce)
+    assert frozen[0] > 10_000
+    assert gc.get_freeze_count() == 0
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
