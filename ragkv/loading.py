@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 
+import torch
+
 from ragkv.device_tier import DeviceLease
 from ragkv.gathering import Gathering
 from ragkv.kv import RequestKV
@@ -25,6 +27,9 @@ class LayerLoader:
 
     ``slabs`` gives layers in ``order``, by default the model's. It has those of the spans, in their order, that
     ``lease`` does not have on the device already; what the lease wants filled in is filled in on the way.
+
+    On CUDA loading begins behind ``behind``, an event of the current stream, or behind all that was launched on it: no
+    memory may have been given back since that is still in use.
     """
 
     def __init__(
@@ -36,10 +41,14 @@ class LayerLoader:
         codec: str = "raw",
         lease: DeviceLease | None = None,
         order: Sequence[int] | None = None,
+        behind: torch.cuda.Event | None = None,
     ) -> None:
-        way = Streaming if runner.device.type == "cuda" and runner.fused is not None else Gathering
         order = range(runner.shape.layers) if order is None else order
-        self._way = way(runner, kv, spans, slabs, codec, lease, order)
+        self._way: Streaming | Gathering
+        if runner.device.type == "cuda" and runner.fused is not None:
+            self._way = Streaming(runner, kv, spans, slabs, codec, lease, order, behind)
+        else:
+            self._way = Gathering(runner, kv, spans, slabs, codec, lease, order)
         self._coming = deque(order)
 
     def ensure(self, layer: int) -> None:

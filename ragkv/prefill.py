@@ -196,8 +196,10 @@ class Prefill:
 
     def _blend(self, entries: dict[Span, OpenEntry], trial: Trial | None) -> Steps[PrefillResult]:
         spans = list(entries)
-        prelude = self._begin(spans)
         kv = self._workspace()
+        # Nothing that the prelude uses is given back, so that what is loaded need not wait for it.
+        behind = self._runner.moment()
+        prelude = self._begin(spans)
         [codec] = {span.chunk.tokens.codec for span in spans}
         layers = self._runner.shape.layers
         order = outline(self._strategy, layers).loading_order(layers)
@@ -206,7 +208,7 @@ class Prefill:
             closing(
                 self._store.open_layers([e for e in entries.values() if e.key not in lease.hits], order=order)
             ) as slabs,
-            closing(LayerLoader(self._runner, kv, spans, slabs, codec, lease, order)) as loader,
+            closing(LayerLoader(self._runner, kv, spans, slabs, codec, lease, order, behind)) as loader,
         ):
             self._watch.lap("load")
             blend = Blend(

@@ -210,6 +210,10 @@ class ModelRunner:
         """int64, on the device."""
         return uploaded(torch.from_numpy(np.array(ids, np.int64)), self.device)
 
+    def moment(self) -> torch.cuda.Event | None:
+        """When the device has done what was launched so far; None on a CPU, where that is now."""
+        return torch.cuda.current_stream(self.device).record_event() if self.device.type == "cuda" else None
+
     def synchronize(self) -> None:
         """Wait for the device, so that a clock read next means something."""
         if self.device.type == "cuda":

@@ -61,6 +61,7 @@ class Streaming:
         codec: str,
         lease: DeviceLease | None,
         order: Sequence[int],
+        behind: torch.cuda.Event | None = None,
     ) -> None:
         self._runner, self._codec, self._spans = runner, codec, spans
         self._kv, self._slabs, self._rotates = kv, slabs, runner.rope.rotates
@@ -79,7 +80,7 @@ class Streaming:
         self._placer: SlabPlacer | None = None
         self._stop = False
         self._lying = _lying(slabs, self._sizes)
-        self._copying, self._placing = (_stream_behind_this(self._device) for _ in range(2))
+        self._copying, self._placing = (_stream_behind(self._device, behind) for _ in range(2))
         if ready:
             self._copy_first()
         else:
@@ -244,9 +245,9 @@ def _batches(order: Sequence[int], rotates: Sequence[bool], most: int) -> list[l
     return batches
 
 
-def _stream_behind_this(device: torch.device) -> Any:
+def _stream_behind(device: torch.device, event: torch.cuda.Event | None) -> Any:
     stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-    stream.wait_stream(torch.cuda.current_stream(device))
+    stream.wait_event(event or torch.cuda.current_stream(device).record_event())
     return stream
 
 

@@ -70,7 +70,7 @@ def opened(monkeypatch, spans):
     """A loader and its placer, with all in memory or with a thread that reads."""
     sizes = [SHAPE.entry_bytes(span.length, "raw") // LAYERS for span in spans]
     placer = Placer(sizes)
-    monkeypatch.setattr(streaming, "_stream_behind_this", lambda device: Stream())
+    monkeypatch.setattr(streaming, "_stream_behind", lambda device, event: Stream())
     monkeypatch.setattr(streaming, "copy_over", copied)
     monkeypatch.setattr(streaming, "_readable", lambda slabs: ([*slabs], [slab.ctypes.data for slab in slabs]))
     monkeypatch.setattr(Streaming, "_make_placer", lambda self: placer)

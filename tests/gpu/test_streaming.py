@@ -139,3 +139,18 @@ def test_a_lost_chunk_is_told_in_its_layer_and_closing_early_is_safe():
     loader = Streaming(runner, runner.new_kv(), spans, iter(layers), "raw", None, range(LAYERS))
     loader.place_next()
     loader.close()
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_copies_wait_for_a_moment_and_not_for_what_was_launched_since(given):
+    runner, spans = Runner(), planned((0, 40), (40, 90))
+    layers = slabs_of(runner, spans, "raw", locked=True)
+    behind = torch.cuda.current_stream().record_event() if given else None
+    torch.cuda._sleep(1_000_000_000)  # half a second
+    awake = torch.cuda.current_stream().record_event()
+    loader = Streaming(runner, runner.new_kv(), spans, iter(layers), "raw", None, range(LAYERS), behind)
+    with closing(loader):
+        loader.place_next()  # its copies are launched
+        loader._copying.synchronize()
+        assert awake.query() == (not given)
+    torch.cuda.synchronize()
