@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from ragkv.sampling import Sampler, SamplingParams, sample
+from tests.sync_kit import no_waiting
 
 CPU = torch.device("cpu")
 LOGITS = torch.tensor([0.0, 2.0, 1.0, -1.0, 1.5])
@@ -237,17 +238,13 @@ def test_more_logprobs_than_tokens():
 
 
 @pytest.mark.gpu
-@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
 def test_on_a_gpu_nothing_waits_and_the_tokens_are_the_same():
     device, logits = torch.device("cuda"), some_logits(20, len(SETTINGS), 1000)
     params = [replace(p, seed=row, logprobs=2) for row, p in enumerate(SETTINGS.values())]
     expected = walks(params, logits, [[1, 2]] * len(params))
     samplers, steps = [Sampler(p, [1, 2], 1000, device) for p in params], logits.to(device)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_waiting():
         sampled = [sample(step, samplers).to_host() for step in steps]
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     torch.cuda.synchronize()
     assert torch.stack([step.tokens for step in sampled], dim=1).tolist() == expected
 

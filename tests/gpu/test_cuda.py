@@ -7,11 +7,13 @@ from contextlib import closing
 import pytest
 import torch
 
+from ragkv.chunks import ChunkTokens
 from ragkv.engine import Engine
 from ragkv.kv import KvShape
 from ragkv.loading import LayerLoader
 from ragkv.pinned import PageLocking
-from ragkv.plan import Span
+from ragkv.plan import PlannedChunk, Span
+from ragkv.retrievers import Chunk
 from ragkv.runner import ModelRunner
 from ragkv.selfcheck import find_fault
 from ragkv.store import CODECS
@@ -81,7 +83,8 @@ def test_unpacking_on_the_device_equals_the_stores_own_decoding(codec, dtype, le
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("codec", CODECS)
 def test_layers_land_as_on_a_cpu(codec, dtype):
-    places = [Span(None, 3, 40, True), Span(None, 40, 41, True), Span(None, 60, 200, True)]
+    chunk = PlannedChunk(Chunk("c", "d", 0, ""), 1, 1.0, ChunkTokens((), (), 0, "alone", b"key", codec))
+    places = [Span(chunk, 3, 40, True), Span(chunk, 40, 41, True), Span(chunk, 60, 200, True)]
     devices = ("cpu", "cuda")
     runners = {device: ModelRunner(make_model("llama").to(device, dtype)) for device in devices}
     shape = runners["cpu"].shape

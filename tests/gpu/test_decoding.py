@@ -17,6 +17,7 @@ from ragkv.runner import ModelRunner
 from tests import fused_kit, kernels_kit
 from tests.families import make_model
 from tests.paged_kit import PAGED_SHAPES, check_attend_paged, check_loops, check_product
+from tests.sync_kit import no_waiting
 
 pytestmark = pytest.mark.gpu
 
@@ -49,15 +50,11 @@ def test_a_step_never_waits_for_the_device():
     for lane in range(3):
         decoder.enter(lane, 5, 20, [2 * lane, 2 * lane + 1])
     decoder.step([0, 1, 2])  # captures
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_waiting():
         for _ in range(5):
             decoder.put_tokens([0, 1, 2], decoder.step([0, 1, 2]).argmax(-1))
         decoder.extend(1, [7])
         decoder.step([2, 1, 0])
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_there_and_back_on_the_device():

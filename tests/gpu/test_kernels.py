@@ -14,6 +14,7 @@ from ragkv.runner import ModelRunner
 from ragkv.selfcheck import settle_layer_loop
 from tests import fused_kit, kernels_kit
 from tests.families import make_model
+from tests.sync_kit import no_waiting
 
 pytestmark = pytest.mark.gpu
 HALVES = [torch.bfloat16, torch.float16]
@@ -142,13 +143,9 @@ def test_a_layer_never_waits_for_the_device():
     runner.prefill(ids, kv)
     rows = fused_kit.scattered(runner, kv, ids, score_rows=8)
     runner.run_layer(0, rows)  # compiles
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_waiting():
         for layer in range(1, runner.shape.layers):
             runner.run_layer(layer, rows)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 @torch.inference_mode()
