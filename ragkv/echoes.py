@@ -20,13 +20,17 @@ Floats = NDArray[np.float32]
 Flags = NDArray[np.bool_]
 Places = NDArray[np.int64]
 
-# A name is met at its last token, of two at least, and read on in the tokens behind it.
-_BEHIND, _FADE = 3, 0.8
+# A name is met at its last token, of two at least, and read on in the clause behind it: by these steps, one behind the
+# other, so far that a token more counts ``_FADE`` as much.
+_STEPS, _FADE = (1, 2, 4, 8), 0.8
 # A document's first tokens name what it is about, and all of it leans on them.
 _HEAD = 12
 # Of a document's head, of a word that the question repeats, of a token whose document has earlier chunks that it was
 # encoded without, against a rare word met again; and of any other token.
 _HEADS, _ASKED, _APART, _OTHER = 3.0, 0.5, 0.8, 0.2
+# Of a word met again that stands in the head of the document asked about, but not in the question: what is said there
+# of that document, the question will attend to, but not to a name that it does not know.
+_LEADS = 10.0
 # Of chunks that lack no chunk before them, against all others.
 _FRESH = 0.1
 # Of a word that the question shares with a document's head, against one that it shares with the rest.
@@ -51,13 +55,15 @@ def hints(plan: PromptPlan) -> Floats:
         return np.zeros(len(plan.ids), np.float32)
     parts = _Parts(plan)
     words = _Words(plan, parts)
-    stale = _widened(words.echoes(), parts.starts)
+    relevance, leads = words.relevance()
+    stale = _widened(words.echoes(leads), parts.starts)
     stale += parts.leaning()
-    if not plan.standing:
-        stale *= parts.spread(np.where(parts.seen_from == 1, np.float32(_FRESH), np.float32(1)))
-    weights = words.relevance() + np.float32(_UNRELATED)
+    weights = relevance + np.float32(_UNRELATED)
     weights[0] = 0
-    stale *= parts.spread(weights[parts.document])
+    weights = weights[parts.document]
+    if not plan.standing:
+        weights[parts.seen_from == 1] *= np.float32(_FRESH)
+    stale *= parts.spread(weights)
     return stale
 
 
@@ -162,20 +168,25 @@ class _Words:
         # Where words of a head or of the question stand in chunks.
         self._telling = wanted.take(self._word[start:end]).nonzero()[0] + start
 
-    def echoes(self) -> Floats:
+    def echoes(self, leads: Floats) -> Floats:
         """(prompt tokens,): rarity, at most 1, of words that stood before in what their chunk had not seen; or, less,
-        of those that the question repeats."""
-        parts = self._parts
-        echoes = _scaled(self._rarity * (self._word < parts.spread(parts.starts[parts.seen_from])))
-        asked = self._telling[self._asked[self._word[self._telling]]]
+        of those that the question repeats; or, more, of those that stood before and lead to what the question does not
+        name, as ``leads`` has it."""
+        parts, at = self._parts, self._telling
+        again = self._word < parts.spread(parts.starts[parts.seen_from])
+        echoes = _scaled(self._rarity * again)
         most = float(self._rarity[self._question].max(initial=0.0)) or 1.0
-        echoes[asked] = np.maximum(echoes[asked], _ASKED * (self._rarity[asked] / most))
+        word = self._word.take(at)
+        led = np.float32(_LEADS) * leads.take(word) * again.take(at)
+        told = np.where(self._asked.take(word), np.float32(_ASKED / most) * self._rarity.take(at), led)
+        echoes[at] = np.maximum(echoes.take(at), told)
         return echoes
 
-    def relevance(self) -> Floats:
+    def relevance(self) -> tuple[Floats, Floats]:
         """(parts,), at documents' numbers: how much of the question's words a document shares, rare ones and those of
         its head counting more; or, less, how much a document shares that is linked to it: one of both names a word of
-        the other's head. At most 1."""
+        the other's head. At most 1. And (prompt tokens,), at words' numbers, what a word leads to: how much a
+        document shares that has it in its head, less where more documents hold it."""
         word, document, head = self._held()
         parts, words = len(self._parts.starts), len(self._asked)
         spread = np.bincount(word)[word]
@@ -186,9 +197,10 @@ class _Words:
         own: Floats = _scaled(shared.astype(np.float32)) ** np.float32(_FOCUS)
         # Two documents that alone hold a word are linked by it; many that hold one are hardly.
         lent: Floats = (own[document] / np.maximum(spread - 1, 1)).astype(np.float32)
-        linked = np.maximum(_most(lent, word, words)[word] * head, _most(lent * head, word, words)[word])
+        leads = _most(lent * head, word, words)
+        linked = np.maximum(_most(lent, word, words)[word] * head, leads[word])
         relevance: Floats = np.maximum(own, _LINKED * _most(linked, document, parts))
-        return relevance
+        return relevance, leads
 
     def _held(self) -> tuple[Places, Places, Flags]:
         """An entry for each document and each word of a head or of the question that it holds: word, document, whether
@@ -207,13 +219,13 @@ class _Words:
 
 
 def _widened(values: Floats, starts: Places) -> Floats:
-    """Each value lent to its neighbours in its part, fading; ``values`` are used up."""
-    out = values.copy()
+    """Each value lent to its neighbours in its part, fading: to the token before it and to fifteen behind it."""
+    out, before = values.copy(), starts[:, None] - np.arange(1, max(_STEPS) + 1)
     # No part's first token ends a word, so nothing is lent to the part before.
     np.maximum(out[:-1], np.float32(_FADE) * values[1:], out=out[:-1])
-    for d in range(1, _BEHIND + 1):
-        values.put(starts - d, 0, mode="wrap")  # nor to the part behind
-        lent = np.float32(_FADE**d) * values
+    for d in _STEPS:
+        lent = np.float32(_FADE**d) * out
+        lent.put(before[:, :d], 0, mode="wrap")  # nor to the part behind
         np.maximum(out[d:], lent[:-d], out=out[d:])
     return out
 

@@ -19,11 +19,13 @@ def hints(plan: PromptPlan) -> Floats:
     if not plan.spans:
         return np.zeros(len(plan.ids), np.float32)
     words = _Words(plan)
-    stale = words.widened(np.maximum(words.met_again(), echoes._ASKED * words.asked()))
+    relevance, leads = words.relevance()
+    own = np.maximum(words.met_again(), np.maximum(words.asked(), words.led(leads)))
+    stale = words.widened(own)
     stale += echoes._HEADS * words.head + echoes._APART * words.apart + echoes._OTHER
-    stale *= np.where(words.fresh, np.float32(echoes._FRESH), np.float32(1))
+    weights = (relevance + np.float32(echoes._UNRELATED)) * (words.document >= 0)
     out = np.zeros(len(plan.ids), np.float32)
-    out[: plan.question_start] = stale * (words.relevance() + echoes._UNRELATED) * (words.document >= 0)
+    out[: plan.question_start] = stale * (weights * np.where(words.fresh, np.float32(echoes._FRESH), np.float32(1)))
     return out
 
 
@@ -82,16 +84,24 @@ class _Words:
 
     def met_again(self) -> Floats:
         """Rarity, at most 1, of words that stood before in what their chunk had not seen."""
-        return _scaled(self._rarity[self._of] * (self._first[self._of] < self._seen_from))
+        return _scaled(self._rarity[self._of] * self._again())
 
     def asked(self) -> Floats:
-        """Rarity, at most 1, of words that the question repeats."""
-        return _scaled((self._rarity * self._asked)[self._of])
+        """A share of the rarity, scaled, of words that the question repeats."""
+        most = float((self._rarity * self._asked).max(initial=0.0)) or 1.0
+        return np.float32(echoes._ASKED / most) * (self._rarity * self._asked)[self._of]
 
-    def relevance(self) -> Floats:
+    def led(self, leads: Floats) -> Floats:
+        """A multiple of what each word ``leads`` to, where it stood before, unless the question repeats it."""
+        return np.float32(echoes._LEADS) * leads[self._of] * (self._again() & ~self._asked[self._of])
+
+    def _again(self) -> NDArray[np.bool_]:
+        return self._first[self._of] < self._seen_from
+
+    def relevance(self) -> tuple[Floats, Floats]:
         """How much of the question's words the token's document shares, rare ones and those of its head counting more;
         or, less, how much a document shares that is linked to it: one of both names a word of the other's head. At
-        most 1."""
+        most 1. And for each word what the document whose head holds it shares, less where others hold it too."""
         count = int(self.document.max()) + 1
         word, document, asked, head = self._held(count)
         spread = np.bincount(word)[word]
@@ -100,9 +110,10 @@ class _Words:
         own: Floats = _scaled(shared.astype(np.float32)) ** np.float32(echoes._FOCUS)
         # Two documents that alone hold a word are linked by it; many that hold one are hardly.
         lent: Floats = (own[document] / np.maximum(spread - 1, 1)).astype(np.float32)
-        linked = np.maximum(_most(lent, word)[word] * head, _most(lent * head, word)[word])
+        leads = _most(lent * head, word, len(self._asked))
+        linked = np.maximum(_most(lent, word)[word] * head, leads[word])
         relevance = np.maximum(own, echoes._LINKED * _most(linked, document, count))
-        return np.where(self.document >= 0, relevance[self.document], 0.0).astype(np.float32)
+        return np.where(self.document >= 0, relevance[self.document], 0.0).astype(np.float32), leads
 
     def _held(self, count: int) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.bool_], NDArray[np.bool_]]:
         """An entry for each of the ``count`` documents and each word of a head or of the question that it holds: word,
@@ -116,13 +127,13 @@ class _Words:
         return word, document, self._asked[word], np.bincount(entry, head[inside], len(word)) > 0
 
     def widened(self, values: Floats) -> Floats:
-        """Each value lent to its neighbours in its chunk, fading."""
+        """Each value lent to its neighbours in its chunk, fading: to one before it and to those behind it."""
         out = values.copy()
-        for d in range(1, echoes._BEHIND + 1):
-            lent = np.float32(echoes._FADE**d) * (self._chunk[d:] == self._chunk[:-d])
-            out[d:] = np.maximum(out[d:], lent * values[:-d])
         lent = np.float32(echoes._FADE) * (self._chunk[1:] == self._chunk[:-1])
         out[:-1] = np.maximum(out[:-1], lent * values[1:])
+        for d in echoes._STEPS:
+            lent = np.float32(echoes._FADE**d) * (self._chunk[d:] == self._chunk[:-d])
+            out[d:] = np.maximum(out[d:], lent * out[:-d])
         return out
 
 

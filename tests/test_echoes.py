@@ -122,7 +122,7 @@ def per_document(plan: PromptPlan) -> list[float]:
 
 
 def test_a_document_whose_head_the_question_names_comes_before_one_that_mentions_it():
-    named, mentions = [50, 51, *plain(100, 40)], [*plain(200, 30), 50, 51, *plain(300, 10)]
+    named, mentions = [50, 51, *plain(100, 40)], [*plain(200, 30), 50, 51, *plain(300, 20)]
     other = ("other", 0, 0, plain(400, 40))
     for order in ([named, mentions], [mentions, named]):
         texts = [other, *((str(n), 0, 0, ids) for n, ids in enumerate(order)), ("z", 0, 0, plain(500, 40))]
@@ -134,9 +134,9 @@ def test_a_document_whose_head_the_question_names_comes_before_one_that_mentions
 @pytest.mark.parametrize("mentioned", ["later", "earlier"])
 def test_relevance_is_handed_on_between_a_document_and_one_that_names_what_stands_in_its_head(mentioned):
     """The question names one document; that one names the head of another, or is itself named by its head's word."""
-    head, body = [70, 71, *plain(100, 40)], [*plain(200, 30), 70, 71, *plain(300, 10)]
+    head, body = [70, 71, *plain(100, 40)], [*plain(200, 30), 70, 71, *plain(300, 20)]
     asked = body if mentioned == "later" else head
-    asked.extend([50, 51, *plain(600, 6)])
+    asked.extend([50, 51, *plain(600, 20)])
     texts = (("other", 0, 0, plain(400, 40)), ("h", 0, 0, head), ("m", 0, 0, body), ("z", 0, 0, plain(500, 40)))
     parts = per_document(laid_out(texts, question=(900, 50, 51, 901)))
     asked_at, linked_at = (2, 1) if asked is body else (1, 2)
@@ -144,9 +144,9 @@ def test_relevance_is_handed_on_between_a_document_and_one_that_names_what_stand
 
 
 def test_words_that_stand_in_no_head_or_in_many_documents_link_none():
-    body = [*plain(200, 30), 70, 71, *plain(300, 10)]
-    other = [*plain(800, 30), 70, 71, *plain(850, 10)]
-    texts = [("x", 0, 0, plain(400, 40)), ("m", 0, 0, [*body, 50, 51, *plain(600, 6)]), ("o", 0, 0, other)]
+    body = [*plain(200, 30), 70, 71, *plain(300, 20)]
+    other = [*plain(800, 30), 70, 71, *plain(850, 20)]
+    texts = [("x", 0, 0, plain(400, 40)), ("m", 0, 0, [*body, 50, 51, *plain(600, 20)]), ("o", 0, 0, other)]
     texts.append(("z", 0, 0, plain(500, 40)))
     parts = per_document(laid_out(texts, question=(900, 50, 51, 901)))
     assert parts[2] == parts[3]
@@ -155,6 +155,39 @@ def test_words_that_stand_in_no_head_or_in_many_documents_link_none():
     texts += [(f"more{n}", 0, 0, [70, 71, *plain(1000 + 100 * n, 40)]) for n in range(6)]
     many = per_document(laid_out(texts, question=(900, 50, 51, 901)))
     assert few[2] > 2 * many[2] > many[3]
+
+
+def corrected(question: Sequence[int], order: Sequence[str] = ("other", "file", "notice")) -> tuple[PromptPlan, int]:
+    """A file, 50 51, whose head gives its number, 70 71, and a notice that knows it by its number alone; and where that
+    ends in the one that stands behind the other."""
+    texts = {
+        "other": plain(400, 40),
+        "file": [50, 51, 70, 71, *plain(100, 40)],
+        "notice": [*plain(200, 20), 70, 71, *plain(220, 30)],
+    }
+    plan = laid_out(((name, 0, 0, texts[name]) for name in order), question)
+    return plan, plan.spans[2].start + texts[order[2]].index(71)
+
+
+@pytest.mark.parametrize("order", [("other", "file", "notice"), ("other", "notice", "file")])
+def test_what_leads_from_the_head_that_is_asked_about_stands_out_where_it_is_met_again(order):
+    plan, number = corrected((900, 50, 51, 901), order)
+    weights, heads = hints(plan), {place for span in plan.spans for place in range(span.start, span.start + 12)}
+    best = [int(place) for place in np.argsort(-weights) if place not in heads - {number}]
+    assert best[0] == number
+    assert weights[number] > 0.9 * weights.max()
+    # What the question names itself it will find itself, and nothing leads on from what it does not ask about.
+    for question in ((900, 50, 51, 70, 71, 901), (900, 400, 401, 901)):
+        others = hints(corrected(question, order)[0])
+        assert others[number] < 0.6 * weights[number]
+
+
+def test_a_word_met_again_is_read_on_for_a_clause():
+    plan, number = corrected((900, 50, 51, 901))
+    weights = hints(plan)[number : plan.spans[2].end]
+    above = (weights - weights[-1]) / (weights[0] - weights[-1])
+    assert above[:16] == pytest.approx(0.8 ** np.arange(16), rel=1e-4)
+    assert not above[16:].any()
 
 
 def test_only_chunks_have_hints():
