@@ -48,6 +48,7 @@ class AttentionStep:
         score_rows: collect, in ``scores``, the attention that these last rows pay to every slot.
         slots: where the rows stand in the KV, ascending, if not at their positions.
         kept: layers whose queries are kept, in ``queries``.
+        last_only: behind the last layer nobody asks for more than the last row.
     """
 
     causal = True
@@ -62,12 +63,13 @@ class AttentionStep:
         score_rows: int = 0,
         slots: torch.Tensor | None = None,
         kept: Collection[int] = (),
+        last_only: bool = False,
     ) -> None:
         self.kv, self.positions, self.length = kv, positions, length
         self.slots = positions - kv.base if slots is None else slots
         self.contiguous, self.score_rows = contiguous, score_rows
         self.scores: torch.Tensor | None = None
-        self.kept, self.queries = kept, dict[int, Query]()
+        self.kept, self.queries, self.last_only = kept, dict[int, Query](), last_only
         self._blocks: dict[int | None, list[attention_cpu.Block]] = {}
         self._masks: dict[int | None, torch.Tensor] = {}
 

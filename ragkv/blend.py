@@ -131,6 +131,7 @@ class Blend:
             self.length,
             contiguous=contiguous,
             score_rows=self.length - self.plan.question_start if score_question else 0,
+            last_only=True,
         )
         return self.runner.rows(self.ids[positions], step, self.length)
 

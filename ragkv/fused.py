@@ -3,10 +3,10 @@
     norm → q, k, v in one product → rotate and write into the KV → attend → output, added to the rows
          → norm → gate and up in one product → activation → down, added to the rows
 
-Residual sums are the products' own accumulation, in float32. Behind the last layer only a prompt's last row is asked
-for: there the others write their keys and values, and that is all. The modules of the model stay whole: their matrices
-become views of the joined ones, so that the plain loop over ``transformers``' layers runs on the same memory and is the
-twin this one is compared with (:mod:`ragkv.selfcheck`).
+Residual sums are the products' own accumulation, in float32. Where only a prompt's last row is asked for behind the
+last layer, the others end there with their keys and values. The modules of the model stay whole: their matrices become
+views of the joined ones, so that the plain loop over ``transformers``' layers runs on the same memory and is the twin
+this one is compared with (:mod:`ragkv.selfcheck`).
 """
 
 from __future__ import annotations
@@ -138,7 +138,7 @@ class FusedLayers:
 
     def run(self, index: int, rows: Rows | Joined) -> None:
         """Advance ``rows`` through layer ``index``, writing their keys and values into the KV of their steps. The last
-        layer may advance the last row alone."""
+        layer advances the last row alone where the step says that only that is asked for."""
         if isinstance(rows, Joined):
             self.launch(index, rows)
             return
@@ -171,7 +171,7 @@ class FusedLayers:
 
     def _ends(self, index: int, rows: Rows | Joined) -> bool:
         """Whether nobody wants more of layer ``index`` than all rows' KV and what the last row comes to."""
-        if index < len(self.layers) - 1 or isinstance(rows, Joined):
+        if index < len(self.layers) - 1 or isinstance(rows, Joined) or not rows.step.last_only:
             return False
         return rows.step.rows > 1 and not rows.step.score_rows and index not in rows.step.kept
 
@@ -187,27 +187,30 @@ class FusedLayers:
 
         If it is the kernel for Hopper that is wrong, or cannot be compiled, the one for any device runs instead.
         """
-        fault = self._attention_fault()
-        if fault is not None and drop_hopper(fault):
-            log.warning("the fused layer loop %s; it does without its kernel for Hopper", fault)
-            fault = self._attention_fault()
-        return fault
-
-    def _attention_fault(self) -> str | None:
-        length, layer = 700, self.layers[0]
+        layer = self.layers[0]
         kv_heads = (layer.qkv.shape[1] // self._head_dim - self._heads) // 2
         group = self._heads // kv_heads
-        # A kernel for windows is the same for all of them, and another one than where prompts are shorter.
-        windows = {None if w is None else min(w, length // 2) for w in (None, *(each.window for each in self.layers))}
-        for window in windows:
-            for rows in (1, 16 // group + 1, 256 // group + 1):
-                try:
-                    error = self._attention_error(rows, length, kv_heads, window)
-                except Exception as failed:  # whatever the compiler or the driver raises
-                    return f"failed: {failed!r}"
-                if not error <= _TOLERANCE:
-                    return f"computes the attention of {rows} rows, window {window}, {error:.2%} off"
+        many = 256 // group + 1
+        for rows, length in ((1, 700), (16 // group + 1, 700), (many, 700), (many, 1100)):  # the last one splits keys
+            # A kernel for windows is the same for all of them, and another one than where prompts are shorter.
+            half = length // 2
+            for window in {None if w is None else min(w, half) for w in (None, *(each.window for each in self.layers))}:
+                fault = self._attention_fault(rows, length, kv_heads, window)
+                if fault is not None and drop_hopper(rows * group, self._head_dim, layer.qkv):
+                    log.warning("the fused layer loop %s; it does without its kernel for Hopper", fault)
+                    fault = self._attention_fault(rows, length, kv_heads, window)
+                if fault is not None:
+                    return fault
         return None
+
+    def _attention_fault(self, rows: int, length: int, kv_heads: int, window: int | None) -> str | None:
+        try:
+            error = self._attention_error(rows, length, kv_heads, window)
+        except Exception as failed:  # whatever the compiler or the driver raises
+            return f"failed: {failed!r}"
+        if error <= _TOLERANCE:
+            return None
+        return f"computes the attention of {rows} rows, window {window}, {error:.2%} off"
 
     def _attention_error(self, rows: int, length: int, kv_heads: int, window: int | None) -> float:
         """Of attention, and of the scores that the last row gives."""

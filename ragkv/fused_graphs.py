@@ -58,7 +58,9 @@ class LayerGraphs:
     def room(self, rows: Rows) -> Captured | None:
         """Where ``rows``, at the beginning of some layer, have been moved to; None where graphs do not take them."""
         step = rows.step
-        if self._user is None or step.kv is not self._user() or step.score_rows or step.kept or step.rows > SIZES[-1]:
+        if self._user is None or step.kv is not self._user() or not step.last_only:
+            return None
+        if step.score_rows or step.kept or step.rows > SIZES[-1]:
             return None
         size = SIZES[bisect_left(SIZES, step.rows)]
         if size not in self._rooms:
@@ -71,7 +73,7 @@ class LayerGraphs:
         hidden = torch.zeros((1, size, like.hidden.shape[-1]), dtype=like.hidden.dtype, device=self._device)
         cos, sin = (part.new_zeros((1, size, part.shape[-1])) for part in like.rotary)
         slots = torch.full((size,), self._kv.capacity - 1, device=self._device)
-        step = AttentionStep(self._kv, slots, self._kv.capacity, contiguous=False)
+        step = AttentionStep(self._kv, slots, self._kv.capacity, contiguous=False, last_only=True)
         rows = Rows(hidden, (cos, sin), step)
         stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream(self._device))

@@ -124,7 +124,8 @@ class _Bench:
             for tensor in kv.read(layer, keys):
                 tensor.zero_()
         positions = (torch.arange(rows, device=runner.device) + 1) * keys // rows - 1
-        stepped = runner.rows(runner.tensor([0] * rows), AttentionStep(kv, positions, keys, contiguous=rows == keys))
+        step = AttentionStep(kv, positions, keys, contiguous=rows == keys, last_only=True)
+        stepped = runner.rows(runner.tensor([0] * rows), step)
 
         def run() -> None:
             for layer in range(self.layers):

@@ -14,9 +14,8 @@ from ragkv.attention import AttentionStep, JoinedStep
 class Rows:
     """Hidden states of some rows on their way through the layers.
 
-    ``hidden`` is (1, rows, hidden_size), contiguous, and the rows' own: a layer may write into it, and the last one may
-    advance the last row alone. ``rotary`` is the library's cos and sin for the rows' positions; ``room`` whatever
-    memory the layer loop uses again in every layer.
+    ``hidden`` is (1, rows, hidden_size), contiguous, and the rows' own: a layer may write into it. ``rotary`` is the
+    library's cos and sin for the rows' positions; ``room`` whatever memory the layer loop uses again in every layer.
     """
 
     hidden: torch.Tensor

@@ -188,7 +188,7 @@ class ModelRunner:
         """Rows of a plain prefill of ``ids`` (n,) into ``kv``, behind the ``done`` slots that it has."""
         end = done + int(ids.shape[0])
         positions = torch.arange(kv.base + done, kv.base + end, device=self.device)
-        return self.rows(ids, AttentionStep(kv, positions, end, contiguous=not done), kv.base + end)
+        return self.rows(ids, AttentionStep(kv, positions, end, contiguous=not done, last_only=True), kv.base + end)
 
     def prefill(self, ids: torch.Tensor, kv: RequestKV) -> Rows:
         """:meth:`start_prefill` through all layers."""

@@ -5,8 +5,10 @@ from __future__ import annotations
 import torch
 
 from ragkv.attention import AttentionStep
+from ragkv.eval.compared import along
 from ragkv.eval.steps import drained
 from ragkv.lookahead import look
+from ragkv.prefill import PrefillResult
 from ragkv.rows import Joined
 from ragkv.runner import ModelRunner, Rows
 from tests.families import make_model
@@ -38,12 +40,13 @@ def ids_of(runner: ModelRunner, count: int) -> torch.Tensor:
     return torch.randint(256, (count,), generator=torch.Generator().manual_seed(3)).to(runner.device)
 
 
-def scattered(runner: ModelRunner, kv, ids: torch.Tensor, score_rows: int = 0) -> Rows:
+def scattered(runner: ModelRunner, kv, ids: torch.Tensor, score_rows: int = 0, last_only: bool = False) -> Rows:
     """Every third row and the last eight again, on top of what ``kv`` holds."""
     chosen = torch.arange(len(ids)) % 3 == 0
     chosen[-8:] = True
     positions = chosen.nonzero()[:, 0].to(runner.device)
-    step = AttentionStep(kv, positions + kv.base, len(ids), contiguous=False, score_rows=score_rows)
+    options = {"score_rows": score_rows, "last_only": last_only}
+    step = AttentionStep(kv, positions + kv.base, len(ids), contiguous=False, **options)
     return runner.rows(ids[positions], step)
 
 
@@ -69,7 +72,7 @@ def check_passes(name: str, dtype: torch.dtype, device: str) -> None:
         for layer in range(runner.shape.layers):
             runner.run_layer(layer, rows)
         decoded = runner.decode(7, 5 + 61, kv)
-        results.append((logits, first, runner.logits(rows), rows.step.scores, decoded))
+        results.append((logits, first, rows.hidden, runner.logits(rows), rows.step.scores, decoded))
     for actual, expected in zip(*results, strict=True):
         assert actual.shape == expected.shape
         near(actual, expected, dtype)
@@ -112,17 +115,28 @@ def check_some_rows_go_on(name: str, dtype: torch.dtype, device: str) -> None:
 
 
 @torch.inference_mode()
+def check_along(name: str, dtype: torch.dtype, device: str) -> None:
+    """What would be picked at every place of an answer, read off one pass."""
+    results = []
+    for runner in runners(name, dtype, device):
+        ids, kv = ids_of(runner, 40), runner.workspace(40)
+        result = PrefillResult(runner.logits(runner.prefill(ids[:25], kv)), kv, [], 0)
+        results.append(along(runner, result, 25, ids[25:].tolist()))
+    near(results[0], results[1], dtype)
+
+
+@torch.inference_mode()
 def check_the_end(runner: ModelRunner) -> None:
-    """In the last layer all rows write their KV, and the last row alone goes on, unless their attention is wanted."""
+    """In the last layer all rows write their KV, and the last row alone goes on, where only that is asked for."""
     last = runner.shape.layers - 1
-    for score_rows in (0, 6):
-        rows = repaired(runner, 61, 1, score_rows)
+    for score_rows, last_only in ((0, True), (0, False), (6, True)):
+        rows = repaired(runner, 61, 1, score_rows, last_only)
         for layer in range(last):
             runner.run_layer(layer, rows)
         before = rows.hidden.clone()
         runner.run_layer(last, rows)
         assert not torch.equal(rows.hidden[:, -1], before[:, -1])
-        assert torch.equal(rows.hidden[:, :-1], before[:, :-1]) == (not score_rows)
+        assert torch.equal(rows.hidden[:, :-1], before[:, :-1]) == (last_only and not score_rows)
         assert all(torch.isfinite(part).all() for part in rows.step.kv.read(last, 61))
 
 
@@ -132,12 +146,12 @@ def prompt(runner: ModelRunner, length: int, seed: int) -> Rows:
     return runner.start_prefill(ids, runner.new_kv(length))
 
 
-def repaired(runner: ModelRunner, length: int, seed: int, score_rows: int = 0) -> Rows:
+def repaired(runner: ModelRunner, length: int, seed: int, score_rows: int = 0, last_only: bool = False) -> Rows:
     """Some rows over keys that are there, anything in the slots of the rows."""
     ids = torch.randint(256, (length,), generator=torch.Generator().manual_seed(seed)).to(runner.device)
     kv = runner.workspace(length)
     runner.prefill(ids, kv)
-    rows = scattered(runner, kv, ids, score_rows)
+    rows = scattered(runner, kv, ids, score_rows, last_only)
     for layer in range(runner.shape.layers):
         for part in kv.read(layer, length):
             part[rows.step.slots] = float("nan")

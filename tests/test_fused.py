@@ -53,6 +53,10 @@ def test_rows_of_several_prompts(name):
     kit.check_joined(ModelRunner(make_model(name), fused=True), torch.float32)
 
 
+def test_an_answer_is_gone_along():
+    kit.check_along("llama", torch.float32, "cpu")
+
+
 @pytest.mark.parametrize("name", ["qwen2-windowed", "smollm3"])
 def test_the_last_layer_ends_with_the_last_row(name):
     kit.check_the_end(ModelRunner(make_model(name), fused=True))
@@ -107,7 +111,7 @@ def test_a_kernel_for_hopper_that_is_wrong_is_dropped(broken, helps, monkeypatch
         return 2 * out, lse
 
     monkeypatch.setattr(fused, "attend", attention)
-    monkeypatch.setattr(fused, "drop_hopper", lambda why: (dropped.append(why), len(dropped) == 1)[1])
+    monkeypatch.setattr(fused, "drop_hopper", lambda *rows: (dropped.append(rows), len(dropped) == 1)[1])
     settle_layer_loop(runner)
     assert len(dropped) == 1
     assert (runner.fused is not None) == helps

@@ -8,6 +8,7 @@ for the chip, each shares its keys among several programs, whose results a secon
 
 from __future__ import annotations
 
+import logging
 import math
 from functools import cache
 from types import ModuleType
@@ -19,6 +20,7 @@ import triton.language as tl
 
 from ragkv.kernels.shapes import check_kv, next_power_of_2
 
+log = logging.getLogger("ragkv")
 LOG2E = 1.4426950408889634
 LN2 = tl.constexpr(0.6931471805599453)
 MAX_SPLITS = 32
@@ -26,7 +28,7 @@ _JOINED = 8  # rows' heads of a program that joins
 _CPU_PROGRAMS = 8  # Triton's interpreter: few, but more than one
 _SOME = 256  # packed rows that leave much of a large tile empty
 _HOPPER = (9, 0)
-_dropped: list[str] = []
+_dropped: list[bool] = []
 
 
 class Tile(NamedTuple):
@@ -342,19 +344,18 @@ def _launch(
     )
 
 
-def hopper_for(packed: int, head_dim: int, q: torch.Tensor) -> ModuleType | None:
-    """:mod:`ragkv.kernels.hopper`, where it takes rows like those of ``q``, and ``packed`` ones are enough for it."""
-    if packed <= _SOME or _dropped or (hopper := _hopper(q.device)) is None:
+def hopper_for(packed: int, head_dim: int, like: torch.Tensor) -> ModuleType | None:
+    """:mod:`ragkv.kernels.hopper`, where it takes rows like ``like``, and ``packed`` are enough for it."""
+    if packed <= _SOME or _dropped or (hopper := _hopper(like.device)) is None:
         return None
-    return hopper if head_dim in hopper.HEAD_DIMS and q.dtype in hopper.DTYPES else None
+    return hopper if head_dim in hopper.HEAD_DIMS and like.dtype in hopper.DTYPES else None
 
 
-def drop_hopper(why: str) -> bool:
+def drop_hopper(packed: int, head_dim: int, like: torch.Tensor) -> bool:
     """Do without the kernel for Hopper from now on, in rooms made after this; False where it does not run anyway."""
-    devices = [torch.device("cuda", i) for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
-    if _dropped or not any(_hopper(device) for device in devices):
+    if hopper_for(packed, head_dim, like) is None:
         return False
-    _dropped.append(why)
+    _dropped.append(True)
     return True
 
 
@@ -363,8 +364,9 @@ def _hopper(device: torch.device) -> ModuleType | None:
     if device.type != "cuda" or torch.cuda.get_device_capability(device) != _HOPPER:
         return None
     try:
-        from ragkv.kernels import hopper  # needs a Triton that has Gluon
-    except (ImportError, AttributeError):
+        from ragkv.kernels import hopper
+    except Exception as error:  # Gluon is young: a Triton may lack it, or have another
+        log.info("attention does without its kernel for Hopper: %r", error)
         return None
     return hopper
 

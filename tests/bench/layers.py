@@ -124,7 +124,9 @@ class Bench:
         ids = torch.randint(256, (length,), device=self.device)
         flops = 2 * self.matrices * length + self.attention_flops(torch.arange(length))
         for loop, runner in self.loops.items():
-            yield self.loop(f"prefill of {length}", loop, runner, runner.start_prefill(ids, kv), flops)
+            positions = torch.arange(length, device=self.device)
+            rows = runner.rows(ids, AttentionStep(kv, positions, length, contiguous=True))
+            yield self.loop(f"prefill of {length}", loop, runner, rows, flops)
 
     def loop(self, what: str, loop: str, runner: ModelRunner, rows: Rows, flops: float) -> Record:
         start = rows.hidden.clone()

@@ -45,7 +45,8 @@ def test_layers_give_the_same_in_graphs(family):
             for layer in range(runner.shape.layers):
                 for part, some in zip(kv.read(layer, length), stored[layer], strict=True):
                     part.copy_(some)
-            rows = runner.rows(ids, AttentionStep(kv, positions, length, contiguous=count == length))
+            step = AttentionStep(kv, positions, length, contiguous=count == length, last_only=True)
+            rows = runner.rows(ids, step)
             for layer in range(runner.shape.layers):
                 runner.run_layer(layer, rows)
             assert (type(rows.room).__name__ == "Captured") == (len(ends) == 0)
@@ -64,6 +65,10 @@ def test_prompts_join_and_part_in_and_out_of_graphs(family, dtype):
     fused_kit.check_joined(runner, dtype)
     assert any(captured)
     assert not all(captured)
+
+
+def test_an_answer_is_gone_along():
+    fused_kit.check_along("llama", torch.bfloat16, "cuda")
 
 
 @pytest.mark.parametrize("family", ["qwen2-windowed", "smollm3"])

@@ -145,6 +145,7 @@ def test_a_lost_chunk_is_told_in_its_layer_and_closing_early_is_safe():
 def test_copies_wait_for_a_moment_and_not_for_what_was_launched_since(given):
     runner, spans = Runner(), planned((0, 40), (40, 90))
     layers = slabs_of(runner, spans, "raw", locked=True)
+    placed(Streaming, runner, spans, layers, "raw")  # compiles
     behind = torch.cuda.current_stream().record_event() if given else None
     torch.cuda._sleep(1_000_000_000)  # half a second
     awake = torch.cuda.current_stream().record_event()
