@@ -9,7 +9,7 @@ from typing import Any, Self
 import numpy as np
 
 from ragkv.errors import InputError
-from ragkv.loop import StepRecord
+from ragkv.tally import StepRecord
 
 
 @dataclass(frozen=True)

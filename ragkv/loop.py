@@ -17,7 +17,6 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Generator
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -29,7 +28,8 @@ from ragkv.costs import Machine
 from ragkv.decodes import Decodes, scores_of
 from ragkv.decoding import Decoder
 from ragkv.device_tier import DeviceTier
-from ragkv.encode import EncodedChunk, encode
+from ragkv.encodings import SLICE_S as ENCODE_SLICE_S
+from ragkv.encodings import Encodings, OnEncoded
 from ragkv.errors import EngineClosedError, NotFoundError, PromptTooLongError, RagkvError
 from ragkv.generation import Generation, TokenScores
 from ragkv.kv import Known, RequestKV
@@ -43,6 +43,7 @@ from ragkv.runner import ModelRunner
 from ragkv.sampling import Sampler, sample
 from ragkv.scheduling import Plan, Scheduler, Ticket
 from ragkv.store import ChunkStore
+from ragkv.tally import StepRecord, Tally
 from ragkv.types import FinishReason
 
 # In their prefill at once, so that some may be computed together; the last place is kept for who may displace the
@@ -50,43 +51,9 @@ from ragkv.types import FinishReason
 PREFILLS = 5
 # Layers launched ahead of the device while others decode: a clock of the host's that is not fooled.
 LAUNCHED_AHEAD = 2
-_ENCODE_SLICE_S = 0.05
 _IDLE_S = 0.5
 _WAIT_FOR_MOVES_S = 2e-4
-_KEPT_RECORDS = 100_000
 log = logging.getLogger("ragkv")
-
-OnEncoded = Callable[[list[EncodedChunk] | Exception], None]
-
-
-@dataclass
-class _Encoding:
-    steps: Generator[None, None, list[EncodedChunk]]
-    on_encoded: OnEncoded
-
-
-@dataclass(frozen=True)
-class StepRecord:
-    """What one turn did: decode ``rows`` that saw ``kv_tokens``, and about ``prefill_tokens`` of prompts."""
-
-    rows: int
-    kv_tokens: int
-    prefill_tokens: float
-    seconds: float
-
-
-@dataclass
-class Tally:
-    """What the engine thread did with its time."""
-
-    steps: int = 0
-    step_seconds: float = 0.0
-    scheduler_seconds: float = 0.0
-    idle_seconds: float = 0.0
-    preemptions: int = 0
-    recomputed_tokens: int = 0
-    tokens: int = 0
-    records: deque[StepRecord] = field(default_factory=lambda: deque(maxlen=_KEPT_RECORDS))
 
 
 class EngineLoop:
@@ -130,8 +97,7 @@ class EngineLoop:
         self._admitted: list[Active] = []
         self._prefills = Prefills(runner, controller, self._first_token, self._fail)
         self._served: list[Ticket] = []
-        self._encodes: deque[tuple[EncodeGroup, OnEncoded]] = deque()
-        self._encoding: _Encoding | None = None
+        self._encodings = Encodings(runner)
         self._owes_encoding = False
         self._closed = False
         self.tally = Tally()
@@ -169,7 +135,7 @@ class EngineLoop:
         """Queue chunks to encode; ``on_encoded`` is called on the engine thread and must not block."""
         with self._wake:
             self.refuse_when_closed()
-            self._encodes.append((group, on_encoded))
+            self._encodings.put(group, on_encoded)
             self._wake.notify()
 
     def reprioritize(self, request_id: str, priority: int, tenant: str = "") -> None:
@@ -255,7 +221,7 @@ class EngineLoop:
         return not self._closed
 
     def _has_work(self) -> bool:
-        return bool(self._by_ticket or self._encodes or self._encoding or self._measuring)
+        return bool(self._by_ticket or self._encodings or self._measuring)
 
     def _turn(self) -> None:
         began = time.perf_counter()
@@ -264,12 +230,12 @@ class EngineLoop:
         self._schedule()
         for request in list(self._admitted):
             self._bring(request)
-        encoding = bool(self._encodes or self._encoding)
+        encoding = bool(self._encodings)
         done = 0.0
         if self._prefills.requests and not (encoding and self._owes_encoding):
             done = self._advance_prefills()
         elif encoding:
-            self._advance_encoding()
+            self._encodings.advance(lambda seconds: self._closed or bool(self._by_ticket and seconds > ENCODE_SLICE_S))
             self._owes_encoding = False
         elif not self._by_ticket:
             self._advance_measuring()
@@ -516,24 +482,6 @@ class EngineLoop:
 
     # Beside serving.
 
-    def _advance_encoding(self) -> None:
-        if self._encoding is None:
-            group, on_encoded = self._encodes.popleft()
-            self._encoding = _Encoding(encode(self._runner, group), on_encoded)
-        job = self._encoding
-        deadline = time.perf_counter() + _ENCODE_SLICE_S
-        try:
-            while True:
-                next(job.steps)
-                if self._closed or (self._by_ticket and time.perf_counter() > deadline):
-                    return
-        except StopIteration as done:
-            self._encoding = None
-            _tell(job.on_encoded, done.value)
-        except Exception as error:  # as above
-            self._encoding = None
-            _tell(job.on_encoded, error)
-
     def _advance_measuring(self) -> None:
         if self._measuring is None or self._controller is None:
             return
@@ -541,7 +489,7 @@ class EngineLoop:
             next(self._measuring)
         except StopIteration as done:
             self._controller.machine, self._measuring = done.value, None
-        except Exception as error:  # as above; everything is done as asked then
+        except Exception as error:  # it must not take the engine along; everything is done as asked then
             self._measuring = None
             log.warning(
                 "the machine's speed could not be measured, so nothing is computed instead of loaded: %r", error
@@ -550,8 +498,6 @@ class EngineLoop:
     def _abort_all(self) -> None:
         with self._wake:
             self._closed = True
-            encodes = list(self._encodes)
-            self._encodes.clear()
         why = self.failure or "the engine was closed while the request ran"
         for request in list(self._by_ticket.values()):
             try:
@@ -559,17 +505,5 @@ class EngineLoop:
             except Exception:  # what has failed may be what it holds; everybody must hear of it
                 log.exception("ending request %s failed", request.generation.id)
                 request.generation.on_error(EngineClosedError(why))
-        jobs = [on_encoded for _, on_encoded in encodes]
-        if self._encoding:
-            jobs.append(self._encoding.on_encoded)
-        for on_encoded in jobs:
-            _tell(on_encoded, EngineClosedError(why))
-        self._encoding = None
+        self._encodings.abort(EngineClosedError(why))
         self._pool.shut()
-
-
-def _tell(on_encoded: OnEncoded, result: list[EncodedChunk] | Exception) -> None:
-    try:
-        on_encoded(result)
-    except Exception:  # a caller's progress callback must not take the engine along
-        log.exception("handing over encoded chunks failed")

@@ -61,14 +61,14 @@ def test_a_long_prefill_gives_every_running_request_a_token_between_layers(make_
 
 
 def test_encoding_in_the_background_gives_running_requests_tokens_between_layers(engine, monkeypatch):
-    monkeypatch.setattr(loop, "_ENCODE_SLICE_S", 0.0)
+    monkeypatch.setattr(loop, "ENCODE_SLICE_S", 0.0)
     probe = Probe(engine)
     stream = engine.stream(QUESTION, max_tokens=60)
     probe.hold(decoding)
     next(stream)
     probe.wait_held()
     with in_threads(lambda: engine.ingest("c", DOCUMENTS[:2])):
-        eventually(lambda: engine._loop._encodes)
+        eventually(lambda: engine._loop._encodings)
         probe.log.clear()
         probe.release()
     list(stream)
@@ -86,7 +86,7 @@ def test_encoding_goes_on_while_requests_keep_coming(make_engine):
     with in_threads(lambda: list(first)):
         probe.wait_held()
         with in_threads(*[lambda: engine.query(QUESTION, **fields)] * 6, lambda: engine.ingest("c", DOCUMENTS[:1])):
-            eventually(lambda: engine.health().queued == 6 and engine._loop._encodes)
+            eventually(lambda: engine.health().queued == 6 and engine._loop._encodings)
             probe.release()
     prompt = probe.layers[0]
     last_prompt = max(i for i, rows in enumerate(probe.layers) if rows == prompt)
@@ -269,7 +269,7 @@ def test_closing_ends_every_request_in_flight_with_an_error(make_engine):
     with in_threads(*calls[:2]) as first:
         probe.wait_held()
         with in_threads(*calls[2:]) as second:
-            eventually(lambda: engine.health().queued == 1 and engine._loop._encodes)
+            eventually(lambda: engine.health().queued == 1 and engine._loop._encodings)
             with in_threads(engine.close) as closing:
                 eventually(lambda: engine._loop._closed)
                 probe.release()

@@ -13,9 +13,9 @@ from ragkv.errors import ConfigError, InputError
 from ragkv.eval.simulate import EngineModel, simulate
 from ragkv.eval.simulated import SimRequest, SimResult
 from ragkv.eval.step_costs import StepCosts
-from ragkv.loop import StepRecord
 from ragkv.scheduling import service_bound
 from ragkv.scheduling.scheduler import CREDIT, QUANTUM
+from ragkv.tally import StepRecord
 
 SETTINGS = {
     "policy": "vtc",
