@@ -14,7 +14,7 @@ from transformers.utils import logging as library_logging
 
 from ragkv import attention, presets
 from ragkv.errors import ConfigError, NotAModelError, UnsupportedArchitectureError
-from ragkv.runner import ModelRunner
+from ragkv.runner import ModelRunner, use_device
 from ragkv.tokenizer import Tokenizer
 
 # Each of these has parity tests against the library's own forward (tests/test_families.py).
@@ -44,7 +44,8 @@ class Checkpoint:
 def load_checkpoint(name: str, *, device: str = "auto", dtype: str = "auto", cache_dir: Path) -> Checkpoint:
     """Load ``name``: ``bundled``, a folder, a hub id, or ``random:<preset>`` (:mod:`ragkv.presets`).
 
-    Weights are read from safetensors only, and no code of the checkpoint is run.
+    Weights are read from safetensors only, and no code of the checkpoint is run. A CUDA device becomes that of the
+    calling thread.
 
     Raises:
         NotAModelError: nothing loadable there.
@@ -53,6 +54,7 @@ def load_checkpoint(name: str, *, device: str = "auto", dtype: str = "auto", cac
     """
     library_logging.disable_progress_bar()
     where = find_device(device)
+    use_device(where)
     if presets.is_random(name):
         return _random(name, where, _dtype(dtype, where))
     folder = _resolve(name)

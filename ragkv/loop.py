@@ -39,7 +39,7 @@ from ragkv.plan import Span
 from ragkv.pool import KvPool, blocks_for
 from ragkv.prefill import Prefill, PrefillResult
 from ragkv.prefills import Prefills
-from ragkv.runner import ModelRunner
+from ragkv.runner import ModelRunner, use_device
 from ragkv.sampling import Sampler, sample
 from ragkv.scheduling import Plan, Scheduler, Ticket
 from ragkv.store import ChunkStore
@@ -202,6 +202,7 @@ class EngineLoop:
 
     def _run(self) -> None:
         try:
+            use_device(self._runner.device)
             with torch.inference_mode():
                 while self._wait():
                     self._turn()

@@ -28,6 +28,12 @@ if TYPE_CHECKING:
 _SWITCH_S = 5e-4
 
 
+def use_device(device: torch.device) -> None:
+    """Have all that this thread launches go to ``device``: kernels go to the thread's own, whatever they are given."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+
+
 class _Probed(Exception):  # noqa: N818  (not an error: it carries the values out of the library's layer)
     def __init__(self, values: torch.Tensor) -> None:
         self.values = values

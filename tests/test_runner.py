@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 import torch
 
-from ragkv.runner import ModelRunner
+from ragkv import checkpoint, loop
+from ragkv.runner import ModelRunner, use_device
 from tests.blend_kit import token_ids
+from tests.engine_kit import eventually
 from tests.families import MOVABLE, make_model, make_runner
 
 
@@ -82,3 +85,20 @@ def test_a_cpu_never_imports_the_kernels():
     )
     folder = Path(__file__).parents[1]
     assert subprocess.run([sys.executable, "-c", code], cwd=folder).returncode == 0
+
+
+@pytest.mark.parametrize(("device", "used"), [("cuda:1", [torch.device("cuda:1")]), ("cpu", [])])
+def test_a_thread_launches_on_the_models_device(monkeypatch, device, used):
+    seen = []
+    monkeypatch.setattr(torch.cuda, "set_device", seen.append)
+    use_device(torch.device(device))
+    assert seen == used
+
+
+def test_the_engine_and_who_loads_the_model_use_its_device(make_engine, monkeypatch):
+    seen = []
+    for module in (loop, checkpoint):
+        monkeypatch.setattr(module, "use_device", lambda device: seen.append((threading.current_thread().name, device)))
+    make_engine()
+    cpu = torch.device("cpu")
+    eventually(lambda: set(seen) == {(threading.current_thread().name, cpu), ("ragkv-engine", cpu)})
