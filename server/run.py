@@ -102,7 +102,7 @@ def _print_url(url: str) -> None:
 @contextmanager
 def _heap_settled() -> Iterator[None]:
     """What is there by now stays as long as the server, so no collection looks at it: one over all objects of a loaded
-    model stops every thread for tenths of a second, in the middle of somebody's answer."""
+    model would stop every thread, in the middle of somebody's answer."""
     gc.collect()
     gc.freeze()
     try:
