@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
-from weakref import WeakValueDictionary
+from weakref import ref
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,15 +23,10 @@ IN_FLIGHT_BYTES = 128 << 20
 
 @dataclass(frozen=True, eq=False)
 class RamEntry:
-    """An entry's header and one read-only uint8 array per layer.
-
-    ``holders`` has an item for each who has it open. A list, as a finalizer may close it at any moment, in the middle
-    of what this module does under a lock: appending and popping need none.
-    """
+    """An entry's header and one read-only uint8 array per layer."""
 
     header: EntryHeader
     slabs: tuple[Array, ...]
-    holders: list[None] = field(default_factory=list, repr=False)
 
     @cached_property
     def addresses(self) -> NDArray[np.int64]:
@@ -54,6 +49,19 @@ def entry_bytes(slabs: Iterable[int]) -> int:
     return sum(map(footprint, slabs))
 
 
+class Hold:
+    """A key's entry is open while something refers to this: one for all who have it, whatever left and came back since.
+
+    References, where a count would want a lock and a finalizer: so closing twice, an interrupt halfway and a garbage
+    collection in the middle of anything each give back just what was taken.
+    """
+
+    __slots__ = ("__weakref__",)
+
+
+GONE = ref(Hold())
+
+
 class RamTier:
     """Safe to call from any thread. Arrays handed out stay valid after their entry has left.
 
@@ -69,37 +77,54 @@ class RamTier:
         self.capacity = capacity
         self.buffers = Buffers(capacity + IN_FLIGHT_BYTES, allocate)
         self._entries: dict[bytes, RamEntry] = {}
-        self._alive: WeakValueDictionary[bytes, RamEntry] = WeakValueDictionary()  # also those that left while open
+        self._held: dict[bytes, ref[Hold]] = {}  # also of entries that left while open, and some dead ones
+        self._going: set[bytes] = set()
         self._uses: dict[bytes, int] = {}
         self._shelf = MemoryShelf()
         self._policy = CostAware()
         self._used = 0
         self._reserved = 0
+        self._given_back: list[int] = []
         self._lock = threading.Lock()
 
-    def open(self, keys: Sequence[bytes]) -> list[RamEntry | None]:
-        """The entries of ``keys`` that are here, used once more and with one more of ``holders``, for the caller."""
+    def open(self, keys: Sequence[bytes]) -> list[tuple[RamEntry, Hold] | None]:
+        """The entries of ``keys`` that are here, used once more, each with what keeps it open while referred to."""
         with self._lock:
-            found = [self._entries.get(key) for key in keys]
-            uses = self._uses
-            for key, entry in zip(keys, found, strict=True):
-                if entry is not None:
-                    entry.holders.append(None)
+            entries, uses, held = self._entries, self._uses, self._held
+            found: list[tuple[RamEntry, Hold] | None] = []
+            for key in keys:
+                entry = entries.get(key)
+                if entry is None:
+                    found.append(None)
+                else:
+                    hold = held.get(key, GONE)()
+                    if hold is None:
+                        hold = Hold()
+                        held[key] = ref(hold)
+                    found.append((entry, hold))
                     uses[key] = uses.pop(key, 0) + 1  # the latest use last
         return found
 
     def is_open(self, key: bytes) -> bool:
         """Whether somebody has the entry open from here, even if it has left since."""
-        entry = self._alive.get(key)
-        return entry is not None and bool(entry.holders)
+        return self._held.get(key, GONE)() is not None
 
-    def let_go(self, key: bytes) -> bool:
-        """Drop an entry whose file is about to go, unless it is open: False then. Nobody opens it meanwhile."""
-        with self._lock:
-            free = not self.is_open(key)
-            if free:
+    def let_go(self, key: bytes, remove: Callable[[bytes], bool]) -> bool:
+        """Drop an entry and ``remove`` its file, which says whether it is gone; False if it is open, or not gone.
+
+        Until then it does not come back, so nobody opens it from here. Whoever reads its file to the end meanwhile
+        does so under a lease, and opens it from there again. The disk is not waited for under the lock.
+        Only one may remove a key at a time.
+        """
+        try:
+            with self._lock:
+                if self.is_open(key):
+                    return False
                 self._drop(key)
-        return free
+                self._going.add(key)
+            return remove(key)
+        finally:
+            self._going.discard(key)
 
     def settle(self) -> None:
         """Tell the policy of the uses so far."""
@@ -109,6 +134,8 @@ class RamTier:
     def reserve(self, nbytes: int) -> bool:
         """Make room for an entry still being read, so that the cap holds meanwhile; False if none."""
         with self._lock:
+            while self._given_back:
+                self._reserved -= self._given_back.pop()
             if self._reserved + nbytes > self.capacity:
                 return False
             self._evict(self.capacity - self._reserved - nbytes)
@@ -116,21 +143,17 @@ class RamTier:
             return True
 
     def release(self, nbytes: int) -> None:
-        """Give a reservation back."""
-        with self._lock:
-            self._reserved -= nbytes
+        """Give a reservation back. A collection may do so in the middle of any other method: it takes no lock."""
+        self._given_back.append(nbytes)
 
     def commit(self, key: bytes, entry: RamEntry) -> None:
-        """Turn a reservation of ``entry.nbytes`` into the entry itself."""
+        """Turn a reservation of ``entry.nbytes`` into the entry itself, unless it is here, or its file is going."""
         with self._lock:
             self._reserved -= entry.nbytes
-            if key not in self._entries:
+            if key not in self._entries and key not in self._going:
                 self._settle()
-                before = self._alive.get(key)
-                if before is not None:  # it left while it was open, and is open still
-                    entry = replace(entry, holders=before.holders)
                 item = MemoryItem(entry.nbytes, cost=entry.nbytes)
-                self._entries[key] = self._alive[key] = entry
+                self._entries[key] = entry
                 self._shelf.put(key, item.at(self._policy.admit(self._shelf, item, self._shelf.recall(key))))
                 self._used += entry.nbytes
 
@@ -160,6 +183,7 @@ class RamTier:
             item = self._shelf.get(key)
             if item is not None:
                 self._shelf.move(key, self._policy.use(self._shelf, item, times))
+        self._held = {key: held for key, held in self._held.items() if held() is not None}
 
     def _evict(self, room: int) -> None:
         if self._used <= room:

@@ -32,8 +32,8 @@ class OpenEntry:
     """An entry that can be read until ``close``, whatever happens to it meanwhile.
 
     ``tier`` says where its bytes are. From "ssd" it is leased: no thread and no process can evict or delete it. From
-    "ram" its own store cannot; where another process does, its bytes stay. Closing twice is fine, and so is closing
-    while the entry is being read.
+    "ram" its own store cannot; where another does, or another process, its bytes stay. Closing twice is fine, and so
+    is closing while the entry is being read.
     """
 
     __slots__ = ("_lock", "_source", "header", "tier")
@@ -84,10 +84,6 @@ class OpenEntry:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
-
-    def __del__(self) -> None:
-        if self._source is not None:
-            self.close()
 
 
 class _Reading:

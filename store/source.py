@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import threading
 from collections.abc import Callable
 from concurrent.futures import Executor
 from typing import Protocol
@@ -14,7 +13,7 @@ from ragkv.errors import StoreError
 from ragkv.store.buffers import Array, Buffers
 from ragkv.store.files import go_direct, read_into
 from ragkv.store.header import BLOCK, EntryHeader
-from ragkv.store.ram import RamEntry
+from ragkv.store.ram import Hold, RamEntry
 
 OnReject = Callable[[bytes, int], None]
 
@@ -23,7 +22,7 @@ DIRECT_BYTES = 64 << 10
 
 
 class Source(Protocol):
-    """One leased entry's slabs.
+    """One leased entry's slabs. The lease ends when it is closed, or when nothing refers to it any more.
 
     ``lane`` is where :meth:`slab` is called: threads of the tier's own, so that a slow tier holds up nobody
     else's reading; None if the slabs lie in memory, verified, and cost nothing to hand out.
@@ -63,49 +62,41 @@ class Source(Protocol):
         ...
 
     def close(self) -> None:
-        """Give the lease back: once, and no :meth:`slab` runs meanwhile."""
+        """Give the lease back; closing twice is fine. No :meth:`slab` runs meanwhile."""
         ...
 
 
 class Lease:
-    """A descriptor whose kernel lock is an entry's lease; it is closed once all have closed it who share it."""
+    """A descriptor whose kernel lock is an entry's lease, closed once nothing refers to it (see ``ram.Hold``)."""
+
+    __slots__ = ("fd",)
 
     def __init__(self, fd: int) -> None:
         self.fd = fd
-        self._holders = 1
-        self._lock = threading.Lock()
 
-    def share(self) -> Lease:
-        with self._lock:
-            self._holders += 1
-        return self
-
-    def close(self) -> None:
-        with self._lock:
-            self._holders -= 1
-            over = not self._holders
-        if over:
-            os.close(self.fd)
+    def __del__(self) -> None:
+        os.close(self.fd)
 
 
 class RamSource:
-    """An entry of the RAM tier, open: one of its ``holders``.
+    """An entry of the RAM tier, open while ``hold`` is kept.
 
     It has no lease on its file. A lease is there so that no bytes vanish while they are read, and so that no deleted
     file takes space that nobody counts, being open; neither can happen to what lies in memory. That what is open stays
-    in the store, its own store sees to (``RamTier.let_go``). Another process may delete or evict the file: then
-    who has it open reads on, and nobody is given it again. A kernel lease would cost four system calls for each entry,
-    which is most of what opening takes; and keeping it for as long as an entry is in RAM would keep every process
-    from making room.
+    in the store, its own store sees to (``RamTier.let_go``). Another process, or another store object of this one, may
+    delete or evict the file: then who has it open reads on, and nobody is given it again. A kernel lease would cost
+    four system calls for each entry, which is most of what opening takes; and keeping it for as long as an entry is in
+    RAM would keep every process from making room.
     """
 
-    __slots__ = ("_on_reject", "entry", "header")
+    __slots__ = ("_hold", "_on_reject", "entry", "header")
 
     tier = "ram"
     lane = None
 
-    def __init__(self, entry: RamEntry, on_reject: Callable[[EntryHeader], None]) -> None:
+    def __init__(self, entry: RamEntry, hold: Hold, on_reject: Callable[[EntryHeader], None]) -> None:
         self.entry = entry
+        self._hold: Hold | None = hold
         self.header = entry.header
         self._on_reject = on_reject
 
@@ -116,11 +107,12 @@ class RamSource:
         self._on_reject(self.header)
 
     def share(self) -> RamSource:
-        self.entry.holders.append(None)
-        return self
+        if self._hold is None:
+            raise StoreError("the entry is closed; open it again", key=self.header.key.hex())
+        return RamSource(self.entry, self._hold, self._on_reject)
 
     def close(self) -> None:
-        self.entry.holders.pop()
+        self._hold = None
 
 
 class FileSource:
@@ -160,7 +152,7 @@ class FileSource:
     def slab(self, layer: int, buffer: Array | None) -> Array:
         if buffer is None:
             buffer = self._buffers.take(self.header.slabs[layer].nbytes)
-        fd, offset = self.held.fd, self.header.slabs[layer].offset
+        fd, offset = self.held.fd, self.header.slabs[layer].offset  # no name for the lease: an error would keep it
         if not self._direct:
             read_into(fd, buffer, offset)
         elif buffer.ctypes.data % BLOCK == 0:
@@ -175,9 +167,7 @@ class FileSource:
         self._on_reject(self.header.key, self.held.fd)
 
     def share(self) -> FileSource:
-        return FileSource(self.header, self.held.share(), self.lane, self._buffers, self._on_reject, self._direct)
+        return FileSource(self.header, self.held, self.lane, self._buffers, self._on_reject, self._direct)
 
     def close(self) -> None:
-        lease, self._lease = self._lease, None
-        if lease is not None:
-            lease.close()
+        self._lease = None

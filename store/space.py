@@ -155,7 +155,7 @@ class Space:
         """Delete the files of ``victims``; says how many bytes that freed."""
         freed = 0
         for key, row in victims:
-            if self._ram.let_go(key) and self._folder.remove(key):
+            if self._ram.let_go(key, self._folder.remove):
                 self._on_evict(key)
                 freed += row.nbytes
             else:  # opened a moment ago

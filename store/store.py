@@ -364,13 +364,15 @@ class ChunkStore:
         """Open what lies in RAM and is still in the store. Its file tells, which goes first, whoever removes it: the
         index need not be asked.
         """
-        found = self._ram.open(keys)
-        opened = [OpenEntry(RamSource(entry, self._reject)) if entry is not None else None for entry in found]
-        for i, (key, entry) in enumerate(zip(keys, opened, strict=True)):
-            if entry is not None and not is_there(self.folder.entry_path(key)):
-                entry.close()
-                self._gone(key)
-                opened[i] = None
+        opened: list[OpenEntry | None] = [None] * len(keys)
+        path, reject = self.folder.entry_path, self._reject
+        for i, found in enumerate(self._ram.open(keys)):
+            if found is not None:
+                if is_there(path(keys[i])):
+                    entry, hold = found
+                    opened[i] = OpenEntry(RamSource(entry, hold, reject))
+                else:
+                    self._gone(keys[i])
         return opened
 
     def _open(self, key: bytes, row: Row | None) -> OpenEntry | StoreError:
@@ -425,7 +427,7 @@ class ChunkStore:
         return sum(self._remove(txn, key) for key in keys if txn.get(key) is not None)
 
     def _remove(self, txn: IndexTxn, key: bytes) -> bool:
-        if not (self._ram.let_go(key) and self.folder.remove(key)):
+        if not self._ram.let_go(key, self.folder.remove):
             return False
         self._gone(key)
         return txn.delete(key)
@@ -460,9 +462,9 @@ class ChunkStore:
                 self._index.write(lambda txn: not is_there(self.folder.entry_path(key)) and txn.delete(key))
 
     def _count_hits(self, opened: Sequence[OpenEntry | StoreError]) -> None:
+        tiers = [entry.tier if isinstance(entry, OpenEntry) else "miss" for entry in opened]
         with self._lock:
-            for entry in opened:
-                self._counts[entry.tier if isinstance(entry, OpenEntry) else "miss"] += 1
+            self._counts.update(tiers)
 
     def _touch(self, keys: Sequence[bytes]) -> None:
         if keys and self._recency.note(keys):

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import gc
+import itertools
 import os
+import sys
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import FrameType
 
 import numpy as np
 import pytest
@@ -58,6 +65,22 @@ def from_ram(store: ChunkStore, i: int) -> OpenEntry:
 def right(store: ChunkStore, entry: OpenEntry, i: int) -> bool:
     slabs = [slab for [slab] in store.open_layers([entry])]
     return all(np.array_equal(a, b) for a, b in zip(slabs, slabs_for(i), strict=True))
+
+
+@contextlib.contextmanager
+def interrupted(after: int) -> Iterator[Callable[[], bool]]:
+    """Ctrl-C at the nth place where Python looks for it. Gives what says whether it did not get that far."""
+    places = itertools.count(1)
+
+    def look(frame: FrameType, event: str, arg: object) -> None:
+        if event in ("call", "c_return") and next(places) == after:
+            raise KeyboardInterrupt
+
+    sys.setprofile(look)
+    try:
+        yield lambda: next(places) < after
+    finally:
+        sys.setprofile(None)
 
 
 def missing(store: ChunkStore, i: int) -> bool:
@@ -140,6 +163,54 @@ def test_what_left_ram_while_it_was_open_stays_on_the_disk(store, comes_back):
     assert store.delete([key_for(0)]) == 1
 
 
+def test_what_came_back_to_ram_and_left_again_stays_while_it_is_open(store):
+    with from_ram(store, 0) as entry:
+        store.clear_ram()
+        assert holds(store, 0)
+        store.clear_ram()
+        gc.collect()
+        assert store.delete([key_for(0)]) == 0
+        assert right(store, entry, 0)
+    assert store.delete([key_for(0)]) == 1
+
+
+@pytest.mark.parametrize("evicting", [False, True])
+def test_what_is_read_and_opened_just_as_it_is_removed_is_not_open_without_its_file(root, monkeypatch, evicting):
+    with opened(root, policy="lru") as store:
+        for i in range(6):
+            put(store, i)
+        remove, entries = store.folder.remove, []
+
+        def meanwhile(key: bytes) -> bool:
+            if not entries:
+                assert key == key_for(0)
+                assert holds(store, 0)  # what is read to the end goes into RAM
+                entries.append(open_one(store, 0))
+            return remove(key)
+
+        monkeypatch.setattr(store.folder, "remove", meanwhile)
+        assert put(store, 6) if evicting else store.delete([key_for(0)]) == 0
+        assert key_for(0) in store
+        assert entry_file(root, 0).exists()
+        assert right(store, entries[0], 0)
+        entries[0].close()
+        assert holds(store, 0)
+        assert from_ram(store, 0).tier == "ram"
+        assert store.check().clean
+
+
+def test_a_failed_removal_leaves_the_entry_free_to_be_opened_from_ram(store, monkeypatch):
+    def broken(key: bytes) -> bool:
+        raise OSError(errno.EIO, "input/output error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store.folder, "remove", broken)
+        with pytest.raises(StoreError, match="input/output"):
+            store.delete([key_for(0)])
+    assert holds(store, 0)
+    assert right(store, from_ram(store, 0), 0)
+
+
 def test_a_reader_has_it_open_too(store):
     entry = from_ram(store, 0)
     layers = store.open_layers([entry, entry])
@@ -151,14 +222,56 @@ def test_a_reader_has_it_open_too(store):
     assert store.delete([key_for(0)]) == 1
 
 
-def test_what_nobody_closed_is_given_back_when_it_is_forgotten(store):
-    entries: list[object] = [from_ram(store, 0)]
+@pytest.mark.parametrize("tier", ["ram", "ssd"])
+def test_what_nobody_closed_is_given_back_when_it_is_forgotten(store, tier):
+    put(store, 8)
+    i = 0 if tier == "ram" else 8
+    entries: list[object] = [open_one(store, i)]
+    assert entries[0].tier == tier
     entries.append(store.open_layers(entries))
     entries.append(entries)
-    assert store.delete([key_for(0)]) == 0
+    assert store.delete([key_for(i)]) == 0
     del entries
     gc.collect()
-    assert store.delete([key_for(0)]) == 1
+    assert store.delete([key_for(i)]) == 1
+
+
+def test_a_collection_amid_opening_gives_back_what_an_unclosed_reader_had_reserved(root):
+    store = opened(root, ram_bytes=2 * GEOMETRY.layers * SLAB)
+    for i in range(2):
+        put(store, i)
+    read(store, 1)
+    layers = store.open_layers([open_one(store, 0)])
+    next(layers)
+    cycle: list[object] = [layers]
+    cycle.append(cycle)
+    del layers, cycle
+
+    class Uses(dict[bytes, int]):
+        def pop(self, *args: object) -> int:
+            gc.collect()
+            return super().pop(*args)
+
+    store._ram._uses = Uses()
+    thread = threading.Thread(target=store.open, args=([key_for(1)],), daemon=True)
+    thread.start()
+    thread.join(10)
+    assert not thread.is_alive()
+    assert store._ram.reserve(2 * GEOMETRY.layers * SLAB)
+    store.close()
+
+
+def test_wherever_an_interrupt_comes_it_leaves_nothing_open(store):
+    keys = [key_for(i) for i in range(COUNT)]
+    entries: list[object] = []
+    for after in itertools.count(1):
+        with contextlib.suppress(KeyboardInterrupt), interrupted(after) as left:
+            entries += store.open(keys)
+        entries.clear()
+        assert not any(map(store._ram.is_open, keys)), after
+        if left():
+            break
+    assert store.delete(keys) == COUNT
 
 
 def test_an_index_that_fails_leaves_nothing_open(store, root):
@@ -298,6 +411,17 @@ def test_the_cap_of_ram_holds_while_its_entries_are_open(root):
         for entry in entries:
             entry.close()
         assert put(store, 9)
+
+
+def test_a_source_closed_twice_gives_back_its_own_lease_alone(store):
+    with from_ram(store, 0) as entry:
+        source = entry.source()
+        source.close()
+        source.close()
+        assert store.delete([key_for(0)]) == 0
+        with pytest.raises(StoreError, match="closed"):
+            source.share()
+    assert store.delete([key_for(0)]) == 1
 
 
 def test_a_closed_entry_is_not_shared(store):

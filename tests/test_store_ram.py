@@ -18,6 +18,10 @@ def add(ram: RamTier, i: int, nbytes: int = 100) -> bool:
     return True
 
 
+def removed(key: bytes) -> bool:
+    return True
+
+
 def test_the_least_recently_used_leaves():
     ram = RamTier(300)
     assert all(add(ram, i) for i in range(3))
@@ -53,19 +57,54 @@ def test_what_is_open_is_not_let_go_even_when_it_has_left():
     add(ram, 0)
     entries = ram.open([key_for(0), key_for(1), key_for(0)])
     assert entries[1] is None
-    for entry in entries[::2]:
-        assert not ram.let_go(key_for(0))
-        assert entry is not None
-        entry.holders.pop()
-    assert ram.let_go(key_for(0))
+    while any(entries):
+        assert not ram.let_go(key_for(0), removed)
+        entries.pop()
+    assert ram.let_go(key_for(0), removed)
     assert add(ram, 2)
     held = ram.open([key_for(2)])
     assert add(ram, 3)
     assert key_for(2) not in ram
-    assert not ram.let_go(key_for(2))
-    assert ram.let_go(key_for(3))
+    assert not ram.let_go(key_for(2), removed)
+    assert ram.let_go(key_for(3), removed)
     assert len(ram) == ram.nbytes == 0
     assert held
+
+
+def test_what_is_open_stays_open_however_often_it_leaves_and_comes_back():
+    ram = RamTier(100)
+    add(ram, 0)
+    first = ram.open([key_for(0)])
+    for _ in range(3):
+        ram.clear()
+        add(ram, 0)
+        assert ram.open([key_for(0)])
+        assert not ram.let_go(key_for(0), removed)
+    assert first.pop()
+    assert ram.let_go(key_for(0), removed)
+
+
+def test_what_is_being_removed_does_not_come_back_before_it_is_gone():
+    ram = RamTier(100)
+
+    def remove(key: bytes) -> bool:
+        assert add(ram, 0)
+        return ram.open([key_for(0)]) == [None]
+
+    assert ram.let_go(key_for(0), remove)
+    assert ram.reserve(100)  # nothing of the refused one is left
+    ram.release(100)
+    assert add(ram, 0)
+    assert ram.open([key_for(0)]) != [None]
+
+
+def test_of_what_was_open_once_nothing_is_kept():
+    ram = RamTier(1000)
+    for i in range(10):
+        add(ram, i)
+        ram.open([key_for(i)])
+    ram.settle()
+    assert not ram._held
 
 
 def test_what_never_fits_does_not_wash_out_the_rest():
@@ -83,11 +122,27 @@ def test_reservations_count():
     assert add(ram, 0)
 
 
+def test_a_reservation_comes_back_in_the_middle_of_something_else():
+    ram = RamTier(100)
+    assert ram.reserve(100)
+
+    def collected() -> None:
+        with ram._lock:
+            ram.release(100)
+
+    thread = threading.Thread(target=collected, daemon=True)
+    thread.start()
+    thread.join(10)
+    assert not thread.is_alive()
+    assert ram.reserve(100)
+
+
 def test_arrays_cannot_be_written_and_outlive_their_entry():
     ram = RamTier(100)
     add(ram, 5)
-    [entry] = ram.open([key_for(5)])
-    assert entry is not None
+    [found] = ram.open([key_for(5)])
+    assert found is not None
+    entry, _ = found
     with pytest.raises(ValueError, match="read-only"):
         entry.slabs[0][0] = 1
     ram.clear()

@@ -145,6 +145,8 @@ def test_a_disk_that_fails_costs_one_entry(root, monkeypatch, allocate):
         for entry in entries:
             entry.close()
         assert store.stats().corrupt == 1
+        files = [os.path.realpath(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd")]
+        assert not [file for file in files if file.startswith(str(root)) and file.endswith(".kv")], "held by an error"
 
 
 def test_signals_in_mid_read_do_no_harm(root):
