@@ -29,6 +29,7 @@ from typing import Any
 
 import numpy as np
 
+import ragkv
 from ragkv.store import ChunkStore, Geometry, OpenEntry
 from ragkv.store.index import Index
 from ragkv.store.rows import Row
@@ -80,8 +81,8 @@ def measure(root: Path, seconds: dict[str, list[float]], *, clean: bool) -> None
     store.close()
 
 
-def prompts(root: Path) -> dict[str, Any]:
-    """For prompts of each of ``CHUNKS``: microseconds and Python calls."""
+def prompts(root: Path) -> list[dict[str, Any]]:
+    """For prompts of each of ``CHUNKS``, from each tier: microseconds and Python calls."""
     rng = random.Random(0)
     keys = [rng.randbytes(32) for _ in range(max(CHUNKS))]
     kv = np.zeros((SHAPE.layers, 2, TOKENS, SHAPE.kv_heads, SHAPE.head_dim), np.float16)
@@ -95,13 +96,13 @@ def prompts(root: Path) -> dict[str, Any]:
         for _ in near.open_layers(entries):
             pass
         close(entries)
-        return {f"{count}_chunks": prompt(near, far, keys[:count]) for count in CHUNKS}
+        return [row for count in CHUNKS for row in prompt(near, far, keys[:count])]
 
 
-def prompt(near: ChunkStore, far: ChunkStore, keys: Sequence[bytes]) -> dict[str, Any]:
+def prompt(near: ChunkStore, far: ChunkStore, keys: Sequence[bytes]) -> list[dict[str, Any]]:
     trips: dict[str, Callable[[], None]] = {
         "ram": lambda: there_and_back(near, keys),
-        "ssd_open_and_close": lambda: close(opened_all(far, keys)),
+        "ssd": lambda: close(opened_all(far, keys)),
     }
     taken: defaultdict[str, list[float]] = defaultdict(list)
     for _ in range(ROUNDS):
@@ -109,10 +110,15 @@ def prompt(near: ChunkStore, far: ChunkStore, keys: Sequence[bytes]) -> dict[str
             start = time.perf_counter()
             trip()
             taken[name].append(time.perf_counter() - start)
-    return {
-        "median_us": {name: round(statistics.median(some) * 1e6, 1) for name, some in taken.items()},
-        "python_calls": {name: calls(trip) for name, trip in trips.items()},
-    }
+    return [
+        {
+            "chunks": len(keys),
+            "tier": tier,
+            "median_us": round(statistics.median(taken[tier]) * 1e6, 1),
+            "python_calls": calls(trip),
+        }
+        for tier, trip in trips.items()
+    ]
 
 
 def there_and_back(store: ChunkStore, keys: Sequence[bytes]) -> None:
@@ -138,6 +144,18 @@ def calls(trip: Callable[[], None]) -> int:
     return int(pstats.Stats(profile).total_calls)  # type: ignore[attr-defined]
 
 
+def setting(root: Path) -> dict[str, Any]:
+    about = environment(root)
+    versions = {"python": about.pop("python"), "numpy": np.__version__, "ragkv": ragkv.__version__}
+    return {"date": about.pop("date"), "versions": versions, **about}
+
+
+def with_rows(report: dict[str, Any], rows: Sequence[dict[str, Any]]) -> str:
+    """JSON with a row on a line."""
+    lines = ",\n".join(f"  {json.dumps(row)}" for row in rows)
+    return f'{json.dumps(report, indent=1)[:-2]},\n "rows": [\n{lines}\n ]\n}}'
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--entries", type=int, default=1_000_000)
@@ -148,8 +166,7 @@ def main() -> None:
     seconds: defaultdict[str, list[float]] = defaultdict(list)
     try:
         if options.prompts:
-            report = {"command": "python -m tests.bench.store_open --prompts", "environment": environment(root)}
-            print(json.dumps({**report, **prompts(root)}, indent=1))
+            print(with_rows({"command": "python -m tests.bench.store_open --prompts", **setting(root)}, prompts(root)))
             return
         fill(root, options.entries)
         for _ in range(3):
