@@ -92,9 +92,12 @@ def sealed(header: bytes) -> bytes:
 
 
 def disk_usage(root: Path) -> int:
-    """What the disk counts for everything but the index, each file once."""
+    """What the disk counts for everything but the index, each file once.
+
+    Where a file is written, what made room for it has gone before: so what is being written is looked at first.
+    """
     files = {}
-    for folder in ("entries", "tmp", "quarantine"):
+    for folder in ("tmp", "entries", "quarantine"):
         for path in (root / folder).rglob("*"):
             try:
                 stat = path.stat()
