@@ -30,7 +30,7 @@ _SWITCH_S = 5e-4
 
 def use_device(device: torch.device) -> None:
     """Have all that this thread launches go to ``device``: kernels go to the thread's own, whatever they are given."""
-    if device.type == "cuda":
+    if device.index is not None and device.type == "cuda":  # without a number it is the thread's own already
         torch.cuda.set_device(device)
 
 
