@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from ragkv.chunks import EncodeGroup
 from ragkv.encode import EncodedChunk, encode
+from ragkv.errors import EngineClosedError
 from ragkv.runner import ModelRunner
 
 SLICE_S = 0.05
@@ -51,13 +52,15 @@ class Encodings:
                 if interrupted(time.perf_counter() - began):
                     return
         except StopIteration as done:
-            result: list[EncodedChunk] | Exception = done.value
+            self._job = None
+            _tell(job.on_encoded, done.value)
         except Exception as error:  # one group's failure must not take the engine along
-            result = error
-        self._job = None
-        _tell(job.on_encoded, result)
+            self._job = None
+            log.error("encoding chunks failed", exc_info=error)
+            # Its frames would keep the group's KV alive for as long as somebody keeps the error.
+            _tell(job.on_encoded, error.with_traceback(None))
 
-    def abort(self, error: Exception) -> None:
+    def abort(self, why: str) -> None:
         """Tell all of them that they will not be encoded."""
         told = [on_encoded for _, on_encoded in self._waiting]
         if self._job is not None:
@@ -65,7 +68,7 @@ class Encodings:
         self._waiting.clear()
         self._job = None
         for on_encoded in told:
-            _tell(on_encoded, error)
+            _tell(on_encoded, EngineClosedError(why))  # one each: they are raised in different threads
 
 
 def _tell(on_encoded: OnEncoded, result: list[EncodedChunk] | Exception) -> None:

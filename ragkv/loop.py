@@ -506,5 +506,5 @@ class EngineLoop:
             except Exception:  # what has failed may be what it holds; everybody must hear of it
                 log.exception("ending request %s failed", request.generation.id)
                 request.generation.on_error(EngineClosedError(why))
-        self._encodings.abort(EngineClosedError(why))
+        self._encodings.abort(why)
         self._pool.shut()

@@ -307,7 +307,7 @@ def test_a_failing_progress_callback_does_not_kill_the_engine(engine, monkeypatc
             raise RuntimeError("no progress today")
 
     engine.ingest("c", DOCUMENTS[:1], progress=progress)
-    monkeypatch.setattr("ragkv.loop.encode", broken)
+    monkeypatch.setattr("ragkv.encodings.encode", broken)
     report = engine.ingest("c", DOCUMENTS[1:], progress=progress)
     assert report.deferred == report.chunks
     assert "no encoding today" in report.warnings[0]
