@@ -198,7 +198,7 @@ class FusedLayers:
                 fault = self._attention_fault(rows, length, kv_heads, window)
                 if fault is not None and drop_hopper(rows * group, self._head_dim, layer.qkv):
                     log.warning("the fused layer loop %s; it does without its kernel for Hopper", fault)
-                    fault = self._attention_fault(rows, length, kv_heads, window)
+                    return self.find_fault()
                 if fault is not None:
                     return fault
         return None

@@ -386,20 +386,19 @@ class ChunkStore:
         if fd is None:
             self._forget_missing(key)
             return missing
+        held = Lease(fd)
         try:
-            header = read_header(fd)
+            header = read_header(held.fd)
             if header.key != key:
                 raise CorruptEntryError("the file holds another chunk's entry")
-        except StoreFormatError as error:
-            os.close(fd)  # sound, and for another version of ragkv: it stays
+        except StoreFormatError as error:  # sound, and for another version of ragkv: it stays
             error.context["key"] = key.hex()
-            return error
+            return error.with_traceback(None)  # its frames would keep the lease
         except CorruptEntryError as error:
             error.context["key"] = key.hex()
-            self._quarantine(key, fd)
-            os.close(fd)
-            return error
-        return OpenEntry(FileSource(header, Lease(fd), self._executor, self._ram.buffers, self._quarantine))
+            self._quarantine(key, held.fd)
+            return error.with_traceback(None)
+        return OpenEntry(FileSource(header, held, self._executor, self._ram.buffers, self._quarantine))
 
     def _find_remote(self, keys: Sequence[bytes]) -> dict[bytes, EntryHeader]:
         return self._remote.find(list(dict.fromkeys(keys))) if self._remote is not None and keys else {}

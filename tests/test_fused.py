@@ -113,7 +113,7 @@ def test_a_kernel_for_hopper_that_is_wrong_is_dropped(broken, helps, monkeypatch
     monkeypatch.setattr(fused, "attend", attention)
     monkeypatch.setattr(fused, "drop_hopper", lambda *rows: (dropped.append(rows), len(dropped) == 1)[1])
     settle_layer_loop(runner)
-    assert len(dropped) == 1
+    assert len(dropped) == (1 if helps else 2)
     assert (runner.fused is not None) == helps
     assert "without its kernel for Hopper" in caplog.text
 

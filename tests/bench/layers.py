@@ -145,7 +145,8 @@ class Bench:
         slots, keys, runner = self.slots(count), self.options.keys, self.loops[loop]
         room = [self.filled(runner.workspace(keys)), *(self.kv(keys) for _ in range(prompts - 1))]
         ids = torch.randint(256, (count,), device=self.device)
-        several = [runner.rows(ids, AttentionStep(kv, slots, keys, contiguous=False)) for kv in room]
+        steps = [AttentionStep(kv, slots, keys, contiguous=False, last_only=True) for kv in room]
+        several = [runner.rows(ids, step) for step in steps]
         start, layers = several[0].hidden.clone(), range(runner.shape.layers)
 
         def apart() -> None:
