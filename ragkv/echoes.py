@@ -31,6 +31,8 @@ _HEADS, _ASKED, _APART, _OTHER = 3.0, 0.5, 0.8, 0.2
 # Of a word met again that stands in the head of the document asked about, but not in the question: what is said there
 # of that document, the question will attend to, but not to a name that it does not know.
 _LEADS = 10.0
+# A name stands in a prompt a few times; words that recur more often lead on less by as much.
+_SELDOM = 4.0
 # Of chunks that lack no chunk before them, against all others.
 _FRESH = 0.1
 # Of a word that the question shares with a document's head, against one that it shares with the rest.
@@ -157,7 +159,7 @@ class _Words:
         np.bitwise_or(ids[:-1] << 32, ids[1:], out=self._pairs[1:])
         self._pairs[parts.starts] = -1 - parts.starts  # no word crosses a border
         self._word = _firsts(self._pairs)
-        counts = np.bincount(self._word[:end], minlength=len(ids))
+        self._counts = counts = np.bincount(self._word[:end], minlength=len(ids))
         self._rarity = _rarity(int(counts.max()), end).take(counts).take(self._word)
         question = self._word[end:]
         self._question = question[question < end]
@@ -177,7 +179,8 @@ class _Words:
         echoes = _scaled(self._rarity * again)
         most = float(self._rarity[self._question].max(initial=0.0)) or 1.0
         word = self._word.take(at)
-        led = np.float32(_LEADS) * leads.take(word) * again.take(at)
+        seldom = np.minimum(np.float32(_SELDOM) / self._counts.take(word).astype(np.float32), np.float32(1))
+        led = np.float32(_LEADS) * leads.take(word) * seldom * again.take(at)
         told = np.where(self._asked.take(word), np.float32(_ASKED / most) * self._rarity.take(at), led)
         echoes[at] = np.maximum(echoes.take(at), told)
         return echoes

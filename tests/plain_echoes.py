@@ -57,6 +57,7 @@ class _Words:
             words[:end], return_index=True, return_inverse=True, return_counts=True
         )
         self._rarity = np.log2(end / counts).astype(np.float32)
+        self._seldom = np.minimum(np.float32(echoes._SELDOM) / counts.astype(np.float32), np.float32(1))
         self._asked = np.isin(values, words[end + 1 :])
 
         numbers: dict[str, int] = {}
@@ -93,7 +94,8 @@ class _Words:
 
     def led(self, leads: Floats) -> Floats:
         """A multiple of what each word ``leads`` to, where it stood before, unless the question repeats it."""
-        return np.float32(echoes._LEADS) * leads[self._of] * (self._again() & ~self._asked[self._of])
+        most = np.float32(echoes._LEADS) * leads[self._of] * self._seldom[self._of]
+        return most * (self._again() & ~self._asked[self._of])
 
     def _again(self) -> NDArray[np.bool_]:
         return self._first[self._of] < self._seen_from

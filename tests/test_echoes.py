@@ -182,6 +182,18 @@ def test_what_leads_from_the_head_that_is_asked_about_stands_out_where_it_is_met
         assert others[number] < 0.6 * weights[number]
 
 
+def test_a_word_that_recurs_all_over_leads_on_less_than_a_name():
+    def led(times: int) -> float:
+        """The hint of a word of the head that is asked about, where it stands so often in another document."""
+        texts = {"other": plain(400, 40), "file": [50, 51, 70, 71, *plain(100, 40)]}
+        texts["more"] = [token for n in range(times) for token in (70, 71, *plain(1000 + 20 * n, 18))]
+        plan = laid_out(((name, 0, 0, text) for name, text in texts.items()), (900, 50, 51, 901))
+        return float(hints(plan)[plan.spans[2].start + 1])
+
+    assert led(1) == led(3)
+    assert led(30) < 0.7 * led(8) < 0.5 * led(1)
+
+
 def test_a_word_met_again_is_read_on_for_a_clause():
     plan, number = corrected((900, 50, 51, 901))
     weights = hints(plan)[number : plan.spans[2].end]
