@@ -106,7 +106,7 @@ def _attended(blend: Blend) -> Steps[torch.Tensor]:
     """float32 (length,) on the device: run only the required rows over the reused KV, up to three quarters of the
     depth, and add up the attention that the question's rows pay from one quarter on."""
     asked = outline("question", blend.runner.shape.layers).asked
-    rows = blend.rows(blend.places(blend.required), score_question=True)
+    rows = blend.rows(blend.required_places, score_question=True)
     score_rows, rows.step.score_rows = rows.step.score_rows, 0
     yield from blend.advance(rows, 0, asked.start, "select")
     rows.step.score_rows = score_rows
