@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from ragkv.capture import captured, capturing
 from ragkv.fused import Layer
 from ragkv.kernels.paged import PagedRoom, attend_paged
 from ragkv.kernels.pointwise import rms_norm, silu_mul
@@ -98,19 +99,10 @@ class FusedLoop:
         return uploaded(torch.tensor(numbers), self._runner.device)
 
     def _capture(self, size: int) -> Any:
-        """A graph of ``size`` rows. Other threads may go on with what they do on streams of their own."""
-        device = self._runner.device
-        stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        stream.wait_stream(torch.cuda.current_stream(device))
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.stream(stream):
-            self._run(self._nobody[:size])  # what is compiled or allocated once must be before
-            graph.capture_begin(pool=self._graph_memory, capture_error_mode="thread_local")
-            try:
-                self._run(self._order[:size])
-            finally:
-                graph.capture_end()
-        torch.cuda.current_stream(device).wait_stream(stream)
+        """A graph of ``size`` rows."""
+        with capturing(self._runner.device):
+            self._run(self._nobody[:size])  # what is compiled once must be before
+            graph, _ = captured(lambda: self._run(self._order[:size]), self._graph_memory)
         return graph
 
     def _run(self, lanes: torch.Tensor) -> None:

@@ -1,15 +1,16 @@
 """Layers captured in CUDA graphs: one launch a layer, whatever a prompt's length.
 
 A graph works on memory that stays where it is. So one prompt at a time has its KV in a workspace, and its rows are
-copied into rooms of a few sizes; how many keys each row sees is read from its slot when the graph runs. Where rows do
-not fill their room, the first one is computed several times: it writes what it has written before, and sees the fewest
-keys.
+copied into a room, of as many rows as the next greater graph; how many keys each row sees is read from its slot when
+the graph runs. Where rows do not fill their graph, the first one is computed several times: it writes what it has
+written before, and sees the fewest keys.
 
 Between layers nothing is captured, since stored KV arrives there.
 """
 
 from __future__ import annotations
 
+import statistics
 import weakref
 from bisect import bisect_left
 from collections.abc import Callable
@@ -18,12 +19,15 @@ from typing import Any
 import torch
 
 from ragkv.attention import AttentionStep
+from ragkv.capture import captured, capturing
 from ragkv.kv import KvShape, RequestKV
 from ragkv.rows import Rows
 
-# What launching takes does not show behind more rows than the last. 448 are missing: cuBLAS takes 1.7 times as long for
-# them as for 450 (8B shapes, H200).
-SIZES = (*range(64, 385, 64), *range(512, 1025, 128), *range(1280, 2049, 256))
+# What launching takes does not show behind more rows.
+MOST_ROWS = 2048
+# Of the numbers of rows that there may be graphs for, and how much less than the next greater one they must take.
+_STEP, _PAYS = 32, 0.99
+_TIMED_LAYERS, _TIMES = 2, 3
 _SHARE = 0.03  # of the device's memory, for the workspace
 _LEAST = 1024
 
@@ -44,8 +48,10 @@ class LayerGraphs:
         # The last slot is nobody's: what is captured writes there.
         self._kv = RequestKV(shape, max(_LEAST, min(most, room)) + 1, device)
         self._user: weakref.ref[RequestKV] | None = None
-        self._rooms: dict[int, Captured] = {}
         self._memory = torch.cuda.graph_pool_handle()
+        self._room: Rows | None = None
+        self._sizes: list[int] = []
+        self._captured: dict[int, Captured] = {}
 
     def lease(self, capacity: int) -> RequestKV | None:
         """The workspace, until what is returned is let go of; None while somebody has it, or where it is too small."""
@@ -60,40 +66,76 @@ class LayerGraphs:
         step = rows.step
         if self._user is None or step.kv is not self._user() or not step.last_only:
             return None
-        if step.score_rows or step.kept or step.rows > SIZES[-1]:
+        if step.score_rows or step.kept or step.rows > MOST_ROWS:
             return None
-        size = SIZES[bisect_left(SIZES, step.rows)]
-        if size not in self._rooms:
-            self._rooms[size] = self._capture(size, rows)
-        self._rooms[size].enter(rows)
-        return self._rooms[size]
+        if self._room is None:
+            self._room = self._made_for(rows)
+            # These are kept, and with them the memory that all others use too.
+            self._captured[MOST_ROWS] = self._capture(self._room, MOST_ROWS)
+            self._sizes = self._sizes_that_pay(self._room)
+        size = self._sizes[bisect_left(self._sizes, step.rows)]
+        if size not in self._captured:
+            self._captured[size] = self._capture(self._room, size)
+        self._captured[size].enter(rows)
+        return self._captured[size]
 
-    def _capture(self, size: int, like: Rows) -> Captured:
-        """Graphs of every layer. Other threads may go on with what they do on streams of their own."""
-        hidden = torch.zeros((1, size, like.hidden.shape[-1]), dtype=like.hidden.dtype, device=self._device)
-        cos, sin = (part.new_zeros((1, size, part.shape[-1])) for part in like.rotary)
-        slots = torch.full((size,), self._kv.capacity - 1, device=self._device)
-        step = AttentionStep(self._kv, slots, self._kv.capacity, contiguous=False, last_only=True)
-        rows = Rows(hidden, (cos, sin), step)
-        stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
-        stream.wait_stream(torch.cuda.current_stream(self._device))
-        graphs = []
-        with torch.cuda.stream(stream):
-            for layer in range(self._layers):
-                self._launch(layer, rows)  # what is compiled or allocated once must be before
-                graph = torch.cuda.CUDAGraph()
-                graph.capture_begin(pool=self._memory, capture_error_mode="thread_local")
-                try:
-                    self._launch(layer, rows)
-                finally:
-                    graph.capture_end()
-                graphs.append(graph)
-        torch.cuda.current_stream(self._device).wait_stream(stream)
-        return Captured(rows, graphs)
+    def _sizes_that_pay(self, room: Rows) -> list[int]:
+        """For how many rows there are to be graphs, found out by trying: libraries choose kernels by the number of
+        rows, and some take longer for fewer (cuBLAS, 8B shapes, H200: for 448 rows 1.3 times as long as for 512)."""
+        sizes, least = [], float("inf")
+        for size in range(MOST_ROWS, 0, -_STEP):
+            took = self._time(room, size)
+            if took < _PAYS * least:
+                sizes.append(size)
+                least = took
+        return sizes[::-1]
+
+    def _made_for(self, rows: Rows) -> Rows:
+        """The room: memory for most rows, of which a graph of fewer uses the first ones'."""
+        hidden = torch.zeros((1, MOST_ROWS, rows.hidden.shape[-1]), dtype=rows.hidden.dtype, device=self._device)
+        cos, sin = (part.new_zeros((1, MOST_ROWS, part.shape[-1])) for part in rows.rotary)
+        return Rows(hidden, (cos, sin), self._step(self._kv, MOST_ROWS))
+
+    def _step(self, kv: RequestKV, rows: int) -> AttentionStep:
+        slots = torch.full((rows,), kv.capacity - 1, device=self._device)
+        return AttentionStep(kv, slots, kv.capacity, contiguous=False, last_only=True)
+
+    def _first(self, room: Rows, step: AttentionStep) -> Rows:
+        cos, sin = (part[:, : step.rows] for part in room.rotary)
+        return Rows(room.hidden[:, : step.rows], (cos, sin), step)
+
+    def _time(self, room: Rows, size: int) -> float:
+        """What some layers take, in ms, for so many rows that see a key each."""
+        rows = self._first(room, self._step(RequestKV(self._kv.shape, 1, self._device), size))
+        with capturing(self._device):
+            graphs = [self._graph(layer, rows) for layer in range(min(_TIMED_LAYERS, self._layers))]
+            marks = []
+            for _ in range(_TIMES):
+                start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+                start.record()
+                for graph in graphs:
+                    graph.replay()
+                end.record()
+                marks.append((start, end))
+            end.synchronize()
+        return float(statistics.median(start.elapsed_time(end) for start, end in marks))
+
+    def _capture(self, room: Rows, size: int) -> Captured:
+        rows = self._first(room, self._step(self._kv, size))
+        with capturing(self._device):
+            return Captured(rows, [self._graph(layer, rows) for layer in range(self._layers)])
+
+    def _graph(self, layer: int, rows: Rows) -> Any:
+        """Of one layer. What it needs on the way is no other's at the same time, so that all use the same memory."""
+        self._launch(layer, rows)  # what is compiled once must be before
+        rows.room = None
+        graph, _ = captured(lambda: self._launch(layer, rows), self._memory)
+        rows.room = None
+        return graph
 
 
 class Captured:
-    """Graphs of all layers for a number of rows, and the rows' memory."""
+    """Graphs of all layers for a number of rows, and where these are in the room."""
 
     def __init__(self, rows: Rows, graphs: list[Any]) -> None:
         self._rows, self._graphs = rows, graphs

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from ragkv.capture import captured, capturing
 from ragkv.lookahead import LayerLoop, Look, look
 
 _SIZES = (32, 64, 128, 256)
@@ -53,18 +54,9 @@ class FusedLookahead:
         device = self._runner.device
         # Rows behind the last that counts are seen by none before them: they may be anything.
         inputs = torch.zeros((2, size), dtype=torch.long, device=device)
-        stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        stream.wait_stream(torch.cuda.current_stream(device))
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.stream(stream):
-            self._whole(inputs)  # what is compiled or allocated once must be before
-            graph.capture_begin(capture_error_mode="thread_local")
-            try:
-                found = self._whole(inputs)
-                stacked = torch.stack([query.rows for query in found.queries.values()])
-            finally:
-                graph.capture_end()
-        torch.cuda.current_stream(device).wait_stream(stream)
+        with capturing(device):
+            self._whole(inputs)  # what is compiled once must be before
+            graph, (found, stacked) = captured(lambda: _stacked(self._whole(inputs)))
         return _Captured(graph, inputs, found, stacked)
 
     def _whole(self, inputs: torch.Tensor) -> Look:
@@ -75,3 +67,7 @@ class FusedLookahead:
             except StopIteration as done:
                 found: Look = done.value
                 return found
+
+
+def _stacked(found: Look) -> tuple[Look, torch.Tensor]:
+    return found, torch.stack([query.rows for query in found.queries.values()])

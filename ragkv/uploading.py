@@ -109,7 +109,7 @@ def copy_over(targets: Sequence[int], sources: Sequence[int], sizes: Sequence[in
 
 def copy_each(targets: Sequence[int], sources: Sequence[int], sizes: Sequence[int], stream: torch.cuda.Stream) -> None:
     """:func:`copy_over`, one call each: for drivers before CUDA 12.8."""
-    copy, handle = _driver().cuMemcpyHtoDAsync_v2, stream.cuda_stream
+    copy, handle = driver().cuMemcpyHtoDAsync_v2, stream.cuda_stream
     for target, source, nbytes in zip(targets, sources, sizes, strict=True):
         _check(copy(target, source, nbytes, handle))
 
@@ -134,18 +134,19 @@ class _Attributes(ctypes.Structure):
 
 
 @cache
-def _driver() -> Any:
-    driver = ctypes.CDLL("libcuda.so.1")
+def driver() -> Any:
+    """For calls that torch has no name for."""
+    library = ctypes.CDLL("libcuda.so.1")
     address = ctypes.c_void_p
-    driver.cuMemcpyHtoDAsync_v2.argtypes = (address, address, ctypes.c_size_t, address)
-    return driver
+    library.cuMemcpyHtoDAsync_v2.argtypes = (address, address, ctypes.c_size_t, address)
+    return library
 
 
 @cache
 def _batch() -> Any:
     """The driver's call for many copies, None where it is too old for it."""
     try:
-        call = _driver().cuMemcpyBatchAsync
+        call = driver().cuMemcpyBatchAsync
     except AttributeError:
         return None
     address = ctypes.c_void_p

@@ -150,7 +150,7 @@ def test_one_call_for_many_copies_says_what_one_each_says(monkeypatch):
         return 0
 
     driver = SimpleNamespace(cuMemcpyHtoDAsync_v2=one)
-    monkeypatch.setattr(uploading, "_driver", lambda: driver)
+    monkeypatch.setattr(uploading, "driver", lambda: driver)
     source = np.random.default_rng(0).integers(0, 256, 1000, np.uint8)
     places = [(0, 64, 100), (500, 0, 64), (200, 300, 250)]  # to, from, bytes
     results = []
