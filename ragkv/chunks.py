@@ -4,10 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
+
+import numpy as np
+from numpy.typing import NDArray
 
 from ragkv.store import chunk_key
 from ragkv.tokenizer import Tokenizer, chunk_text
 from ragkv.types import ContextPolicy
+
+# Chunks that were tokenised last, some 20 KB each. What makes a chunk's key hashes its context too, for every request.
+_REMEMBERED = 2048
 
 
 @dataclass(frozen=True)
@@ -30,6 +37,11 @@ class ChunkTokens:
     policy: ContextPolicy
     key: bytes
     codec: str = "raw"
+
+    @cached_property
+    def array(self) -> NDArray[np.int64]:
+        """``ids``, to calculate with; not to be written."""
+        return np.array(self.ids, np.int64)
 
 
 @dataclass(frozen=True)
@@ -78,6 +90,7 @@ class ChunkTokenizer:
         self._tokenizer, self._limit = tokenizer, context_tokens
         self._model, self._dtype, self._codec = model_fingerprint, dtype, codec
         self._salt = salt
+        self._remembered = lru_cache(maxsize=_REMEMBERED)(self._tokens)
 
     def document(self, texts: Sequence[str], policy: ContextPolicy) -> list[ChunkTokens]:
         """Tokens and keys of all chunks of a document, given their texts in order."""
@@ -94,8 +107,12 @@ class ChunkTokenizer:
         while start > 0 and (taken := len(self._ids(texts[start - 1]))) <= room:
             room -= taken
             start -= 1
-        context = tuple(token for text in texts[start:index] for token in self._ids(text))
-        ids = self._ids(texts[index])
+        return self._remembered(tuple(texts[start : index + 1]), policy)
+
+    def _tokens(self, texts: tuple[str, ...], policy: ContextPolicy) -> ChunkTokens:
+        """Of the last of ``texts``, behind all others."""
+        *before, ids = map(self._ids, texts)
+        context = tuple(token for chunk in before for token in chunk)
         key = chunk_key(
             model=self._model,
             tokenizer=self._tokenizer.fingerprint,
@@ -106,7 +123,7 @@ class ChunkTokenizer:
             tokens=ids,
             salt=self._salt,
         )
-        return ChunkTokens(ids, context, index - start, policy, key, self._codec)
+        return ChunkTokens(ids, context, len(before), policy, key, self._codec)
 
     def _ids(self, text: str) -> tuple[int, ...]:
         return self._tokenizer.plain(chunk_text(text))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -23,7 +24,7 @@ class KvShape:
     head_dim: int
     dtype: torch.dtype
 
-    @property
+    @cached_property
     def geometry(self) -> Geometry:
         """The same shape as the chunk store knows it."""
         return Geometry(self.layers, self.kv_heads, self.head_dim, str(self.dtype).removeprefix("torch."))

@@ -66,7 +66,11 @@ class PromptPlan:
     @cached_property
     def array(self) -> NDArray[np.int64]:
         """``ids``, to calculate with; not to be written."""
-        return np.fromiter(self.ids, np.int64, len(self.ids))
+        pieces, done = [], 0
+        for span in self.spans:
+            pieces += [np.array(self.ids[done : span.start], np.int64), span.chunk.tokens.array]
+            done = span.end
+        return np.concatenate((*pieces, np.array(self.ids[done:], np.int64)))
 
 
 def make_plan(

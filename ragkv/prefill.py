@@ -188,11 +188,13 @@ class Prefill:
 
     def _mismatch(self, span: Span, header: EntryHeader) -> str | None:
         """What of an entry is not as its key has it. Checksums find damage, not what was stored wrong."""
-        tokens, shape = span.chunk.tokens, self._runner.shape.geometry
-        found = {"key": header.key, "codec": header.codec, "token count": header.tokens, "shape": header.geometry}
-        right = {"key": tokens.key, "codec": tokens.codec, "token count": span.length, "shape": shape}
-        wrong = [name for name in right if found[name] != right[name]]
-        return f"another {' and '.join(wrong)}" if wrong else None
+        tokens = span.chunk.tokens
+        found = header.key, header.codec, header.tokens, header.geometry
+        right = tokens.key, tokens.codec, span.length, self._runner.shape.geometry
+        if found == right:
+            return None
+        names = "key", "codec", "token count", "shape"
+        return f"another {' and '.join(n for n, one, other in zip(names, found, right, strict=True) if one != other)}"
 
     def _blend(self, entries: dict[Span, OpenEntry], trial: Trial | None) -> Steps[PrefillResult]:
         spans = list(entries)
