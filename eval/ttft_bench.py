@@ -150,9 +150,10 @@ class Bench:
         result = drained(prefill.run())
         int(result.logits.argmax())
         watch.lap("first_token")
+        forecast = result.learn()
         if method != FULL:
-            _check(place, plan, result)
-        return plan, result.outcomes, result.forecast
+            _check(place, plan, result, chosen=forecast is not None)
+        return plan, result.outcomes, forecast
 
     def run_library(self, requests: Sequence[Request]) -> tuple[float, float]:
         """The library's own forward over the same ids, with its own attention and cache, to the first token; logits of
@@ -250,11 +251,11 @@ def _read_rate(store: ChunkStore, keys: Sequence[bytes]) -> float:
     return nbytes / (time.perf_counter() - started)
 
 
-def _check(place: Place, plan: PromptPlan, result: PrefillResult) -> None:
+def _check(place: Place, plan: PromptPlan, result: PrefillResult, *, chosen: bool) -> None:
     """Chunks came from the tier, but for those that the controller chose to compute."""
     for span, outcome in zip(plan.spans, result.outcomes, strict=True):
-        chosen = outcome.kv == "computed" and result.forecast is not None and span not in result.to_encode
-        if outcome.kv != place.tier and not chosen:
+        computed = chosen and outcome.kv == "computed" and span not in result.to_encode
+        if outcome.kv != place.tier and not computed:
             why = outcome.why or "it was found there"
             raise StoreError(
                 f"a chunk's KV came from {outcome.kv!r}, not {place.tier!r}: {why}; the tier cannot be measured",

@@ -19,8 +19,10 @@ from typing import Literal
 from ragkv.costs import Machine, Piece, Times, Work, passes
 from ragkv.types import Forecast
 
-# Full prefill is exact, so blending must win by more than the error of a good prediction.
+# Full prefill is exact, so blending must win by more than predictions err: a good one by so much, …
 MARGIN = 0.03
+# … and if the machine is disturbed, no more is asked for than this.
+_MOST_MARGIN = 0.15
 _SPLITS = 12
 _REMEMBERED = 64
 _LEAST = 1e-6
@@ -111,9 +113,13 @@ class Controller:
         times = {tuple(range(len(work.pieces))): blend}
         if blend.load > MARGIN * blend.total:
             # Computing some pieces only helps where loading all of them holds up computing.
-            times |= {loaded: machine.blend(work, [work.pieces[i] for i in loaded]) for loaded in _splits(work)}
+            for loaded in _splits(work):
+                split = machine.blend(work, [work.pieces[i] for i in loaded])
+                if split.recompute >= blend.total:  # and those that load less compute for longer yet
+                    break
+                times[loaded] = split
         best = min(times, key=lambda loaded: times[loaded].total)
-        if times[best].total >= full.total * (1 - MARGIN):
+        if times[best].total >= full.total * (1 - min(_MOST_MARGIN, max(MARGIN, self._error()))):
             choice = Choice(work, (), full, full, blend, _why_full(full, blend))
         else:
             choice = Choice(work, best, times[best], full, blend, _why_blend(times[best], full))
@@ -140,7 +146,6 @@ class Controller:
     def stats(self) -> dict[str, float]:
         """Numbers for a metrics page: how often what was chosen, the median error of the last predictions of the
         total, and the tiers' rates in bytes per second."""
-        errors = list(self._errors)
         tiers: Mapping[str, float] = {}
         if self.machine is not None:
             tiers = {name: 1 / one.value for name, one in list(self.machine.tiers.items())}
@@ -150,9 +155,14 @@ class Controller:
             "controller_split": self._counts["split"],
             "controller_explored": self._counts["explored"],
             "controller_chunks_computed": self._counts["computed"],
-            "controller_error": statistics.median(errors) if errors else 0.0,
+            "controller_error": self._error(),
             **{f"controller_{name}_bytes_per_second": rate for name, rate in tiers.items()},
         }
+
+    def _error(self) -> float:
+        """The median of the last predictions' errors."""
+        errors = list(self._errors)
+        return statistics.median(errors) if errors else 0.0
 
     def _listen(self, machine: Machine) -> None:
         while not self._heard.empty():

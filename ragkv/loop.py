@@ -407,6 +407,7 @@ class EngineLoop:
             )
         sampled = sample(result.logits[None], [request.sampler])
         token = int(sampled.tokens[0])
+        forecast = result.learn()
         seconds = self._prefills.seconds(request)
         if result.exact == ALL and seconds is not None:  # nothing of it was loaded, and it took that time alone
             self._pool.costs.computed(len(request.ids) - known, seconds)
@@ -416,7 +417,7 @@ class EngineLoop:
         if first:
             generation.watch.lap("first_token")
             generation.ttft_ms = generation.watch.total_ms
-            generation.outcomes, generation.forecast = result.outcomes, result.forecast
+            generation.outcomes, generation.forecast = result.outcomes, forecast
             with self._wake:
                 self._scheduler.charge(request.ticket, self._computed(generation, result, known), 0)
         self._decodes.enter(request)

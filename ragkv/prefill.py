@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
+from functools import partial
 from typing import cast
 
 import torch
@@ -49,6 +50,8 @@ class PrefillResult:
     """``outcomes`` stand in the order of the plan's spans; ``to_encode`` are spans the store should get.
 
     ``exact``: leading tokens whose KV was computed, or known, and not taken from the store, nor rests on such.
+    ``learn`` tells the controller what it took, and returns the report of that, where the controller chose: to be
+    called as soon as what was made of the logits is on the host, so that nothing waits for it.
     """
 
     logits: torch.Tensor
@@ -56,7 +59,7 @@ class PrefillResult:
     outcomes: list[SpanOutcome]
     exact: int
     to_encode: list[Span] = field(default_factory=list)
-    forecast: Forecast | None = None
+    learn: Callable[[], Forecast | None] = field(default=lambda: None)
 
 
 class Prefill:
@@ -130,7 +133,7 @@ class Prefill:
                 except ChunkLostError as lost:
                     self._why.update((span, _unreadable(cause)) for span, cause in lost.causes.items())
         if trial:
-            result.forecast = self._learn(trial)
+            result.learn = partial(self._learn, trial)
         result.to_encode = [span for span in self._plan.spans if span in self._why]
         return result
 
@@ -159,8 +162,6 @@ class Prefill:
         return Piece(span.length, span.start, nbytes, tier, span.context_present)
 
     def _learn(self, trial: Trial) -> Forecast | None:
-        """What the trial took, told to the controller."""
-        self._runner.synchronize()
         self._watch.lap("first_token")
         if self._controller is None:
             return None

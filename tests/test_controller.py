@@ -148,6 +148,19 @@ def test_a_way_that_just_loses_is_tried_now_and_then_for_little(slower):
     assert sum(actual.total for _, actual in served) <= 500 * world.full(job) * 1.02
 
 
+@pytest.mark.parametrize(("error", "way"), [(0.0, "blend"), (0.02, "blend"), (0.1, "full"), (0.5, "full")])
+def test_where_predictions_err_blending_must_win_by_as_much(error, way):
+    """Here it is predicted to win by 7%, and by half if little is repaired."""
+    job, world = work(1, tier="ram", strategy="epic", ratio=0.93), World(launch=0.0)
+    controller = Controller(world.machine())
+    for _ in range(20):
+        choice = controller.choose(job)
+        controller.learn(choice, Actual(choice.times.total * (1 + error), contended=False))
+        controller.machine = world.machine()  # as if nothing was learned but how far off it is
+    assert controller.choose(job).way == way
+    assert controller.choose(work(1, tier="ram", strategy="epic", ratio=0.5)).way == "blend"
+
+
 def test_a_blend_that_became_fast_is_found_though_it_lost_before():
     job = work(tier="ram", strategy="epic", ratio=0.8)
     world = World(row=3e-6)

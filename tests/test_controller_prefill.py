@@ -43,11 +43,12 @@ def test_a_slow_disk_makes_it_a_full_prefill_that_says_why(desk):
     chunks = stored(desk, 23, 18)
     plan = desk.plan(*chunks)
     result = desk.run(plan, "question", 0.2, controller=Controller(machine(ssd=1.0)))
+    forecast = result.learn()
     close(result.logits, desk.library(plan))
     assert [(o.kv, o.token_layers) for o in result.outcomes] == [("computed", 92), ("computed", 72)]
-    assert {o.why for o in result.outcomes} == {result.forecast.why}
-    assert result.forecast.why.startswith("full prefill is predicted to be faster: ")
-    assert result.forecast.way == "full"
+    assert {o.why for o in result.outcomes} == {forecast.why}
+    assert forecast.why.startswith("full prefill is predicted to be faster: ")
+    assert forecast.way == "full"
     assert result.to_encode == []
     assert all(desk.free(chunk) for chunk in chunks)
 
@@ -57,7 +58,8 @@ def test_a_fast_disk_makes_it_the_blend_that_was_asked_for(desk):
     plan = desk.plan(*chunks)
     asked = desk.run(plan, "question", 0.2)
     result = desk.run(plan, "question", 0.2, controller=Controller(machine()))
-    assert result.forecast.way == "blend"
+    forecast = result.learn()
+    assert forecast.way == "blend"
     assert [vars(o) for o in result.outcomes] == [vars(o) for o in asked.outcomes]
     close(result.logits, asked.logits)
 
@@ -75,12 +77,13 @@ def test_chunks_computed_by_choice_are_neither_missing_nor_encoded_again(desk, m
 
     monkeypatch.setattr(controller, "choose", all_but_the_second)
     result = desk.run(plan, "epic", 0.2, controller=controller)
+    forecast = result.learn()
     close(result.logits, desk.library(plan))
     assert [o.kv for o in result.outcomes] == ["ssd", "computed", "ssd", "computed"]
     assert result.outcomes[1].why == "computed: faster than loading it from ssd"
     assert result.outcomes[3].why == "not stored yet"
     assert [span.chunk for span in result.to_encode] == [missing]
-    assert result.forecast.way == "split"
+    assert forecast.way == "split"
     # The configured share is repaired of what was loaded.
     assert sum(o.repaired_tokens for o in result.outcomes if o.kv == "ssd") == round(0.2 * 80)
     assert all(desk.free(chunk) for chunk in (first, second, third))
@@ -98,10 +101,10 @@ def test_what_is_not_loaded_is_free_while_it_is_computed(desk):
 def test_nothing_is_chosen_without_a_controller_before_it_is_ready_or_for_what_is_not_stored(desk):
     chunks = stored(desk, 23)
     plan = desk.plan(*chunks)
-    assert desk.run(plan, "none").forecast is None
-    assert desk.run(plan, "none", controller=Controller()).forecast is None
-    assert desk.run(desk.plan(*desk.document("e", 18)), "none", controller=Controller(machine())).forecast is None
-    assert desk.run(plan, "full", controller=Controller(machine())).forecast is None
+    assert desk.run(plan, "none").learn() is None
+    assert desk.run(plan, "none", controller=Controller()).learn() is None
+    assert desk.run(desk.plan(*desk.document("e", 18)), "none", controller=Controller(machine())).learn() is None
+    assert desk.run(plan, "full", controller=Controller(machine())).learn() is None
 
 
 def test_a_damaged_chunk_is_chosen_about_anew(desk):
@@ -122,7 +125,8 @@ def test_a_prefill_teaches_the_controller(desk):
     controller = Controller(machine())
     controller.machine.tiers["ssd"] = Estimate(1e-12, guessed=True)
     result = desk.run(desk.plan(*chunks), "question", 0.2, controller=controller)
-    assert result.forecast.actual_total_ms > result.forecast.actual_load_ms > 0
+    forecast = result.learn()
+    assert forecast.actual_total_ms > forecast.actual_load_ms > 0
     stats = controller.stats()
     assert stats["controller_ssd_bytes_per_second"] < 1e11
     assert stats["controller_error"] > 0
@@ -134,7 +138,7 @@ def test_what_is_not_loaded_is_read_beside_and_is_in_ram_next_time(tmp_path):
     plan = desk.plan(*chunks)
     controller = Controller(machine(ssd=1.0), warms=True)
     for way in ("full", "split"):
-        assert desk.run(plan, "none", controller=controller).forecast.way == way
+        assert desk.run(plan, "none", controller=controller).learn().way == way
         eventually(lambda: not any(t.name == "ragkv-beside" for t in threading.enumerate()))
     assert {one.tier for one in desk.store.lookup([chunk.tokens.key for chunk in chunks])} == {"ram"}
     assert [o.kv for o in desk.run(plan, "none", controller=controller).outcomes] == ["ram", "ram"]
