@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -15,6 +16,7 @@ from ragkv.uploading import driver
 
 T = TypeVar("T")
 _NON_BLOCKING = 1  # CU_STREAM_NON_BLOCKING
+_LOCK = threading.Lock()
 
 
 @cache
@@ -32,18 +34,22 @@ def _stream(device: torch.device) -> Any:
 @contextmanager
 def capturing(device: torch.device) -> Iterator[None]:
     """On another stream, which capturing needs, behind all that was launched before; what is launched later waits for
-    it. Nothing is collected meanwhile: a graph that is let go of spoils the one that is being captured."""
-    stream, current = _stream(device), torch.cuda.current_stream(device)
-    stream.wait_stream(current)
-    collects = gc.isenabled()
-    gc.disable()
-    try:
-        with torch.cuda.stream(stream):
-            yield
-    finally:
-        if collects:
-            gc.enable()
-    current.wait_stream(stream)
+    it. One thread at a time; and nothing is collected meanwhile, as a graph that is let go of would spoil another."""
+    with _LOCK:
+        stream, current = _stream(device), torch.cuda.current_stream(device)
+        stream.wait_stream(current)
+        collects = gc.isenabled()
+        gc.disable()
+        try:
+            with torch.cuda.stream(stream):
+                yield
+        except BaseException:
+            stream.synchronize()  # memory that it works on may be let go of now
+            raise
+        finally:
+            if collects:
+                gc.enable()
+        current.wait_stream(stream)
 
 
 def captured(run: Callable[[], T], pool: Any = None) -> tuple[Any, T]:

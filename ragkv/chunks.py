@@ -13,8 +13,10 @@ from ragkv.store import chunk_key
 from ragkv.tokenizer import Tokenizer, chunk_text
 from ragkv.types import ContextPolicy
 
-# Chunks that were tokenised last, some 20 KB each. What makes a chunk's key hashes its context too, for every request.
-_REMEMBERED = 2048
+# Tokens of chunks that requests named last, and of their contexts, at 8 bytes each. What makes a chunk's key hashes its
+# context too, for every request.
+_REMEMBERED = 1 << 22
+_USUAL = 512  # tokens of a chunk
 
 
 @dataclass(frozen=True)
@@ -90,24 +92,28 @@ class ChunkTokenizer:
         self._tokenizer, self._limit = tokenizer, context_tokens
         self._model, self._dtype, self._codec = model_fingerprint, dtype, codec
         self._salt = salt
-        self._remembered = lru_cache(maxsize=_REMEMBERED)(self._tokens)
+        self._remembered = lru_cache(maxsize=_REMEMBERED // (_USUAL + context_tokens))(self._tokens)
 
     def document(self, texts: Sequence[str], policy: ContextPolicy) -> list[ChunkTokens]:
         """Tokens and keys of all chunks of a document, given their texts in order."""
-        return [self.chunk(texts, index, policy) for index in range(len(texts))]
+        return [self._tokens(self._run(texts, index, policy), policy) for index in range(len(texts))]
 
     def chunk(self, texts: Sequence[str], index: int, policy: ContextPolicy) -> ChunkTokens:
-        """Tokens and key of one chunk of a document.
+        """Tokens and key of one chunk of a document, which will probably be asked for again."""
+        return self._remembered(self._run(texts, index, policy), policy)
 
-        Its context is the longest run of whole chunks before it within the token limit: whole ones, so that
-        an edit changes only the keys of its neighbours.
+    def _run(self, texts: Sequence[str], index: int, policy: ContextPolicy) -> tuple[str, ...]:
+        """A chunk behind its context.
+
+        That is the longest run of whole chunks before it within the token limit: whole ones, so that an edit changes
+        only the keys of its neighbours.
         """
         room = self._limit if policy == "document" else 0
         start = index
         while start > 0 and (taken := len(self._ids(texts[start - 1]))) <= room:
             room -= taken
             start -= 1
-        return self._remembered(tuple(texts[start : index + 1]), policy)
+        return tuple(texts[start : index + 1])
 
     def _tokens(self, texts: tuple[str, ...], policy: ContextPolicy) -> ChunkTokens:
         """Of the last of ``texts``, behind all others."""

@@ -19,10 +19,8 @@ from typing import Literal
 from ragkv.costs import Machine, Piece, Times, Work, passes
 from ragkv.types import Forecast
 
-# Full prefill is exact, so blending must win by more than predictions err: a good one by so much, …
+# Full prefill is exact, so blending must win by more than the error of a good prediction.
 MARGIN = 0.03
-# … and if the machine is disturbed, no more is asked for than this.
-_MOST_MARGIN = 0.15
 _SPLITS = 12
 _REMEMBERED = 64
 _LEAST = 1e-6
@@ -109,7 +107,7 @@ class Controller:
             return None
         self._listen(self.machine)
         machine = self.machine
-        full, blend = machine.full(work.length), machine.blend(work, work.pieces)
+        full, blend = machine.full(work), machine.blend(work, work.pieces)
         times = {tuple(range(len(work.pieces))): blend}
         if blend.load > MARGIN * blend.total:
             # Computing some pieces only helps where loading all of them holds up computing.
@@ -119,7 +117,7 @@ class Controller:
                     break
                 times[loaded] = split
         best = min(times, key=lambda loaded: times[loaded].total)
-        if times[best].total >= full.total * (1 - min(_MOST_MARGIN, max(MARGIN, self._error()))):
+        if times[best].total >= full.total * (1 - MARGIN):
             choice = Choice(work, (), full, full, blend, _why_full(full, blend))
         else:
             choice = Choice(work, best, times[best], full, blend, _why_blend(times[best], full))
@@ -130,7 +128,7 @@ class Controller:
         self._counts[choice.way] += 1
         self._counts["computed"] += len(choice.work.pieces) - len(choice.loaded)
         if self.machine is not None:
-            self.machine.tick()
+            self.machine.tick(measured=not actual.contended)
             for reading in actual.readings:
                 self.machine.tier(reading.tier).observe(reading.seconds / reading.nbytes)
             if not actual.contended:
@@ -146,6 +144,7 @@ class Controller:
     def stats(self) -> dict[str, float]:
         """Numbers for a metrics page: how often what was chosen, the median error of the last predictions of the
         total, and the tiers' rates in bytes per second."""
+        errors = list(self._errors)
         tiers: Mapping[str, float] = {}
         if self.machine is not None:
             tiers = {name: 1 / one.value for name, one in list(self.machine.tiers.items())}
@@ -155,14 +154,9 @@ class Controller:
             "controller_split": self._counts["split"],
             "controller_explored": self._counts["explored"],
             "controller_chunks_computed": self._counts["computed"],
-            "controller_error": self._error(),
+            "controller_error": statistics.median(errors) if errors else 0.0,
             **{f"controller_{name}_bytes_per_second": rate for name, rate in tiers.items()},
         }
-
-    def _error(self) -> float:
-        """The median of the last predictions' errors."""
-        errors = list(self._errors)
-        return statistics.median(errors) if errors else 0.0
 
     def _listen(self, machine: Machine) -> None:
         while not self._heard.empty():
@@ -200,7 +194,7 @@ class Controller:
         if machine is None or not (machine.dense.scale.stale or machine.sparse.scale.stale):
             return None
         hoped = {loaded: machine.blend(work, [work.pieces[i] for i in loaded], hope=True) for loaded in times}
-        hoped[()] = machine.full(work.length, hope=True)
+        hoped[()] = machine.full(work, hope=True)
         tried = min(hoped, key=lambda loaded: hoped[loaded].total)
         if tried == choice.loaded or hoped[tried].total >= choice.times.total * (1 - MARGIN):
             return None
@@ -228,7 +222,7 @@ def _correct(machine: Machine, choice: Choice, actual: Actual) -> None:
     work, pieces, layers = choice.work, choice.pieces, machine.layers
     if not pieces:
         spent = max(actual.total - machine.head, _LEAST) / layers
-        machine.dense.observe(work.length, work.length**2 / 2, spent)
+        machine.dense.observe(work.rows, work.pairs, spent)
     elif machine.overlapped:
         _correct_by_total(machine, work, pieces, actual.total)
     else:

@@ -110,7 +110,8 @@ class Piece:
 @dataclass(frozen=True)
 class Work:
     """A prompt of ``length`` tokens, ``pieces`` of which are stored; ``ratio`` of the loaded ones is repaired.
-    ``asking`` tokens look ahead, or ``check_layer`` layers run over all tokens, where a strategy wants it."""
+    ``asking`` tokens look ahead, or ``check_layer`` layers run over all tokens, where a strategy wants it. KV of the
+    first ``known`` tokens, in front of all pieces, is there."""
 
     length: int
     pieces: tuple[Piece, ...]
@@ -118,6 +119,17 @@ class Work:
     ratio: float
     asking: int = 0
     check_layer: int = CHECK_LAYER
+    known: int = 0
+
+    @property
+    def rows(self) -> int:
+        """What a full prefill computes."""
+        return self.length - self.known
+
+    @property
+    def pairs(self) -> float:
+        """The keys that these look at."""
+        return (self.length**2 - self.known**2) / 2
 
 
 @dataclass(frozen=True)
@@ -185,14 +197,15 @@ class Machine:
             self.selecting[strategy] = Estimate(1.0, guessed=True)
         return self.selecting[strategy]
 
-    def tick(self) -> None:
-        """One more request: what it does not measure is one request older."""
-        for estimate in (*self.tiers.values(), self.dense.scale, self.sparse.scale):
+    def tick(self, *, measured: bool = True) -> None:
+        """One more request: what it does not measure is one request older. Computing, only if it was ``measured``: on a
+        busy machine it hardly ever is, and trying it again would not measure it either."""
+        for estimate in (*self.tiers.values(), *((self.dense.scale, self.sparse.scale) if measured else ())):
             estimate.age += 1
 
-    def full(self, length: int, *, hope: bool = False) -> Times:
-        """A full prefill of ``length`` tokens."""
-        spent = self.layers * self.dense.seconds(length, length**2 / 2, hope=hope) + self.head
+    def full(self, work: Work, *, hope: bool = False) -> Times:
+        """A full prefill."""
+        spent = self.layers * self.dense.seconds(work.rows, work.pairs, hope=hope) + self.head
         return Times(spent, recompute=spent)
 
     def blend(self, work: Work, loaded: Sequence[Piece], *, hope: bool = False) -> Times:
@@ -228,8 +241,8 @@ class Machine:
 
 def passes(work: Work, loaded: Sequence[Piece], layers: int) -> list[Pass]:
     """What a strategy runs, in order: its selecting, if any, and the rows it repairs with those it must compute."""
-    rows = work.length - sum(piece.tokens for piece in loaded)
-    pairs = work.length**2 / 2 - sum(piece.pairs for piece in loaded)
+    rows = work.rows - sum(piece.tokens for piece in loaded)
+    pairs = work.pairs - sum(piece.pairs for piece in loaded)
     ratio = work.ratio if "ratio" in parameters(work.strategy) else 0.0
     able = [piece for piece in loaded if piece.repairable]
     repaired, their_pairs = ratio * sum(p.tokens for p in able), ratio * sum(p.pairs for p in able)

@@ -143,11 +143,19 @@ class FusedLayers:
             self.launch(index, rows)
             return
         if rows.room is None and self.graphs is not None:
-            rows.room = self.graphs.room(rows)
+            rows.room = self._captured(self.graphs, rows)
         if isinstance(rows.room, Captured) and not rows.step.score_rows:
             rows.room.replay(index)
         else:
             self.launch(index, rows)
+
+    def _captured(self, graphs: LayerGraphs, rows: Rows) -> Captured | None:
+        try:
+            return graphs.room(rows)
+        except Exception as failed:  # too little memory, or whatever the driver raises; the rows are as they were
+            log.warning("layers cannot be captured, so that their kernels are launched one by one: %r", failed)
+            self.graphs = None
+            return None
 
     def launch(self, index: int, rows: Rows | Joined) -> None:
         """The same, kernel by kernel."""

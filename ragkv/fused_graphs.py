@@ -14,6 +14,7 @@ import statistics
 import weakref
 from bisect import bisect_left
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -49,7 +50,7 @@ class LayerGraphs:
         self._kv = RequestKV(shape, max(_LEAST, min(most, room)) + 1, device)
         self._user: weakref.ref[RequestKV] | None = None
         self._memory = torch.cuda.graph_pool_handle()
-        self._room: Rows | None = None
+        self._room: _Room | None = None
         self._sizes: list[int] = []
         self._captured: dict[int, Captured] = {}
 
@@ -68,45 +69,20 @@ class LayerGraphs:
             return None
         if step.score_rows or step.kept or step.rows > MOST_ROWS:
             return None
-        if self._room is None:
-            self._room = self._made_for(rows)
+        if not self._sizes:
+            self._room = _Room(rows)
             # These are kept, and with them the memory that all others use too.
-            self._captured[MOST_ROWS] = self._capture(self._room, MOST_ROWS)
-            self._sizes = self._sizes_that_pay(self._room)
+            self._captured[MOST_ROWS] = self._capture(MOST_ROWS)
+            self._sizes = sizes_that_pay(self._time)
         size = self._sizes[bisect_left(self._sizes, step.rows)]
         if size not in self._captured:
-            self._captured[size] = self._capture(self._room, size)
+            self._captured[size] = self._capture(size)
         self._captured[size].enter(rows)
         return self._captured[size]
 
-    def _sizes_that_pay(self, room: Rows) -> list[int]:
-        """For how many rows there are to be graphs, found out by trying: libraries choose kernels by the number of
-        rows, and some take longer for fewer (cuBLAS, 8B shapes, H200: for 448 rows 1.3 times as long as for 512)."""
-        sizes, least = [], float("inf")
-        for size in range(MOST_ROWS, 0, -_STEP):
-            took = self._time(room, size)
-            if took < _PAYS * least:
-                sizes.append(size)
-                least = took
-        return sizes[::-1]
-
-    def _made_for(self, rows: Rows) -> Rows:
-        """The room: memory for most rows, of which a graph of fewer uses the first ones'."""
-        hidden = torch.zeros((1, MOST_ROWS, rows.hidden.shape[-1]), dtype=rows.hidden.dtype, device=self._device)
-        cos, sin = (part.new_zeros((1, MOST_ROWS, part.shape[-1])) for part in rows.rotary)
-        return Rows(hidden, (cos, sin), self._step(self._kv, MOST_ROWS))
-
-    def _step(self, kv: RequestKV, rows: int) -> AttentionStep:
-        slots = torch.full((rows,), kv.capacity - 1, device=self._device)
-        return AttentionStep(kv, slots, kv.capacity, contiguous=False, last_only=True)
-
-    def _first(self, room: Rows, step: AttentionStep) -> Rows:
-        cos, sin = (part[:, : step.rows] for part in room.rotary)
-        return Rows(room.hidden[:, : step.rows], (cos, sin), step)
-
-    def _time(self, room: Rows, size: int) -> float:
+    def _time(self, size: int) -> float:
         """What some layers take, in ms, for so many rows that see a key each."""
-        rows = self._first(room, self._step(RequestKV(self._kv.shape, 1, self._device), size))
+        rows = self._rows(size, RequestKV(self._kv.shape, 1, self._device))
         with capturing(self._device):
             graphs = [self._graph(layer, rows) for layer in range(min(_TIMED_LAYERS, self._layers))]
             marks = []
@@ -120,18 +96,54 @@ class LayerGraphs:
             end.synchronize()
         return float(statistics.median(start.elapsed_time(end) for start, end in marks))
 
-    def _capture(self, room: Rows, size: int) -> Captured:
-        rows = self._first(room, self._step(self._kv, size))
+    def _capture(self, size: int) -> Captured:
+        rows = self._rows(size, self._kv)
         with capturing(self._device):
             return Captured(rows, [self._graph(layer, rows) for layer in range(self._layers)])
 
+    def _rows(self, size: int, kv: RequestKV) -> Rows:
+        """The first ones of the room, all standing at the last slot."""
+        if self._room is None:
+            raise RuntimeError("the room is made for the first rows that enter it")
+        slots = torch.full((size,), kv.capacity - 1, device=self._device)
+        step = AttentionStep(kv, slots, kv.capacity, contiguous=False, last_only=True)
+        return self._room.first(step)
+
     def _graph(self, layer: int, rows: Rows) -> Any:
         """Of one layer. What it needs on the way is no other's at the same time, so that all use the same memory."""
-        self._launch(layer, rows)  # what is compiled once must be before
-        rows.room = None
-        graph, _ = captured(lambda: self._launch(layer, rows), self._memory)
-        rows.room = None
+
+        def launch() -> None:
+            self._launch(layer, replace(rows))  # a copy's room is let go of
+
+        launch()  # what is compiled once must be before
+        graph, _ = captured(launch, self._memory)
         return graph
+
+
+def sizes_that_pay(ms: Callable[[int], float]) -> list[int]:
+    """For how many rows there are to be graphs, where ``ms`` says what so many take: libraries choose kernels by the
+    number of rows, and some take longer for fewer (cuBLAS, 8B shapes, H200: for 448 rows 1.3 times as long as for 512).
+    """
+    sizes, least = [], float("inf")
+    for size in range(MOST_ROWS, 0, -_STEP):
+        took = ms(size)
+        if took < _PAYS * least:
+            sizes.append(size)
+            least = took
+    return sizes[::-1]
+
+
+class _Room:
+    """Memory for most rows, of which a graph of fewer uses the first ones'."""
+
+    def __init__(self, like: Rows) -> None:
+        self._hidden, *self._rotary = (
+            part.new_zeros((1, MOST_ROWS, part.shape[-1])) for part in (like.hidden, *like.rotary)
+        )
+
+    def first(self, step: AttentionStep) -> Rows:
+        hidden, cos, sin = (part[:, : step.rows] for part in (self._hidden, *self._rotary))
+        return Rows(hidden, (cos, sin), step)
 
 
 class Captured:

@@ -144,7 +144,15 @@ class Prefill:
         spans = list(entries)
         pieces = [self._piece(span, entry) for span, entry in entries.items()]
         asking = len(lookahead_positions(self._plan))
-        work = Work(len(self._plan.ids), tuple(pieces), self._strategy, self._ratio, asking, self._runner.check_layer)
+        work = Work(
+            len(self._plan.ids) + len(self._tail),
+            tuple(pieces),
+            self._strategy,
+            self._ratio,
+            asking,
+            self._runner.check_layer,
+            self._known.tokens,
+        )
         choice = self._controller.choose(work)
         if choice is None:
             return None

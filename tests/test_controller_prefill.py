@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from ragkv.controller import Controller
-from ragkv.costs import Curve, Estimate, Machine
+from ragkv.costs import Curve, Estimate, Machine, Work
 from ragkv.machine import measure_machine
 from ragkv.types import Answer
 from tests.blend_kit import Desk, close, drain
@@ -148,7 +148,7 @@ def test_what_is_not_loaded_is_read_beside_and_is_in_ram_next_time(tmp_path):
 
 def test_a_machine_is_measured_step_by_step_and_costs_what_more_rows_cost(desk):
     measured = drain(measure_machine(desk.runner))
-    assert measured.full(400).total > measured.full(16).total > 0
+    assert measured.full(Work(400, (), "none", 0.0)).total > measured.full(Work(16, (), "none", 0.0)).total > 0
     assert measured.tier("ram").value > 0
     assert measured.together > 0
     assert not measured.overlapped

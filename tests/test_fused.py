@@ -53,6 +53,20 @@ def test_rows_of_several_prompts(name):
     kit.check_joined(ModelRunner(make_model(name), fused=True), torch.float32)
 
 
+@torch.inference_mode()
+def test_layers_that_cannot_be_captured_are_launched_kernel_by_kernel(caplog):
+    class Graphs:
+        def room(self, rows):
+            raise torch.OutOfMemoryError("nothing is left")
+
+    runner, ids = ModelRunner(make_model("llama"), fused=True), torch.arange(3, 20)
+    expected = runner.logits(runner.prefill(ids, runner.new_kv(17)))
+    runner.fused.graphs = Graphs()
+    assert torch.equal(runner.logits(runner.prefill(ids, runner.new_kv(17))), expected)
+    assert runner.fused.graphs is None
+    assert "nothing is left" in caplog.text
+
+
 def test_an_answer_is_gone_along():
     kit.check_along("llama", torch.float32, "cpu")
 
