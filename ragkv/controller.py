@@ -117,6 +117,8 @@ class Controller:
                     break
                 times[loaded] = split
         best = min(times, key=lambda loaded: times[loaded].total)
+        if times[best].total >= blend.total * (1 - MARGIN):
+            best = tuple(range(len(work.pieces)))  # no more is computed for a gain that may be none
         if times[best].total >= full.total * (1 - MARGIN):
             choice = Choice(work, (), full, full, blend, _why_full(full, blend))
         else:

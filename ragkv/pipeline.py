@@ -145,7 +145,8 @@ class Pipeline:
         return Conversation(system, history, request.question, question_text(request.question))
 
     def _chat(self, request: ChatRequest) -> Conversation:
-        """With context but no system message, the configured one says what the documents are for."""
+        """With context the last message is asked like a query's question; without a system message, the configured one
+        says what the documents are for."""
         leading = next((i for i, m in enumerate(request.messages) if m.role != "system"), len(request.messages))
         turns = request.messages[leading:]
         if any(message.role == "system" for message in turns):
@@ -156,9 +157,10 @@ class Pipeline:
             raise InputError("`messages`: the last one is blank; ask something")
         history = tuple(Message(role=m.role, content=m.content) for m in turns[:-1] if m.role != "system")
         system = "\n\n".join(message.content for message in request.messages[:leading])
-        if not leading and (request.collection is not None or request.documents is not None):
-            system = self._settings.system_prompt
-        return Conversation(system, history, turns[-1].content, turns[-1].content)
+        last = turns[-1].content
+        if request.collection is None and request.documents is None:
+            return Conversation(system, history, last, last)
+        return Conversation(system if leading else self._settings.system_prompt, history, last, question_text(last))
 
     def _context(self, request: Request, question: str) -> tuple[list[Hit], dict[str, list[Chunk]]]:
         """Hits, best first, and all chunks of their documents in order."""

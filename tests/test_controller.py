@@ -8,7 +8,7 @@ from itertools import combinations
 import pytest
 
 from ragkv.controller import MARGIN, Actual, Controller
-from ragkv.costs import Curve
+from ragkv.costs import Curve, Machine, Times
 from tests.controller_kit import World, serve, work
 
 FAST_GPU_SLOW_DISK = {"tiers": {"ssd": 1 / 0.4e9, "remote": 1 / 0.2e9}}
@@ -147,6 +147,16 @@ def test_a_way_that_just_loses_is_tried_now_and_then_for_little(slower):
     assert (controller.stats()["controller_explored"] > 0) == (slower < 1.2)
     assert served[0][0].way == "full"
     assert sum(actual.total for _, actual in served) <= 500 * world.full(job) * 1.02
+
+
+@pytest.mark.parametrize(("gain", "way"), [(0.02, "blend"), (0.05, "split")])
+def test_nothing_more_is_computed_for_a_gain_that_may_be_none(monkeypatch, gain, way):
+    job = work(4, tier="ram")
+    monkeypatch.setattr(Machine, "full", lambda *_, **__: Times(2.0))
+    monkeypatch.setattr(
+        Machine, "blend", lambda _, work, loaded, **__: Times(1 - gain * (len(loaded) < 4), load=0.5, recompute=0.5)
+    )
+    assert Controller(World().machine()).choose(job).way == way
 
 
 def test_on_a_busy_machine_nothing_is_tried_for_what_it_would_not_measure():

@@ -10,7 +10,7 @@ from ragkv.errors import DocumentError, FilterError, InputError, NotFoundError, 
 from ragkv.pipeline import DEFAULT_STRATEGY
 from ragkv.retrievers import Document
 from ragkv.tokenizer import chunk_text
-from ragkv.types import DocumentIn, Message, QueryRequest
+from ragkv.types import ChatMessage, ChatRequest, DocumentIn, Message, QueryRequest
 from tests.engine_kit import DOCUMENTS, QUESTION, document
 
 
@@ -66,6 +66,15 @@ def test_special_tokens_in_documents_questions_and_history_stay_text(engine, pre
 
     assert count(prepared.plan.ids) == count(plain.plan.ids)
     assert decoded(engine, prepared.plan.ids).count(nasty) == 4
+
+
+def test_a_chat_with_context_is_asked_as_a_query_is(engine, prepare):
+    def chat(**options):
+        request = ChatRequest(messages=[ChatMessage(role="user", content=QUESTION)], **options)
+        return decoded(engine, engine._pipeline.prepare(request, Stopwatch()).plan.ids)
+
+    assert chat(collection="c") == decoded(engine, prepare(collection="c", top_k=engine.settings.top_k).plan.ids)
+    assert "Question: " not in chat()
 
 
 def test_defaults_come_from_the_settings(engine, prepare):
