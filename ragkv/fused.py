@@ -12,7 +12,7 @@ this one is compared with (:mod:`ragkv.selfcheck`).
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple, cast
@@ -149,13 +149,25 @@ class FusedLayers:
         else:
             self.launch(index, rows)
 
+    def capture_all(self) -> Iterator[None]:
+        """Capture layers for all numbers of rows before they are needed; yields in between."""
+        try:
+            if self.graphs is not None:
+                yield from self.graphs.capture_all()
+        except Exception as failed:
+            self._do_without_graphs(failed)
+
     def _captured(self, graphs: LayerGraphs, rows: Rows) -> Captured | None:
         try:
             return graphs.room(rows)
-        except Exception as failed:  # too little memory, or whatever the driver raises; the rows are as they were
-            log.warning("layers cannot be captured, so that their kernels are launched one by one: %r", failed)
-            self.graphs = None
+        except Exception as failed:  # the rows are as they were
+            self._do_without_graphs(failed)
             return None
+
+    def _do_without_graphs(self, failed: Exception) -> None:
+        """There is too little memory, or whatever the driver raises."""
+        log.warning("layers cannot be captured, so that their kernels are launched one by one: %r", failed)
+        self.graphs = None
 
     def launch(self, index: int, rows: Rows | Joined) -> None:
         """The same, kernel by kernel."""

@@ -13,7 +13,7 @@ from __future__ import annotations
 import statistics
 import weakref
 from bisect import bisect_left
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -79,6 +79,15 @@ class LayerGraphs:
             self._captured[size] = self._capture(size)
         self._captured[size].enter(rows)
         return self._captured[size]
+
+    def capture_all(self) -> Iterator[None]:
+        """Capture every graph that there is to be, but for those whose turn comes while somebody has the workspace."""
+        for size in self._sizes:
+            kv = self.lease(1) if size not in self._captured else None
+            if kv is not None:
+                self._captured[size] = self._capture(size)
+                del kv  # others may have it now
+                yield
 
     def _time(self, size: int) -> float:
         """What some layers take, in ms, for so many rows that see a key each."""

@@ -16,7 +16,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
 from typing import Any
 
 import torch
@@ -85,6 +85,7 @@ class EngineLoop:
     ) -> None:
         self._runner, self._store, self._pool, self._scheduler = runner, store, pool, scheduler
         self._controller, self._measuring = controller, measuring
+        self._capturing: Iterator[None] | None = runner.capture_all()
         self._device_tier = device_tier
         self._on_missing, self._stall_s = on_missing, stall_s
         self.blending_off = blending_off
@@ -222,7 +223,7 @@ class EngineLoop:
         return not self._closed
 
     def _has_work(self) -> bool:
-        return bool(self._by_ticket or self._encodings or self._measuring)
+        return bool(self._by_ticket or self._encodings or self._measuring or self._capturing)
 
     def _turn(self) -> None:
         began = time.perf_counter()
@@ -239,7 +240,7 @@ class EngineLoop:
             self._encodings.advance(lambda seconds: self._closed or bool(self._by_ticket and seconds > ENCODE_SLICE_S))
             self._owes_encoding = False
         elif not self._by_ticket:
-            self._advance_measuring()
+            self._advance_beside()
         rows, seen = self._decode()
         if rows or done:
             seconds = time.perf_counter() - began
@@ -483,6 +484,13 @@ class EngineLoop:
         return True
 
     # Beside serving.
+
+    def _advance_beside(self) -> None:
+        """What nobody waits for yet: measure the machine, then capture what prompts to come will run in."""
+        if self._measuring is not None:
+            self._advance_measuring()
+        elif self._capturing is not None and next(self._capturing, self) is self:
+            self._capturing = None
 
     def _advance_measuring(self) -> None:
         if self._measuring is None or self._controller is None:

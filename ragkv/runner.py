@@ -7,7 +7,7 @@ yields; the runner only knows how to run one layer for some rows. Not thread-saf
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -103,6 +103,11 @@ class ModelRunner:
             if self.device.type == "cuda":
                 self.lookahead = FusedLookahead(self)
                 self.fused.graphs = LayerGraphs(self.shape, self.max_positions, self.device, self.fused.launch)
+
+    def capture_all(self) -> Iterator[None]:
+        """Have ready, on CUDA, what prompts would otherwise wait for once; yields in between."""
+        if self.fused is not None:
+            yield from self.fused.capture_all()
 
     def use_plain_loop(self, because: str) -> None:
         """Run layers with the library's own modules from now on."""
