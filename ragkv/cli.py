@@ -7,6 +7,7 @@ import logging
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -351,17 +352,17 @@ def _filters(given: list[str] | None) -> dict[str, Any] | None:
 
 
 def _load(paths: Iterable[Path], settings: Settings) -> tuple[list[Document], list[dict[str, str]]]:
+    from ragkv.documents import distinct
     from ragkv.retrievers import load_path
 
     rejected: list[dict[str, str]] = []
 
     def note(error: RagkvError) -> None:
-        path = str(error.context.get("path", ""))
-        rejected.append({"document_id": path, "error": error.code, "message": error.message})
+        name = error.context.get("document_id", error.context.get("path", ""))
+        rejected.append({"document_id": str(name), "error": error.code, "message": error.message})
 
-    documents = [
-        document for path in paths for document in load_path(path, max_bytes=settings.max_document_bytes, on_error=note)
-    ]
+    found = (load_path(path, max_bytes=settings.max_document_bytes, on_error=note) for path in paths)
+    documents = list(distinct(chain.from_iterable(found), note))
     if not documents and rejected:
         raise InputError("; ".join(one["message"] for one in rejected[:3]), rejected=len(rejected))
     if not documents:

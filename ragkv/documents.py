@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Iterator
+
 from blake3 import blake3
 
 from ragkv.errors import DocumentError
@@ -45,3 +47,20 @@ def checked(document: Document, *, max_bytes: int) -> Document:
             limit=max_bytes,
         )
     return document
+
+
+def distinct(documents: Iterable[Document], on_error: Callable[[DocumentError], None]) -> Iterator[Document]:
+    """Documents in order, but those whose id an earlier one with other content has: for each of them ``on_error`` gets
+    an error that names it. One would replace the other, and nobody could say which was meant."""
+    first: dict[str, Document] = {}
+    for document in documents:
+        if first.setdefault(document.id, document) == document:
+            yield document
+        else:
+            on_error(
+                DocumentError(
+                    f"document {document.id!r} comes twice, with different content, and only the first is taken; give "
+                    "each its own id (a file's is its path below the folder you name: name one that holds both)",
+                    document_id=document.id,
+                )
+            )

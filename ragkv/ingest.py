@@ -13,7 +13,7 @@ from typing import Literal
 from ragkv.checkpoint import Checkpoint
 from ragkv.chunks import ChunkTokenizer, ChunkTokens, EncodeGroup
 from ragkv.config import Settings
-from ragkv.documents import checked
+from ragkv.documents import checked, distinct
 from ragkv.errors import DocumentError, EngineClosedError, StoreFullError
 from ragkv.plan import Span
 from ragkv.retrievers import Catalog, Collection, Document, Splitter
@@ -37,8 +37,8 @@ class _Tally:
     deferred: int = 0
     rejected: list[RejectedDocument] = field(default_factory=list)
 
-    def reject(self, document: Document, error: DocumentError) -> None:
-        self.rejected.append(RejectedDocument(document_id=document.id, error=error.code, message=error.message))
+    def reject(self, document_id: str, error: DocumentError) -> None:
+        self.rejected.append(RejectedDocument(document_id=document_id, error=error.code, message=error.message))
 
 
 class Ingestor:
@@ -101,7 +101,8 @@ class Ingestor:
         policy: ContextPolicy,
         progress: Progress | None,
     ) -> IngestReport:
-        """Add ``documents`` to collection ``name``. A bad document is rejected alone, the rest goes in.
+        """Add ``documents`` to collection ``name``. A bad document is rejected alone, the rest goes in; so is one with
+        the id of an earlier one and other content.
 
         Raises:
             DocumentError: every single document was rejected.
@@ -110,15 +111,16 @@ class Ingestor:
         say = progress or (lambda stage, done, total: None)
         started = time.perf_counter()
         tally = _Tally()
-        given = list(documents)
-        good = [document for document in given if self._acceptable(document, tally)]
-        if given and not good:
+        usable = self._usable(documents, tally)
+        good = list(distinct(usable, lambda error: tally.reject(str(error.context["document_id"]), error)))
+        if tally.rejected and not good:
             first = tally.rejected[0]
-            raise DocumentError(first.message, document_id=first.document_id, rejected=len(given))
+            raise DocumentError(first.message, document_id=first.document_id, rejected=len(tally.rejected))
         collection = self._catalog.get_or_create(name)
-        for batch in _batches(good):
+        for at in range(0, len(good), _BATCH):
+            batch = good[at : at + _BATCH]
             self._add(collection, batch, tally)
-            say("split", tally.added + tally.replaced + tally.unchanged, len(good))
+            say("split", at + len(batch), len(good))
         say("index", 0, 1)
         collection.refresh()  # or the first query would wait for it
         say("index", 1, 1)
@@ -167,13 +169,13 @@ class Ingestor:
         if error and not isinstance(error, EngineClosedError):
             log.warning("a chunk could not be stored and will be computed again: %s", error)
 
-    def _acceptable(self, document: Document, tally: _Tally) -> bool:
-        try:
-            checked(document, max_bytes=self._settings.max_document_bytes)
-        except DocumentError as error:
-            tally.reject(document, error)
-            return False
-        return True
+    def _usable(self, documents: Iterable[Document], tally: _Tally) -> Iterator[Document]:
+        """Those that can be used; the others are rejected."""
+        for document in documents:
+            try:
+                yield checked(document, max_bytes=self._settings.max_document_bytes)
+            except DocumentError as error:
+                tally.reject(document.id, error)
 
     def _add(self, collection: Collection, batch: Sequence[Document], tally: _Tally) -> None:
         """Add a batch; where it holds a document the collection refuses, add its documents one by one."""
@@ -181,14 +183,14 @@ class Ingestor:
             report = collection.add(batch)
         except DocumentError as error:
             if len(batch) == 1:
-                tally.reject(batch[0], error)
+                tally.reject(batch[0].id, error)
                 return
             for document in batch:
                 self._add(collection, [document], tally)
             return
         tally.added += len(report.added)
         tally.replaced += len(report.replaced)
-        tally.unchanged += len(report.unchanged)
+        tally.unchanged += len(batch) - len(report.added) - len(report.replaced)  # those that come twice, too
 
     def _groups(
         self, collection: Collection, documents: Sequence[Document], policy: ContextPolicy, tally: _Tally
@@ -222,11 +224,6 @@ class Ingestor:
     def _missing(self, parts: Sequence[ChunkTokens]) -> set[bytes]:
         infos = self._store.lookup([part.key for part in parts])
         return {part.key for part, info in zip(parts, infos, strict=True) if info is None}
-
-
-def _batches(documents: Sequence[Document]) -> Iterator[Sequence[Document]]:
-    for at in range(0, len(documents), _BATCH):
-        yield documents[at : at + _BATCH]
 
 
 def _warnings(encoding: Encoding) -> list[str]:

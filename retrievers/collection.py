@@ -98,14 +98,15 @@ class Collection:
 
         Content is text, title, metadata and the splitter's name. Documents are committed in batches of 256;
         ``progress`` is called with the number done so far after each. Raises DocumentError for a document
-        without id or text, or with metadata that is not JSON; earlier batches then stay, the batch that holds
-        it does not.
+        without id or text, with metadata that is not JSON, or with the id of an earlier one of this call and
+        other content; earlier batches then stay, the batch that holds it does not.
         """
-        report = _Report()
+        report, done = _Report(), 0
         for batch in _batches(documents):
             self._add_batch(batch, report)
+            done += len(batch)
             if progress is not None:
-                progress(report.done)
+                progress(done)
         return report.finish()
 
     def resplit(self, progress: Callable[[int], None] | None = None) -> AddReport:
@@ -198,17 +199,24 @@ class Collection:
         return info, texts
 
     def _add_batch(self, batch: Sequence[Document], report: _Report) -> None:
-        digests = {document.id: self._digest(document) for document in batch}
+        digests: dict[str, bytes] = {}
+        for document in batch:
+            digest = digests[document.id] = self._digest(document)
+            if report.digests.setdefault(document.id, digest) != digest:
+                raise DocumentError(
+                    f"document {document.id!r} comes twice, with different content; give each its own id",
+                    document=document.id,
+                )
         with self._database.read():
             known = self._database.digests(list(digests))
-        changed = [document for document in batch if known.get(document.id) != digests[document.id]]
-        split = [(document, self.splitter.split_document(document)) for document in changed]
+        changed = {document.id: document for document in batch if known.get(document.id) != digests[document.id]}
+        split = [(document, self.splitter.split_document(document)) for document in changed.values()]
         if split:
             with self._database.write():
                 for document, chunks in split:
                     old = self._database.put(document, digests[document.id], chunks)
                     report.put(document.id, old, [chunk.text for chunk in chunks])
-        report.keep([document.id for document in batch if known.get(document.id) == digests[document.id]])
+        report.keep([name for name in digests if name not in changed])
 
     def _digest(self, document: Document) -> bytes:
         """A hash of the content; the place where a document is checked."""
@@ -257,22 +265,22 @@ class Collection:
 
 
 class _Report:
-    """Counts while ``add`` runs. A document met twice in one call is reported once, as added if new."""
+    """Counts while ``add`` runs. A document met twice in one call is reported once, by what came of the first."""
 
     def __init__(self) -> None:
+        self.digests: dict[str, bytes] = {}
         self._outcomes: dict[str, str] = {}
         self._chunks = Counter[str]()
-        self.done = 0
 
     def put(self, document_id: str, old: Sequence[str] | None, new: Sequence[str]) -> None:
-        self._note(document_id, "added" if old is None else "replaced")
+        self._outcomes[document_id] = "added" if old is None else "replaced"
         before, after = Counter(old or ()), Counter(new)
         self._chunks["added"] += (after - before).total()
         self._chunks["removed"] += (before - after).total()
 
     def keep(self, document_ids: Sequence[str]) -> None:
         for document_id in document_ids:
-            self._note(document_id, "unchanged")
+            self._outcomes.setdefault(document_id, "unchanged")
 
     def finish(self) -> AddReport:
         def ids(outcome: str) -> tuple[str, ...]:
@@ -281,11 +289,6 @@ class _Report:
         return AddReport(
             ids("added"), ids("replaced"), ids("unchanged"), self._chunks["added"], self._chunks["removed"]
         )
-
-    def _note(self, document_id: str, outcome: str) -> None:
-        self.done += 1
-        if outcome != "unchanged" or document_id not in self._outcomes:
-            self._outcomes[document_id] = "added" if self._outcomes.get(document_id) == "added" else outcome
 
 
 def _size(file: Path) -> int:
@@ -296,14 +299,14 @@ def _size(file: Path) -> int:
 
 
 def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
-    """Batches bounded in number and text; where an id comes twice in one, the last wins."""
-    batch: dict[str, Document] = {}
+    """Batches bounded in number and text."""
+    batch: list[Document] = []
     characters = 0
     for document in documents:
-        batch[document.id] = document
+        batch.append(document)
         characters += len(document.text)
         if len(batch) == _BATCH or characters > _BATCH_CHARS:
-            yield list(batch.values())
-            batch, characters = {}, 0
+            yield batch
+            batch, characters = [], 0
     if batch:
-        yield list(batch.values())
+        yield batch

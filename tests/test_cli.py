@@ -88,6 +88,20 @@ def test_ingest_and_query_for_people(ragkv, folder):
         assert shown in out
 
 
+@pytest.mark.parametrize("given", [["a", "b"], ["a/notes.txt", "b/notes.txt"], ["lines.jsonl"]])
+def test_of_documents_with_one_id_none_vanishes_in_silence(ragkv, tmp_path, given):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "notes.txt").write_text(f"Notes of {name}.")
+    (tmp_path / "lines.jsonl").write_text('{"id": "notes.txt", "text": "one"}\n{"id": "notes.txt", "text": "two"}\n')
+    status, out, _ = ragkv("ingest", *(str(tmp_path / path) for path in given), "--json")
+    report = json.loads(out)
+    assert (status, report["added"]) == (0, 1)
+    [rejected] = report["rejected"]
+    assert rejected["document_id"] == "notes.txt"
+    assert "'notes.txt' comes twice" in rejected["message"]
+
+
 def test_a_dry_run_only_says_what_it_would_take(ragkv, folder, tmp_path):
     status, out, _ = ragkv("ingest", str(folder), "--dry-run", "--json")
     assert (status, json.loads(out)["estimate"]["documents"]) == (0, 2)

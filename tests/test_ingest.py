@@ -156,11 +156,30 @@ def test_nothing_is_nothing(engine):
     assert engine.estimate([]).kv_bytes == 0
 
 
-def test_the_last_of_documents_with_one_id_stays(engine):
-    report = engine.ingest("c", [Document("a", "First text."), Document("a", "Second text.")])
-    assert report.added + report.replaced + report.unchanged >= 1
-    assert engine.document("c", "a").text == "Second text."
+def test_the_first_of_documents_with_one_id_stays_and_others_are_rejected_by_name(engine):
+    said: list[tuple[str, int, int]] = []
+    twins = [Document("a", "First text."), Document("a", "Second text."), Document("a", "First text.")]
+    report = engine.ingest("c", twins, progress=lambda *step: said.append(step))
+    assert (report.added, report.replaced, report.unchanged) == (1, 0, 1)
+    [rejected] = report.rejected
+    assert (rejected.document_id, rejected.error) == ("a", "document")
+    assert "give each its own id" in rejected.message
+    assert engine.document("c", "a").text == "First text."
     assert report.encoded + report.reused == report.chunks == 1
+    assert [step for step in said if step[0] == "split"] == [("split", 2, 2)]
+
+
+def test_a_document_that_cannot_be_used_keeps_no_other_of_its_id_out(engine):
+    report = engine.ingest("c", [Document("a", " "), Document("a", "A text.")])
+    assert (report.added, [one.document_id for one in report.rejected]) == (1, ["a"])
+    assert engine.document("c", "a").text == "A text."
+
+
+def test_progress_reaches_its_total_where_the_collection_refuses_a_document(engine):
+    said: list[tuple[str, int, int]] = []
+    bad = Document("not json", "text", metadata={"a": object()})
+    engine.ingest("c", [DOCUMENTS[0], bad], progress=lambda *step: said.append(step))
+    assert ("split", 2, 2) in said
 
 
 def test_odd_unicode_survives(engine):

@@ -156,11 +156,17 @@ def test_another_splitter_splits_again(tmp_path: Path) -> None:
         assert collection.resplit().unchanged == ("d",)
 
 
-def test_an_id_given_twice_keeps_the_last(tmp_path: Path) -> None:
+@pytest.mark.parametrize("between", [1, 300])
+def test_an_id_given_twice_is_refused_unless_the_content_is_the_same(tmp_path: Path, between: int) -> None:
+    first, others = Document("a", "first"), [Document(f"b{i}", "x") for i in range(between)]
     with Collection(tmp_path, splitter()) as collection:
-        report = collection.add([Document("a", "first"), Document("b", "x"), Document("a", "second")])
-        assert report.added == ("a", "b")
-        assert collection.get("a").text == "second"
+        said: list[int] = []
+        report = collection.add([first, *others, first], said.append)
+        assert report.added == ("a", *(other.id for other in others))
+        assert (report.unchanged, said[-1]) == ((), between + 2)
+        with pytest.raises(DocumentError, match="'a' comes twice"):
+            collection.add([first, *others, Document("a", "second")])
+        assert collection.get("a").text == "first"
 
 
 def test_deleted_documents_are_gone(pets: Collection) -> None:
