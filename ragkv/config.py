@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import os
 import tomllib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,7 +24,7 @@ from ragkv.types import ContextPolicy, Method, RetrievalMode
 
 ENV_PREFIX = "RAGKV_"
 CONFIG_FILE_VARIABLE = "RAGKV_CONFIG"
-_SECRET = ("api_key", "remote_url", "store_salt", "tenants")
+_SECRET = ("api_key", "remote_url", "store_salt", "tenants")  # and whatever is in them
 DEFAULT_SYSTEM_PROMPT = "Answer the question from the documents. Reply with the answer only."
 
 
@@ -41,7 +42,12 @@ class Settings(BaseSettings):
     """Every setting of ragkv. Build it with :func:`load_settings`."""
 
     model_config = SettingsConfigDict(
-        env_prefix=ENV_PREFIX, extra="forbid", frozen=True, env_ignore_empty=True, protected_namespaces=()
+        env_prefix=ENV_PREFIX,
+        extra="forbid",
+        frozen=True,
+        env_ignore_empty=True,
+        protected_namespaces=(),
+        hide_input_in_errors=True,  # it may be a secret
     )
 
     model: str = Field(
@@ -165,29 +171,38 @@ class Settings(BaseSettings):
         return self.data_dir.expanduser() / "collections"
 
 
+_TABLES: dict[str, type[BaseModel]] = {"tenants": Tenant, "calibration": Calibration}
+
+
 def load_settings(**flags: Any) -> Settings:
     """Settings from flags (``None`` means not given), environment, ``ragkv.toml`` and defaults.
 
     Raises:
-        ConfigError: an unknown key or a value out of range, naming the key, the value and the choices.
+        ConfigError: an unknown key or a value out of range, naming the key, where it is from, the value unless it may
+            hold a secret, and the choices.
     """
     _refuse_unknown_environment()
+    given = {name: value for name, value in flags.items() if value is not None}
     try:
-        return Settings(**{k: v for k, v in flags.items() if v is not None})
+        return Settings(**given)
     except ValidationError as error:
-        raise ConfigError("; ".join(_explain(e) for e in error.errors())) from error
+        raise ConfigError("; ".join(_explain(e, given) for e in error.errors())) from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{config_file()} is not valid TOML: {error}", path=str(config_file())) from error
+    except ValueError as error:  # pydantic-settings' own, about a variable
+        raise ConfigError(f"a {ENV_PREFIX}* variable must hold JSON: {error}") from error
     except OSError as error:
         raise ConfigError(f"cannot read {config_file()}: {error.strerror}", path=str(config_file())) from error
 
 
 def config_file() -> Path:
-    """Where the configuration is, or would be. Raises ConfigError where one is named that is not there."""
+    """Where the configuration is, or would be. Raises ConfigError where one is named that is not there, or it is no
+    file."""
     named = os.environ.get(CONFIG_FILE_VARIABLE)
     path = Path(named or "ragkv.toml").expanduser()
-    if named and not path.is_file():
-        raise ConfigError(f"{CONFIG_FILE_VARIABLE} names {path}, which is not a file", path=str(path))
+    if not path.is_file() and (named or path.exists()):
+        what = f"{CONFIG_FILE_VARIABLE} names {path}, which" if named else f"{path.absolute()}"
+        raise ConfigError(f"{what} is not a file; settings are read from one", path=str(path))
     return path
 
 
@@ -201,12 +216,22 @@ def _refuse_unknown_environment() -> None:
             )
 
 
-def _explain(error: Any) -> str:
-    key = ".".join(str(part) for part in error["loc"]) or "settings"
+def _explain(error: Any, flags: Mapping[str, Any]) -> str:
+    root, *inner = (str(part) for part in error["loc"])
+    key, source = ".".join((root, *inner)), _source(root, flags)
     if error["type"] == "extra_forbidden":
-        return f"unknown setting {key!r}{_suggest(key, set(Settings.model_fields))}"
-    value = "" if key in _SECRET else f", got {error['input']!r}"
-    return f"setting {key!r}: {error['msg']}{value}"
+        known = _TABLES[root] if inner else Settings
+        return f"unknown setting {key!r}{source}{_suggest([root, *inner][-1], set(known.model_fields))}"
+    value = "" if root in _SECRET or error["type"] == "missing" else f", got {error['input']!r}"
+    return f"setting {key!r}{source}: {error['msg']}{value}"
+
+
+def _source(root: str, flags: Mapping[str, Any]) -> str:
+    """Where the setting is from, unless it is the caller's own: the same order as theirs."""
+    if root in flags:
+        return ""
+    variables = (name for name, value in os.environ.items() if value and name.upper() == ENV_PREFIX + root.upper())
+    return f" in {next(variables, config_file())}"
 
 
 def _suggest(key: str, known: set[str]) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import traceback
+
 import pytest
 
 from ragkv.config import Settings, load_settings
@@ -91,14 +93,66 @@ def test_a_named_file_that_is_missing_is_an_error(tmp_path, monkeypatch):
         load_settings()
 
 
+def test_a_mistake_in_the_file_or_the_environment_names_it(toml, monkeypatch):
+    toml("top_q = 3\nratio = 2")
+    with pytest.raises(ConfigError) as caught:
+        load_settings()
+    told = set(str(caught.value).split("; "))
+    assert "unknown setting 'top_q' in ragkv.toml" in told
+    assert any(one.startswith("setting 'ratio' in ragkv.toml: ") for one in told)
+    toml("")
+    monkeypatch.setenv("RAGKV_RATIO", "2")
+    with pytest.raises(ConfigError, match=r"setting 'ratio' in RAGKV_RATIO: "):
+        load_settings()
+    with pytest.raises(ConfigError, match=r"setting 'ratio': "):
+        load_settings(ratio=3)
+
+
 @pytest.mark.parametrize(
-    "wrong", [{"api_key": "hunter2"}, {"remote_url": ["redis://:hunter2@host"]}, {"store_salt": "hunter2"}]
+    ("text", "hint"),
+    [
+        ("[tenants.a]\nkey = 'long enough'\nwight = 2", "'tenants.a.wight' in ragkv.toml; did you mean 'weight'?"),
+        ("[calibration]\nrati = 2", "'calibration.rati' in ragkv.toml; did you mean 'ratio'?"),
+    ],
+)
+def test_a_mistake_in_a_table_suggests_what_the_table_has(toml, text, hint):
+    toml(text)
+    with pytest.raises(ConfigError) as caught:
+        load_settings()
+    assert hint in str(caught.value)
+
+
+def test_a_folder_in_place_of_the_file_is_refused(tmp_path):
+    (tmp_path / "ragkv.toml").mkdir()
+    with pytest.raises(ConfigError, match=r"ragkv\.toml is not a file"):
+        load_settings()
+
+
+def test_a_variable_that_must_be_json_is_refused_without_its_value(monkeypatch):
+    monkeypatch.setenv("RAGKV_TENANTS", "{hunter2")
+    with pytest.raises(ConfigError, match=r"must hold JSON.*tenants") as caught:
+        load_settings()
+    assert "hunter2" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"api_key": "hunter2"},
+        {"remote_url": ["redis://:hunter2@host"]},
+        {"store_salt": "hunter2"},
+        {"tenants": {"a": {"key": "hunter2"}}},
+        {"tenants": {"a": {"key": ["hunter2"]}}},
+        {"tenants": {"a": {"kee": "hunter2"}}},
+        {"tenants": {"a": "hunter2"}},
+        {"tenants": "hunter2"},
+    ],
 )
 def test_a_secret_is_not_repeated_in_the_error(wrong):
     with pytest.raises(ConfigError) as caught:
         load_settings(**wrong)
     assert next(iter(wrong)) in str(caught.value)
-    assert "hunter2" not in str(caught.value)
+    assert "hunter2" not in "".join(traceback.format_exception(caught.value))
 
 
 def test_secrets_are_not_shown_with_the_settings():
