@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -170,6 +171,7 @@ def settings_table(settings: type[Settings]) -> str:
     """All settings as a Markdown table, for the docs."""
     rows = ["| setting | default | meaning |", "|---|---|---|"]
     for name, field in settings.model_fields.items():
-        default = getattr(field.default, "as_posix", lambda value=field.default: value)()
+        value = field.get_default(call_default_factory=True)
+        default = value.as_posix() if isinstance(value, Path) else value
         rows.append(f"| `{name}` | `{default if default != '' else chr(39) * 2}` | {field.description} |")
     return "\n".join(rows)
