@@ -17,7 +17,7 @@ from rich.console import Console
 from ragkv import terminal
 from ragkv.config import Settings, config_file, load_settings
 from ragkv.errors import ConfigError, InputError, RagkvError
-from ragkv.types import Answer, DoneEvent, Message, TokenEvent
+from ragkv.types import Answer, DoneEvent, Message, RejectedDocument, TokenEvent
 from ragkv.version import __version__
 
 if TYPE_CHECKING:
@@ -126,7 +126,9 @@ def ingest(
             terminal.show_estimate(err, estimate)
         if dry_run:
             if json_:
-                _print_json({"estimate": estimate.model_dump(), "rejected": rejected})
+                _print_json({"estimate": estimate.model_dump(), "rejected": _dumped(rejected)})
+            else:
+                terminal.show_rejected(out, rejected)
             return
         with terminal.progress(err, quiet=json_) as say:
             report = engine.ingest(collection, documents, encode="lazy" if lazy else None, progress=say)
@@ -134,7 +136,7 @@ def ingest(
         _print_json(
             {
                 **report.model_dump(),
-                "rejected": rejected + [one.model_dump() for one in report.rejected],
+                "rejected": _dumped([*rejected, *report.rejected]),
                 "estimate": estimate.model_dump(),
             }
         )
@@ -246,9 +248,10 @@ def calibrate(
         draw(result, plot)
     edit(target, {**result.values, "calibration": result.calibration.model_dump()})
     if json_:
-        _print_json({**result.to_json(), "rejected": rejected, "written": str(target)})
+        _print_json({**result.to_json(), "rejected": _dumped(rejected), "written": str(target)})
     else:
         show(out, result)
+        terminal.show_rejected(out, rejected)
         out.print(f"written to {target}", highlight=False)
 
 
@@ -351,20 +354,20 @@ def _filters(given: list[str] | None) -> dict[str, Any] | None:
     return filters
 
 
-def _load(paths: Iterable[Path], settings: Settings) -> tuple[list[Document], list[dict[str, str]]]:
+def _load(paths: Iterable[Path], settings: Settings) -> tuple[list[Document], list[RejectedDocument]]:
     from ragkv.documents import distinct
     from ragkv.retrievers import load_path
 
-    rejected: list[dict[str, str]] = []
+    rejected: list[RejectedDocument] = []
 
     def note(error: RagkvError) -> None:
-        name = error.context.get("document_id", error.context.get("path", ""))
-        rejected.append({"document_id": str(name), "error": error.code, "message": error.message})
+        name = str(error.context.get("document_id", error.context.get("path", "")))
+        rejected.append(RejectedDocument(document_id=name, error=error.code, message=error.message))
 
     found = (load_path(path, max_bytes=settings.max_document_bytes, on_error=note) for path in paths)
     documents = list(distinct(chain.from_iterable(found), note))
     if not documents and rejected:
-        raise InputError("; ".join(one["message"] for one in rejected[:3]), rejected=len(rejected))
+        raise InputError("; ".join(one.message for one in rejected[:3]), rejected=len(rejected))
     if not documents:
         raise InputError("no documents found: give .txt, .md, .html or .jsonl files, or folders of them")
     return documents, rejected
@@ -433,6 +436,10 @@ def _lines() -> Iterator[str]:
             return
         if line:
             yield line
+
+
+def _dumped(rejected: Iterable[RejectedDocument]) -> list[dict[str, str]]:
+    return [one.model_dump() for one in rejected]
 
 
 def _print_json(value: Any) -> None:

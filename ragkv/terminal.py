@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ragkv.config import Settings
-from ragkv.types import Answer, IngestEstimate, IngestReport
+from ragkv.types import Answer, IngestEstimate, IngestReport, RejectedDocument
 
 STAGES = {
     "load": "loading the model",
@@ -98,15 +98,20 @@ def show_estimate(console: Console, estimate: IngestEstimate) -> None:
         )
 
 
-def show_ingest(console: Console, report: IngestReport, rejected: list[dict[str, str]]) -> None:
+def show_rejected(console: Console, rejected: Iterable[RejectedDocument]) -> None:
+    for one in rejected:
+        console.print(Text(f"rejected: {one.message}", style="yellow"))
+
+
+def show_ingest(console: Console, report: IngestReport, rejected: list[RejectedDocument]) -> None:
+    """``rejected`` are those that were not even given to the engine."""
     console.print(
         f"{report.collection}: {report.added} documents added, {report.replaced} replaced, {report.unchanged} "
         f"unchanged; {report.chunks} chunks: {report.encoded} computed, {report.reused} already stored, "
         f"{report.deferred} left for first use; {size(report.kv_bytes_written)} written in {report.seconds:.1f} s",
         highlight=False,
     )
-    for message in [one["message"] for one in rejected] + [one.message for one in report.rejected]:
-        console.print(Text(f"rejected: {message}", style="yellow"))
+    show_rejected(console, [*rejected, *report.rejected])
     for warning in report.warnings:
         console.print(Text(f"note: {warning}", style="yellow"))
 

@@ -105,6 +105,9 @@ def test_of_documents_with_one_id_none_vanishes_in_silence(ragkv, tmp_path, give
 def test_a_dry_run_only_says_what_it_would_take(ragkv, folder, tmp_path):
     status, out, _ = ragkv("ingest", str(folder), "--dry-run", "--json")
     assert (status, json.loads(out)["estimate"]["documents"]) == (0, 2)
+    (folder / "empty.md").write_text(" ")
+    status, out, err = ragkv("ingest", str(folder), "--dry-run")
+    assert (status, "rejected: empty.md holds no text" in out, "their KV takes" in err) == (0, True, True)
     assert json.loads(ragkv("cache", "stats", "--json")[1])["entries"] == 0
     assert ragkv("query", "Where?")[0] == 1
 

@@ -664,8 +664,10 @@ def test_without_a_calibration_the_engine_says_so(engine: Any) -> None:
 
 def test_what_people_see(settings: Settings, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(calibration, "RATIOS", (0.5,))
+    _write(folder, "docs/empty.md", " ")
     result = _run(settings, "-d", "docs", "--questions", "q.txt", "--tokens", "4", "--out", "new.toml", "--loss", "0.9")
     assert result.exit_code == 0, result.output
+    assert "rejected: empty.md holds no text" in result.stdout
     assert "method = " in result.stdout
     assert "recomputed, " in result.stdout
     assert "6 questions given" in result.stdout
