@@ -37,9 +37,9 @@ def load_path(
     """The documents of a file, or of all files below a folder in sorted order, but not of hidden ones.
 
     A document's id is its path relative to the folder (POSIX style), or the file's name. Lines of a
-    ``.jsonl`` file name themselves. A file that cannot be used raises DocumentError; with ``on_error`` the
-    error is handed there and loading goes on with the next file. Raises NotFoundError where nothing is at
-    ``path``.
+    ``.jsonl`` file name themselves. A file, or such a line, that cannot be used raises DocumentError; with
+    ``on_error`` the error is handed there and loading goes on with the next. Raises NotFoundError where
+    nothing is at ``path``.
     """
     root = Path(path)
     if not root.exists():
@@ -48,7 +48,7 @@ def load_path(
     for file in files:
         name = file.relative_to(root).as_posix() if root.is_dir() else file.name
         try:
-            documents = load_bytes(name, _read(file, max_bytes), max_bytes=max_bytes)
+            documents = load_bytes(name, _read(file, max_bytes), max_bytes=max_bytes, on_error=on_error)
         except DocumentError as error:
             if on_error is None:
                 raise
@@ -57,24 +57,31 @@ def load_path(
             yield from documents
 
 
-def load_bytes(name: str, data: bytes, *, max_bytes: int = MAX_BYTES) -> list[Document]:
+def load_bytes(
+    name: str,
+    data: bytes,
+    *,
+    max_bytes: int = MAX_BYTES,
+    on_error: Callable[[DocumentError], None] | None = None,
+) -> list[Document]:
     """The documents in an uploaded file; ``name`` becomes the id, its extension tells the type.
 
-    Raises DocumentError for an unknown type, too many bytes, invalid UTF-8, a bad JSON line, or no text.
+    Raises DocumentError for an unknown type, too many bytes, invalid UTF-8, no text, or a bad JSON line; with
+    ``on_error`` errors of single lines are handed there and the other lines are kept.
     """
     suffix = _checked_suffix(name)
     if len(data) > max_bytes:
         raise _too_large(name, len(data), max_bytes)
     text = _decode(name, data)
     if suffix == ".jsonl":
-        documents = list(_json_lines(name, text))
+        documents = list(_json_lines(name, text, on_error))
     elif suffix in (".html", ".htm"):
         documents = [_html(name, text)]
     elif suffix in (".md", ".markdown"):
         documents = [Document(name, text, _heading(text))]
     else:
         documents = [Document(name, text)]
-    if not documents or not all(document.text.strip() for document in documents):
+    if not text.strip() or not all(document.text.strip() for document in documents):
         raise DocumentError(f"{name} holds no text; remove it or extract its text first", path=name)
     return documents
 
@@ -134,11 +141,16 @@ def _decode(name: str, data: bytes) -> str:
     return text.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
 
 
-def _json_lines(name: str, text: str) -> Iterator[Document]:
+def _json_lines(name: str, text: str, on_error: Callable[[DocumentError], None] | None) -> Iterator[Document]:
     # Not splitlines(): JSON strings may hold U+2028 and the like unescaped.
     for number, line in enumerate(text.split("\n"), start=1):
-        if line.strip():
-            yield _json_document(name, number, line)
+        try:
+            if line.strip():
+                yield _json_document(name, number, line)
+        except DocumentError as error:
+            if on_error is None:
+                raise
+            on_error(error)
 
 
 def _json_document(name: str, number: int, line: str) -> Document:

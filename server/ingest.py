@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from pydantic import ValidationError
@@ -31,9 +32,9 @@ class Batch:
             try:
                 batch.documents.append(checked(to_document(DocumentIn.model_validate(item)), max_bytes=max_bytes))
             except ValidationError as error:
-                batch.refused.append((_name(item, number), invalid(error)))
+                batch._refuse(_name(item, number), invalid(error))
             except RagkvError as error:
-                batch.refused.append((_name(item, number), error))
+                batch._refuse(_name(item, number), error)
         return batch
 
     @classmethod
@@ -41,11 +42,15 @@ class Batch:
         """Blocking: reads the files."""
         batch = cls()
         for file in files:
+            refuse = partial(batch._refuse, file.name)
             try:
-                batch.documents += load_bytes(file.name, file.read(), max_bytes=max_bytes)
+                batch.documents += load_bytes(file.name, file.read(), max_bytes=max_bytes, on_error=refuse)
             except RagkvError as error:
-                batch.refused.append((file.name, error))
+                refuse(error)
         return batch
+
+    def _refuse(self, name: str, error: RagkvError) -> None:
+        self.refused.append((name, error))
 
 
 def ingest(engine: EngineAPI, collection: str, batch: Batch, encode: EncodeMode | None) -> IngestReport:

@@ -99,6 +99,16 @@ def test_a_bad_json_line_is_named(line: str, problem: str) -> None:
     assert caught.value.context["line"] == 3
 
 
+def test_a_bad_json_line_keeps_no_other_out(tmp_path: Path) -> None:
+    (tmp_path / "three.jsonl").write_text('{"text": "one"}\n{"title": "no text"}\n{"text": "three"}\n')
+    (tmp_path / "bad.jsonl").write_text("{\n[1]\n")
+    errors: list[DocumentError] = []
+    documents = list(load_path(tmp_path, on_error=errors.append))
+    assert [document.text for document in documents] == ["one", "three"]
+    lines = [(error.context["path"], error.context["line"]) for error in errors]
+    assert lines == [("bad.jsonl", 1), ("bad.jsonl", 2), ("three.jsonl", 2)]
+
+
 def test_bytes_that_are_no_utf8_are_located() -> None:
     with pytest.raises(DocumentError, match=r"byte 6 \(line 2") as caught:
         load_bytes("latin.txt", b"first\n\xe9t\xe9")

@@ -143,6 +143,14 @@ async def test_bad_files_are_listed_and_good_ones_go_in(engine):
     assert list(engine.store["c"]) == ["fits.txt"]
 
 
+async def test_bad_lines_are_listed_and_good_ones_go_in(engine):
+    lines = b'{"id": "a", "text": "one"}\n{"id": "b"}\n{"id": "c", "text": "three"}\n['
+    report = (await send_files(engine, ("d.jsonl", lines))).json()
+    assert [r["document_id"] for r in report["rejected"]] == ["d.jsonl", "d.jsonl"]
+    assert [f"d.jsonl, line {n}" in r["message"] for n, r in zip((2, 4), report["rejected"], strict=True)] == [True] * 2
+    assert set(engine.store["c"]) == {"a", "c"}
+
+
 @pytest.mark.parametrize(
     ("name", "content", "status"),
     [("big.txt", b"x" * 1001, 413), ("latin.txt", b"\xff", 422), ("a.exe", b"x", 422), ("a.txt", b"", 422)],
