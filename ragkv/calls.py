@@ -19,8 +19,8 @@ from ragkv.sse import Decoder, ServerSentEvent
 from ragkv.types import (
     Answer,
     CollectionInfo,
-    DocumentIn,
     DocumentInfo,
+    DocumentLike,
     DocumentOut,
     DoneEvent,
     Event,
@@ -29,12 +29,12 @@ from ragkv.types import (
     QueryRequest,
     StoreCheck,
     StoreInfo,
+    document_in,
+    each_document,
     make_request,
-    validated,
 )
 
 Encode = Literal["eager", "lazy"]
-DocumentLike = DocumentIn | Mapping[str, Any] | str
 NamedFile = tuple[str, IO[bytes]]
 T = TypeVar("T")
 M = TypeVar("M", bound=BaseModel)
@@ -80,7 +80,9 @@ def drop_collection(name: str) -> Call[None]:
 
 def add_documents(collection: str, documents: Iterable[DocumentLike], encode: Encode | None) -> Call[IngestReport]:
     body = {
-        "documents": [_document_in(d).model_dump(exclude_unset=True) for d in documents],
+        "documents": [
+            document_in(given, name).model_dump(exclude_unset=True) for name, given in each_document(documents)
+        ],
         "encode": encode,
     }
     return Call("POST", f"{_collection(collection)}/documents", IngestReport.model_validate, _json(body))
@@ -221,8 +223,10 @@ def _told(content: bytes) -> tuple[str, str, dict[str, object]] | None:
 
 
 @contextmanager
-def transport_errors(base_url: httpx.URL) -> Iterator[None]:
-    """Failures of the connection as ServerError that says what to do."""
+def transport_errors(base_url: httpx.URL, *, closed: bool = False) -> Iterator[None]:
+    """Failures of the connection as ServerError that says what to do; a client that is ``closed`` has none."""
+    if closed:
+        raise ServerError(f"this client of {base_url} is closed; make another one", url=str(base_url))
     try:
         yield
     except httpx.ConnectError as error:
@@ -249,7 +253,10 @@ _BY_CODE = {kind.code: kind for kind in _classes(RagkvError) if kind.__module__ 
 
 
 def _collection(name: str) -> str:
-    return f"{_COLLECTIONS}/{_segment(name)}"
+    segment = _segment(name)
+    if "/" in name:
+        raise InputError(f"collection name {name!r} is not valid; it may hold no slash", collection=name)
+    return f"{_COLLECTIONS}/{segment}"
 
 
 def _document(collection: str, document_id: str) -> str:
@@ -262,8 +269,8 @@ def _request(request_id: str) -> str:
 
 def _segment(name: str) -> str:
     """One path segment. Dots alone would be taken for a relative path, so they are escaped too."""
-    if not name:
-        raise InputError("a name or id is empty")
+    if not isinstance(name, str) or not name:
+        raise InputError(f"a name or id must be text, and not empty; got {name!r}")
     return quote(name, safe="") if name.strip(".") else name.replace(".", "%2E")
 
 
@@ -272,12 +279,6 @@ def _json(body: dict[str, Any]) -> dict[str, Any]:
         return {"content": to_json(body, inf_nan_mode="constants"), "headers": _JSON}
     except ValueError as error:
         raise InputError(f"the request cannot be written as JSON: {error}") from error
-
-
-def _document_in(document: DocumentLike) -> DocumentIn:
-    if isinstance(document, DocumentIn):
-        return document
-    return validated(DocumentIn, {"text": document} if isinstance(document, str) else dict(document))
 
 
 def _named(path: Path) -> Iterator[tuple[str, Path]]:

@@ -13,11 +13,12 @@ from typing import Any, Self, TypeVar
 import httpx
 
 from ragkv import calls
-from ragkv.calls import Call, DocumentLike, Encode, EventReader
+from ragkv.calls import Call, Encode, EventReader
 from ragkv.types import (
     Answer,
     CollectionInfo,
     DocumentInfo,
+    DocumentLike,
     DocumentOut,
     Event,
     Health,
@@ -125,14 +126,14 @@ class Client:
         self.close()
 
     def _send(self, call: Call[T]) -> T:
-        with calls.transport_errors(self._http.base_url):
+        with calls.transport_errors(self._http.base_url, closed=self._http.is_closed):
             response = self._http.request(call.method, call.path, **call.arguments)
         return call.read(response)
 
     def _events(self, call: Call[None]) -> Generator[Event, None, None]:
         reader = EventReader()
         with (
-            calls.transport_errors(self._http.base_url),
+            calls.transport_errors(self._http.base_url, closed=self._http.is_closed),
             self._http.stream(call.method, call.path, **call.arguments) as response,
         ):
             if not response.is_success:
@@ -217,13 +218,13 @@ class AsyncClient:
         await self.aclose()
 
     async def _send(self, call: Call[T]) -> T:
-        with calls.transport_errors(self._http.base_url):
+        with calls.transport_errors(self._http.base_url, closed=self._http.is_closed):
             response = await self._http.request(call.method, call.path, **call.arguments)
         return call.read(response)
 
     async def _events(self, call: Call[None]) -> AsyncGenerator[Event, None]:
         reader = EventReader()
-        with calls.transport_errors(self._http.base_url):
+        with calls.transport_errors(self._http.base_url, closed=self._http.is_closed):
             async with self._http.stream(call.method, call.path, **call.arguments) as response:
                 if not response.is_success:
                     await response.aread()

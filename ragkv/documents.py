@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
 
 from blake3 import blake3
 
@@ -21,6 +22,12 @@ def to_document(sent: DocumentIn) -> Document:
         raise DocumentError("the document's id is empty; leave it out to have one derived from the content")
     identity = sent.id or blake3(f"{sent.title or ''}\0{sent.text}".encode()).hexdigest(8)
     return Document(identity, sent.text, sent.title, sent.metadata)
+
+
+def name_of(given: Any, place: str) -> str:
+    """What to call a document that cannot be used: by its id if it has one, else by its ``place``."""
+    name = given.get("id") if isinstance(given, Mapping) else getattr(given, "id", None)
+    return name if isinstance(name, str) and name else place
 
 
 def checked(document: Document, *, max_bytes: int) -> Document:

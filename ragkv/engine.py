@@ -45,6 +45,7 @@ from ragkv.types import (
     CollectionInfo,
     ContextPolicy,
     DocumentInfo,
+    DocumentLike,
     DocumentOut,
     DoneEvent,
     Event,
@@ -163,14 +164,14 @@ class Engine:
 
     # Documents
 
-    def estimate(self, documents: Iterable[Document]) -> IngestEstimate:
+    def estimate(self, documents: Iterable[Document | DocumentLike]) -> IngestEstimate:
         """What ingesting ``documents`` will take, without computing any KV."""
         return self._ingestor.estimate(documents)
 
     def ingest(
         self,
         collection: str,
-        documents: Iterable[Document],
+        documents: Iterable[Document | DocumentLike],
         *,
         encode: Encode | None = None,
         context_policy: ContextPolicy | None = None,
@@ -178,11 +179,13 @@ class Engine:
     ) -> IngestReport:
         """Add documents (new, replaced or unchanged by id) and, unless lazy, compute the KV the store lacks.
 
+        A document is a ``Document``, a mapping of its fields, or its text alone, which its content then names.
         ``progress(stage, done, total)`` is called from several threads, with the stages ``split`` (documents),
         ``index`` and ``encode`` (chunks).
 
         Raises:
             DocumentError: every document was rejected (single bad ones are listed in the report).
+            InputError: ``documents`` is no list of them.
         """
         self._loop.refuse_when_closed()
         return self._ingestor.ingest(

@@ -13,12 +13,20 @@ from typing import Literal
 from ragkv.checkpoint import Checkpoint
 from ragkv.chunks import ChunkTokenizer, ChunkTokens, EncodeGroup
 from ragkv.config import Settings
-from ragkv.documents import checked, distinct
-from ragkv.errors import DocumentError, EngineClosedError, StoreFullError
+from ragkv.documents import checked, distinct, name_of, to_document
+from ragkv.errors import DocumentError, EngineClosedError, InputError, StoreFullError
 from ragkv.plan import Span
 from ragkv.retrievers import Catalog, Collection, Document, Splitter
 from ragkv.store import ChunkStore
-from ragkv.types import ContextPolicy, IngestEstimate, IngestReport, RejectedDocument
+from ragkv.types import (
+    ContextPolicy,
+    DocumentLike,
+    IngestEstimate,
+    IngestReport,
+    RejectedDocument,
+    document_in,
+    each_document,
+)
 from ragkv.writer import Encoding, Writer
 
 log = logging.getLogger("ragkv")
@@ -37,7 +45,7 @@ class _Tally:
     deferred: int = 0
     rejected: list[RejectedDocument] = field(default_factory=list)
 
-    def reject(self, document_id: str, error: DocumentError) -> None:
+    def reject(self, document_id: str, error: InputError) -> None:
         self.rejected.append(RejectedDocument(document_id=document_id, error=error.code, message=error.message))
 
 
@@ -65,14 +73,12 @@ class Ingestor:
         """Chunks being encoded in the background."""
         return len(self._pending)
 
-    def estimate(self, documents: Iterable[Document]) -> IngestEstimate:
-        """Bytes and work that ingesting ``documents`` will take; computes no KV."""
-        count = chunks = tokens = kv_bytes = new_kv_bytes = encode_tokens = 0
+    def estimate(self, documents: Iterable[Document | DocumentLike]) -> IngestEstimate:
+        """Bytes and work that ingesting ``documents`` will take, bad ones left out; computes no KV."""
+        chunks = tokens = kv_bytes = new_kv_bytes = encode_tokens = 0
         planned: set[bytes] = set()
-        for document in documents:
-            count += 1
-            if not document.text.strip():
-                continue
+        good = self._accepted(documents, _Tally())
+        for document in good:
             texts = self._splitter.split(document.full_text)
             parts = self._chunk_tokenizer.document(texts, self._settings.context_policy)
             groups = self._chunk_tokenizer.groups(parts, self._missing(parts) - planned)
@@ -83,7 +89,7 @@ class Ingestor:
             new_kv_bytes += sum(self._entry_bytes(length) for group in groups for length in group.wanted_lengths)
             encode_tokens += sum(group.tokens for group in groups)
         return IngestEstimate(
-            documents=count,
+            documents=len(good),
             chunks=chunks,
             tokens=tokens,
             kv_bytes=kv_bytes,
@@ -95,7 +101,7 @@ class Ingestor:
     def ingest(
         self,
         name: str,
-        documents: Iterable[Document],
+        documents: Iterable[Document | DocumentLike],
         *,
         encode: Encode,
         policy: ContextPolicy,
@@ -111,8 +117,7 @@ class Ingestor:
         say = progress or (lambda stage, done, total: None)
         started = time.perf_counter()
         tally = _Tally()
-        usable = self._usable(documents, tally)
-        good = list(distinct(usable, lambda error: tally.reject(str(error.context["document_id"]), error)))
+        good = self._accepted(documents, tally)
         if tally.rejected and not good:
             first = tally.rejected[0]
             raise DocumentError(first.message, document_id=first.document_id, rejected=len(tally.rejected))
@@ -169,13 +174,18 @@ class Ingestor:
         if error and not isinstance(error, EngineClosedError):
             log.warning("a chunk could not be stored and will be computed again: %s", error)
 
-    def _usable(self, documents: Iterable[Document], tally: _Tally) -> Iterator[Document]:
+    def _accepted(self, documents: Iterable[Document | DocumentLike], tally: _Tally) -> list[Document]:
         """Those that can be used; the others are rejected."""
-        for document in documents:
+        usable = self._usable(documents, tally)
+        return list(distinct(usable, lambda error: tally.reject(str(error.context["document_id"]), error)))
+
+    def _usable(self, documents: Iterable[Document | DocumentLike], tally: _Tally) -> Iterator[Document]:
+        for place, given in each_document(documents):
             try:
+                document = given if isinstance(given, Document) else to_document(document_in(given, place))
                 yield checked(document, max_bytes=self._settings.max_document_bytes)
-            except DocumentError as error:
-                tally.reject(document.id, error)
+            except InputError as error:
+                tally.reject(name_of(given, place), error)
 
     def _add(self, collection: Collection, batch: Sequence[Document], tally: _Tally) -> None:
         """Add a batch; where it holds a document the collection refuses, add its documents one by one."""

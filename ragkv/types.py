@@ -6,7 +6,7 @@ returns. Times are milliseconds, sizes bytes or tokens as the name says.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
@@ -42,6 +42,10 @@ class DocumentIn(Wire):
     id: Text | None = None
     title: Text | None = None
     metadata: dict[str, Any] = Field(default_factory=dict)
+
+
+DocumentLike = DocumentIn | Mapping[str, Any] | str
+"""What callers may give for one: its fields, or its text alone."""
 
 
 class Message(Wire):
@@ -391,11 +395,12 @@ class Health(Reply):
     encoding: int = Field(description="chunks waiting to be encoded in the background")
 
 
+D = TypeVar("D")
 M = TypeVar("M", bound=BaseModel)
 
 
-def validated(model: type[M], data: dict[str, Any]) -> M:
-    """``data`` as a ``model``.
+def validated(model: type[M], data: Any, name: str = "") -> M:
+    """``data``, which errors call ``name``, as a ``model``.
 
     Raises:
         InputError: a field is unknown, missing or out of range; names each.
@@ -403,12 +408,29 @@ def validated(model: type[M], data: dict[str, Any]) -> M:
     try:
         return model.model_validate(data)
     except ValidationError as error:
-        problems = [f"{'.'.join(map(str, e['loc'])) or model.__name__}: {e['msg']}" for e in error.errors()]
+        root = [name] if name else []
+        problems = [f"{'.'.join(map(str, (*root, *e['loc']))) or model.__name__}: {e['msg']}" for e in error.errors()]
         raise InputError("; ".join(problems)) from error
 
 
 def make_request(question: str | Request, fields: Mapping[str, Any]) -> Request:
     """The request that a question, or a request, and more fields make. Raises InputError naming a bad field."""
-    if isinstance(question, str):
-        return validated(QueryRequest, {"question": question, **fields})
-    return validated(type(question), question.model_dump(exclude_unset=True) | dict(fields))
+    if isinstance(question, GenerateRequest):
+        return validated(type(question), question.model_dump(exclude_unset=True) | dict(fields))
+    return validated(QueryRequest, {"question": question, **fields})
+
+
+def each_document(documents: Iterable[D]) -> Iterator[tuple[str, D]]:
+    """Documents as a caller lists them, each with what errors call it. Raises InputError where they are no list."""
+    if isinstance(documents, str | Mapping) or not isinstance(documents, Iterable):
+        raise InputError(f"documents must be a list, not {type(documents).__name__}; put a single one into a list")
+    for number, document in enumerate(documents):
+        yield f"documents[{number}]", document
+
+
+def document_in(given: DocumentLike, name: str) -> DocumentIn:
+    """A document from its fields, or its text alone. Raises InputError with ``name`` and what is wrong."""
+    if isinstance(given, DocumentIn):
+        return given
+    fields = {"text": given} if isinstance(given, str) else dict(given) if isinstance(given, Mapping) else given
+    return validated(DocumentIn, fields, name)

@@ -9,13 +9,13 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from ragkv.documents import checked, to_document
+from ragkv.documents import checked, name_of, to_document
 from ragkv.errors import DocumentError, InputError, RagkvError
 from ragkv.retrievers import Document, load_bytes
 from ragkv.server.contract import EncodeMode, EngineAPI
 from ragkv.server.errors import invalid
 from ragkv.server.upload import UploadedFile
-from ragkv.types import DocumentIn, IngestReport, RejectedDocument
+from ragkv.types import DocumentIn, IngestReport, RejectedDocument, each_document
 
 
 @dataclass
@@ -28,13 +28,13 @@ class Batch:
     @classmethod
     def from_json(cls, items: Sequence[Any], max_bytes: int) -> Batch:
         batch = cls()
-        for number, item in enumerate(items):
+        for place, item in each_document(items):
             try:
                 batch.documents.append(checked(to_document(DocumentIn.model_validate(item)), max_bytes=max_bytes))
             except ValidationError as error:
-                batch._refuse(_name(item, number), invalid(error))
+                batch._refuse(name_of(item, place), invalid(error))
             except RagkvError as error:
-                batch._refuse(_name(item, number), error)
+                batch._refuse(name_of(item, place), error)
         return batch
 
     @classmethod
@@ -68,11 +68,6 @@ def ingest(engine: EngineAPI, collection: str, batch: Batch, encode: EncodeMode 
     if report.rejected and not report.added + report.replaced + report.unchanged:
         raise _none_of(report.rejected)
     return report
-
-
-def _name(item: Any, number: int) -> str:
-    name = item.get("id") if isinstance(item, dict) else None
-    return name if isinstance(name, str) and name else f"documents[{number}]"
 
 
 def _nothing_left(batch: Batch) -> RagkvError:

@@ -255,9 +255,16 @@ def test_arguments_that_cannot_be_sent_are_input_errors(tmp_path):
         lambda: client.query("x", top_k=0),
         lambda: client.query("x", tok_k=3),
         lambda: client.query(""),
+        lambda: client.query(5),
+        lambda: client.stream(None),
         lambda: client.stream("x", temperature=-1),
         lambda: client.add_documents("c", [{"txt": "x"}]),
         lambda: client.add_documents("c", [{"text": "x", "metadata": {"a": object()}}]),
+        lambda: client.add_documents("c", "x"),
+        lambda: client.add_documents("c", {"text": "x"}),
+        lambda: client.add_documents("c", [5]),
+        lambda: client.add_documents("n/o", ["x"]),
+        lambda: client.drop_collection(5),
         lambda: client.document("c", ""),
         lambda: client.drop_collection(""),
         lambda: client.upload("c"),
@@ -269,6 +276,26 @@ def test_arguments_that_cannot_be_sent_are_input_errors(tmp_path):
             call()
     with pytest.raises(errors.InputError, match="top_k"):
         bad[0]()
+    with pytest.raises(errors.InputError, match=r"documents\[1\]\.text: Field required"):
+        client.add_documents("c", ["x", {"id": "n1"}])
+
+
+def test_a_closed_client_says_so():
+    client = Client()
+    client.close()
+    for call in (client.health, lambda: next(client.stream("x"))):
+        with pytest.raises(errors.ServerError, match="closed; make another"):
+            call()
+
+
+@pytest.mark.anyio
+async def test_a_closed_async_client_says_so():
+    client = AsyncClient()
+    await client.aclose()
+    with pytest.raises(errors.ServerError, match="closed; make another"):
+        await client.health()
+    with pytest.raises(errors.ServerError, match="closed; make another"):
+        await anext(client.stream("x"))
 
 
 @pytest.mark.parametrize(

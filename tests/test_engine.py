@@ -243,7 +243,7 @@ def test_a_wrong_field_is_an_input_error_that_names_it(shared, fields):
         shared.query(QUESTION, **fields)
 
 
-@pytest.mark.parametrize("question", ["", "\ud800"])
+@pytest.mark.parametrize("question", ["", "\ud800", 5, None])
 def test_a_question_that_is_none(shared, question):
     with pytest.raises(InputError, match="question"):
         shared.query(question)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from ragkv.errors import DocumentError, NotFoundError
+from ragkv.errors import DocumentError, InputError, NotFoundError
 from ragkv.retrievers import Document
+from ragkv.types import DocumentIn
 from tests.conftest import save_checkpoint
 from tests.engine_kit import DOCUMENTS, QUESTION, Probe, document, wait_idle
 from tests.test_engine import check_report
@@ -141,12 +142,29 @@ def test_an_odd_title_costs_nothing_but_the_document(engine, title):
 
 def test_bad_documents_do_not_break_the_estimate(engine):
     estimate = engine.estimate([Document("a", ""), Document("b", "a\ud800b"), DOCUMENTS[0]])
-    assert estimate.documents == 3
+    assert estimate.documents == 1
 
 
 def test_only_bad_documents_are_an_error_and_leave_no_collection(engine):
     with pytest.raises(DocumentError, match="no text"):
         engine.ingest("c", [Document("a", ""), Document("b", " ")])
+    assert engine.collections() == []
+
+
+def test_documents_may_be_given_as_the_client_takes_them(engine):
+    given = ["A text alone.", {"id": "d", "text": "A text.", "metadata": {"n": 1}}, DocumentIn(id="i", text="Another.")]
+    assert engine.estimate(given).documents == 3
+    report = engine.ingest("c", [*given, {"id": "bad", "txt": "x"}, 5])
+    assert report.added == 3
+    assert [info.id for info in engine.documents("c")][1:] == ["d", "i"]
+    assert [(one.document_id, one.error) for one in report.rejected] == [("bad", "input"), ("documents[4]", "input")]
+    assert "documents[3].txt" in report.rejected[0].message
+
+
+@pytest.mark.parametrize("documents", ["a text", {"text": "a text"}, 5])
+def test_what_is_no_list_of_documents_is_an_input_error(engine, documents):
+    with pytest.raises(InputError, match="put a single one into a list"):
+        engine.ingest("c", documents)
     assert engine.collections() == []
 
 
