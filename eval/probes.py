@@ -68,21 +68,21 @@ def read_probes(path: Path) -> list[Probe]:
 
 
 def _probe(path: Path, number: int, line: str) -> Probe:
+    def bad(what: str) -> InputError:
+        form = '{"question": "…", "answers"?: ["…"]}'
+        return InputError(f"{path}, line {number}: {what}; a line must be {form}", path=str(path), line=number)
+
     try:
         entry = json.loads(line)
-        question, answers = entry["question"], _listed(entry.get("answers", entry.get("answer")))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(
-            f'{path}, line {number} is not of the form {{"question": "…", "answers": ["…"]}}: {error}',
-            path=str(path),
-            line=number,
-        ) from error
+    except (ValueError, RecursionError) as error:
+        raise bad(f"not valid JSON ({error})") from error
+    if not isinstance(entry, dict):
+        raise bad(f"a JSON object is needed, not {type(entry).__name__}")
+    if "question" not in entry:
+        raise bad('there is no "question"')
+    question, answers = entry["question"], _listed(entry.get("answers", entry.get("answer")))
     if not (isinstance(question, str) and question.strip() and all(isinstance(answer, str) for answer in answers)):
-        raise InputError(
-            f"{path}, line {number}: question and answers must be text, the question not blank",
-            path=str(path),
-            line=number,
-        )
+        raise bad("question and answers must be text, the question not blank")
     return Probe(question.strip(), tuple(answers))
 
 

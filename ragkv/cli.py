@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
@@ -16,7 +16,7 @@ from rich.console import Console
 
 from ragkv import terminal
 from ragkv.config import Settings, config_file, load_settings
-from ragkv.errors import ConfigError, InputError, RagkvError
+from ragkv.errors import ConfigError, InputError, RagkvError, StoreReadOnlyError
 from ragkv.types import Answer, DoneEvent, Message, RejectedDocument, TokenEvent
 from ragkv.version import __version__
 
@@ -61,6 +61,10 @@ def main() -> None:
     try:
         _add_eval()
         app()
+    except StoreReadOnlyError as error:  # the store's own advice is for programs
+        path = error.context.get("path")
+        message = f"{path} cannot be written; make it writable, or choose another folder with --data-dir"
+        _fail(StoreReadOnlyError(message, **error.context))
     except RagkvError as error:
         _fail(error)
     except BrokenPipeError:
@@ -120,7 +124,7 @@ def ingest(
     """Add documents to a collection and compute their chunks' KV."""
     settings = _settings(sets, model=model, device=device, data_dir=data_dir)
     documents, rejected = _load(paths, settings)
-    with _engine(settings) as engine:
+    with _resumable() as watched, _engine(settings) as engine:
         estimate = engine.estimate(documents)
         if not json_:
             terminal.show_estimate(err, estimate)
@@ -131,7 +135,7 @@ def ingest(
                 terminal.show_rejected(out, rejected)
             return
         with terminal.progress(err, quiet=json_) as say:
-            report = engine.ingest(collection, documents, encode="lazy" if lazy else None, progress=say)
+            report = engine.ingest(collection, documents, encode="lazy" if lazy else None, progress=watched(say))
     if json_:
         _print_json(
             {
@@ -371,6 +375,29 @@ def _load(paths: Iterable[Path], settings: Settings) -> tuple[list[Document], li
     if not documents:
         raise InputError("no documents found: give .txt, .md, .html or .jsonl files, or folders of them")
     return documents, rejected
+
+
+@contextmanager
+def _resumable() -> Iterator[Callable[[terminal.Say], terminal.Say]]:
+    """Ctrl-C in an ingest ends in a line that says how much of it is stored, by the progress that is watched."""
+    stored, wanted = 0, 0
+
+    def watched(say: terminal.Say) -> terminal.Say:
+        def note(stage: str, done: int, total: int) -> None:
+            nonlocal stored, wanted
+            if stage == "encode":
+                stored, wanted = max(stored, done), total  # several threads tell
+            say(stage, done, total)
+
+        return note
+
+    try:
+        yield watched
+    except KeyboardInterrupt:
+        how_far = f"the KV of {stored} of {wanted} chunks is stored" if wanted else "no more KV is stored"
+        message = f"interrupted: {how_far}; the same command again goes on from there"
+        err.print(message, highlight=False, soft_wrap=True)
+        raise typer.Exit(130) from None
 
 
 @contextmanager

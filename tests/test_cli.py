@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 
 import pytest
 
 from ragkv import cli
+from ragkv.writer import Encoding
 from tests.engine_kit import DOCUMENTS
 from tests.fake_engine import FakeEngine
 
@@ -110,6 +112,35 @@ def test_a_dry_run_only_says_what_it_would_take(ragkv, folder, tmp_path):
     assert (status, "rejected: empty.md holds no text" in out, "their KV takes" in err) == (0, True, True)
     assert json.loads(ragkv("cache", "stats", "--json")[1])["entries"] == 0
     assert ragkv("query", "Where?")[0] == 1
+
+
+def test_an_interrupted_ingest_says_what_is_stored_and_goes_on(ragkv, folder, monkeypatch):
+    add = Encoding.add
+
+    def add_one(encoding, group):
+        add(encoding, group)
+        encoding.wait()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Encoding, "add", add_one)
+        status, out, err = ragkv("ingest", str(folder))
+    assert (status, out) == (130, "")
+    stored, wanted = map(int, re.search(r"the KV of (\d+) of (\d+) chunks is stored", err).groups())
+    assert 0 < stored < wanted
+    assert json.loads(ragkv("cache", "stats", "--json")[1])["entries"] == stored
+    report = json.loads(ragkv("ingest", str(folder), "--json")[1])
+    assert (report["reused"], report["encoded"]) == (stored, wanted - stored)
+
+
+def test_a_data_folder_that_cannot_be_written_points_to_its_option(ragkv, monkeypatch, tmp_path):
+    ragkv("cache", "clear", "--yes")
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+    status, _, err = ragkv("cache", "clear", "--yes")
+    assert status == 1
+    assert f"{tmp_path / 'data' / 'store'} cannot be written" in err
+    assert "--data-dir" in err
+    assert "read_only=True" not in err
 
 
 def test_chat_keeps_the_history_and_outlives_a_bad_question(ragkv):

@@ -251,9 +251,9 @@ def test_questions_with_answers(tmp_path: Path) -> None:
     ("name", "text", "tells"),
     [
         ("q.txt", " \n\n", "no questions"),
-        ("q.jsonl", '{"question": "a?"}\nWho?', "line 2"),
-        ("q.jsonl", '{"query": "a?"}', "line 1.*question"),
-        ("q.jsonl", '["a?"]', "line 1"),
+        ("q.jsonl", '{"question": "a?"}\nWho?', "line 2: not valid JSON"),
+        ("q.jsonl", '{"query": "a?"}', 'line 1: there is no "question"; a line must be'),
+        ("q.jsonl", '["a?"]', "line 1: a JSON object is needed, not list"),
         ("q.jsonl", '{"question": " "}', "blank"),
         ("q.jsonl", '{"question": "a?", "answers": [3]}', "must be text"),
     ],
