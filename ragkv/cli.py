@@ -6,7 +6,7 @@ import json
 import logging
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -175,9 +175,9 @@ def query(
         "max_tokens": max_tokens,
         "temperature": temperature,
     }
-    with _door(url, sets, model=model, device=device, data_dir=data_dir) as door:
+    with _door(url, sets, quiet=json_, model=model, device=device, data_dir=data_dir) as door:
         answer = _ask(door, question, fields, quiet=json_)
-    _print_json(answer.model_dump()) if json_ else terminal.show_answer(out, answer)
+        _print_json(answer.model_dump()) if json_ else terminal.show_answer(out, answer)
 
 
 @app.command()
@@ -196,7 +196,7 @@ def chat(
     """Ask question after question; earlier turns stay in the prompt. Ends with /exit or end of input."""
     history: list[Message] = []
     fields = {"collection": collection, "filters": _filters(filters), "top_k": top_k, "method": method}
-    with _door(url, sets, model=model, device=device, data_dir=data_dir) as door:
+    with _door(url, sets, quiet=json_, model=model, device=device, data_dir=data_dir) as door:
         for line in _lines():
             try:
                 answer = _ask(door, line, {**fields, "history": history}, quiet=json_)
@@ -411,17 +411,25 @@ def _engine(settings: Settings) -> Iterator[Engine]:
 
 
 @contextmanager
-def _door(url: str | None, sets: list[str] | None, **flags: Any) -> Iterator[Any]:
-    """A client of a running server, or an engine of our own; both have ``stream``."""
+def _door(url: str | None, sets: list[str] | None, *, quiet: bool, **flags: Any) -> Iterator[Any]:
+    """A client of a running server, or an engine of our own, which stores what was missing; both have ``stream``."""
     settings = _settings(sets, **flags)
     if url is None:
         with _engine(settings) as engine:
             yield engine
+            _drain(engine, quiet)
         return
     from ragkv.client import Client
 
     with Client(url, api_key=settings.api_key) as client:
         yield client
+
+
+def _drain(engine: Engine, quiet: bool) -> None:
+    if not engine.health().encoding:
+        return
+    with suppress(KeyboardInterrupt), terminal.progress(err, quiet=quiet) as say:
+        engine.drain(progress=say)
 
 
 @contextmanager
@@ -470,7 +478,7 @@ def _dumped(rejected: Iterable[RejectedDocument]) -> list[dict[str, str]]:
 
 
 def _print_json(value: Any) -> None:
-    print(json.dumps(value, ensure_ascii=False, default=str))
+    print(json.dumps(value, ensure_ascii=False, default=str), flush=True)
 
 
 def _add_eval() -> None:

@@ -370,8 +370,19 @@ class Engine:
         """Remove all chunk KV that is not in use; says how many entries."""
         return self._store.clear()
 
+    def drain(self, timeout: float | None = None, *, progress: Progress | None = None) -> bool:
+        """Wait until the chunks that questions found missing are encoded and stored, so that the next ones load them.
+
+        False if that takes longer than ``timeout`` seconds; ``progress("store", done, total)`` counts chunks. One that
+        cannot be stored is told in the log and no longer waited for.
+        """
+        return self._ingestor.drain(timeout, progress)
+
     def close(self) -> None:
-        """Stop serving. Requests in flight end with an EngineClosedError; what was stored stays."""
+        """Stop serving. Requests in flight end with an EngineClosedError; what was stored stays.
+
+        Chunks that still wait to be encoded are not stored: :meth:`drain` first if they must be.
+        """
         self._loop.close()
         self._writer.close()
         self._callers.shutdown()

@@ -66,7 +66,7 @@ class Ingestor:
         self._catalog, self._splitter, self._chunk_tokenizer = catalog, splitter, chunk_tokenizer
         self._store, self._writer, self._settings = store, writer, settings
         self._pending: set[bytes] = set()
-        self._lock = threading.Lock()
+        self._changed = threading.Condition()
 
     @property
     def pending(self) -> int:
@@ -151,7 +151,7 @@ class Ingestor:
         """Encode chunks a prefill had to compute, in the background; called on the engine thread."""
         for span in spans:
             tokens = span.chunk.tokens
-            with self._lock:
+            with self._changed:
                 if tokens.key in self._pending:
                     continue
                 self._pending.add(tokens.key)
@@ -161,6 +161,21 @@ class Ingestor:
             except EngineClosedError as error:
                 settled(0, error)
 
+    def drain(self, timeout: float | None, progress: Progress | None) -> bool:
+        """Wait until nothing is being encoded in the background; False if that takes longer than ``timeout`` s."""
+        say = progress or (lambda stage, done, total: None)
+        end = None if timeout is None else time.monotonic() + timeout
+        total = 0
+        while left := self.pending:
+            total = max(total, left)
+            say("store", total - left, total)
+            with self._changed:
+                rest = None if end is None else end - time.monotonic()
+                if self.pending == left and not self._changed.wait(rest):
+                    return False
+        say("store", total, total)
+        return True
+
     def forget(self, collection: Collection, document_id: str) -> None:
         """Remove a document's chunks from the store. Other documents with the same chunks re-encode them."""
         texts = [chunk.text for chunk in collection.chunks(document_id)]
@@ -169,8 +184,9 @@ class Ingestor:
         )
 
     def _settled(self, key: bytes, _written: int, error: Exception | None) -> None:
-        with self._lock:
+        with self._changed:
             self._pending.discard(key)
+            self._changed.notify_all()
         if error and not isinstance(error, EngineClosedError):
             log.warning("a chunk could not be stored and will be computed again: %s", error)
 

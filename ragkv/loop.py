@@ -421,10 +421,10 @@ class EngineLoop:
             generation.outcomes, generation.forecast = result.outcomes, forecast
             with self._wake:
                 self._scheduler.charge(request.ticket, self._computed(generation, result, known), 0)
+        if first and result.to_encode:
+            self._on_missing(result.to_encode)  # before the answer may end: who has it may wait for them
         self._decodes.enter(request)
         self._deliver(request, token, scores_of(sampled, 0, request.sampler))
-        if first and result.to_encode:
-            self._on_missing(result.to_encode)
 
     def _computed(self, generation: Generation, result: PrefillResult, known: int) -> int:
         """Prompt tokens that were computed: what the tenant is charged."""

@@ -21,6 +21,7 @@ STAGES = {
     "split": "splitting documents",
     "index": "indexing chunks",
     "encode": "computing chunk KV",
+    "store": "storing chunk KV (Ctrl-C: leave it)",
     "ask": "asking questions",
     "write": "writing questions",
     "pilot": "trying all settings",

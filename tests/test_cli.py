@@ -104,6 +104,27 @@ def test_of_documents_with_one_id_none_vanishes_in_silence(ragkv, tmp_path, give
     assert "'notes.txt' comes twice" in rejected["message"]
 
 
+@pytest.mark.parametrize("command", ["query", "chat"])
+def test_what_a_question_computed_is_stored_before_the_command_ends(ragkv, folder, command):
+    assert "0 computed" in ragkv("ingest", str(folder), "--lazy")[1]
+    asked = ("query", "Where is Ada?") if command == "query" else ("chat", "-c", "default")
+    status, _, err = ragkv(*asked, lines=["Where is Ada?"])
+    assert (status, "storing chunk KV" in err) == (0, True)
+    answer = json.loads(ragkv("query", "Where is Ada?", "--json")[1])
+    assert {chunk["kv"] for chunk in answer["chunks"]} == {"ssd"}
+    assert "storing chunk KV" not in ragkv("query", "Where is Ada?")[2]
+
+
+def test_ctrl_c_gives_up_storing_and_nothing_else(ragkv, folder, monkeypatch):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    ragkv("ingest", str(folder), "--lazy", "--json")
+    monkeypatch.setattr("ragkv.engine.Engine.drain", interrupted)
+    status, out, _ = ragkv("query", "Where is Ada?", "--json")
+    assert (status, bool(json.loads(out)["chunks"])) == (0, True)
+
+
 def test_a_dry_run_only_says_what_it_would_take(ragkv, folder, tmp_path):
     status, out, _ = ragkv("ingest", str(folder), "--dry-run", "--json")
     assert (status, json.loads(out)["estimate"]["documents"]) == (0, 2)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import threading
+import time
+
 import pytest
 
 from ragkv.errors import DocumentError, InputError, NotFoundError
 from ragkv.retrievers import Document
 from ragkv.types import DocumentIn
 from tests.conftest import save_checkpoint
-from tests.engine_kit import DOCUMENTS, QUESTION, Probe, document, wait_idle
+from tests.engine_kit import DOCUMENTS, QUESTION, Probe, document, in_threads, wait_idle
 from tests.test_engine import check_report
 
 ALL = {"top_k": 1000, "collection": "c", "max_tokens": 2}
@@ -233,6 +236,37 @@ def test_a_store_that_overflows_evicts_and_still_answers(make_engine):
         assert {c.kv for c in answer.chunks} >= {"computed"}
         wait_idle(engine)
     assert engine.cache_check().ok
+
+
+def test_draining_waits_until_what_a_question_missed_is_stored(make_engine, monkeypatch):
+    engine = make_engine()
+    encode_later = engine._ingestor.encode_later
+
+    def late(spans):
+        time.sleep(0.05)  # an answer of one token is over by then, if it may be
+        encode_later(spans)
+
+    monkeypatch.setattr(engine._ingestor, "encode_later", late)
+    report = engine.ingest("c", DOCUMENTS[:2], encode="lazy")
+    engine.query(QUESTION, **{**ALL, "max_tokens": 1})
+    said: list[tuple[str, int, int]] = []
+    assert engine.drain(progress=lambda *step: said.append(step))
+    assert said[-1] == ("store", report.chunks, report.chunks)
+    engine.close()
+    assert make_engine().cache_stats().entries == report.chunks
+
+
+def test_draining_ends_when_its_time_is_over_or_the_engine_closes(engine, monkeypatch):
+    assert engine.drain(0.0), "nothing waits"
+    engine.ingest("c", DOCUMENTS[:2], encode="lazy")
+    go = threading.Event()
+    put = engine._store.put
+    monkeypatch.setattr(engine._store, "put", lambda *args, **fields: go.wait(20) and put(*args, **fields))
+    engine.query(QUESTION, **ALL)
+    assert not engine.drain(0.01)
+    with in_threads(engine.drain, engine.close) as ended:
+        go.set()
+    assert ended == [True, None]
 
 
 def test_a_cleared_store_fills_again(engine):
