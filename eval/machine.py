@@ -14,9 +14,11 @@ from ragkv.version import __version__
 
 
 def device_name(device: torch.device) -> str:
+    """Of a CPU with the threads that compute, which may be fewer than its cores."""
     if device.type == "cuda":
         return str(torch.cuda.get_device_name(device))
-    return f"CPU, {os.cpu_count()} cores"
+    threads = torch.get_num_threads()
+    return f"CPU, {os.cpu_count()} cores, {threads} thread{'s' * (threads > 1)}"
 
 
 def environment(device: torch.device) -> dict[str, Any]:

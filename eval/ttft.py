@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from contextlib import closing
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -78,7 +77,7 @@ def measure_ttft(
     """``rows``, one for each context, place and method, with the ``rates``, ``device`` and ``versions`` behind them.
 
     Every figure is the median of the passes in which everything takes its turn; docs/blending.md says what the columns
-    mean. ``remote`` stands in for ``settings.remote_url``; ``save`` is called with what there is after every context.
+    mean. ``remote`` stands in for ``settings.remote_url``; ``save`` is called with what there is after every pass.
 
     Raises:
         ConfigError: the remote tier is asked for and none is configured.
@@ -90,7 +89,9 @@ def measure_ttft(
     if "remote" in plan.tiers and not (remote or url):
         raise ConfigError("--tiers remote: set remote_url (RAGKV_REMOTE_URL=redis://…) first")
     started = time.perf_counter()
+    say("load", 0, 1)
     checkpoint = usable_model(settings, max(plan.contexts) + plan.question_tokens)
+    say("load", 1, 1)
     with (
         torch.inference_mode(),
         opened(
@@ -105,12 +106,14 @@ def measure_ttft(
             say=say,
         ) as bench,
     ):
-        result = _Result(settings.model, plan, checkpoint.runner, bench.rates(max(plan.contexts)))
+        result = _Result(settings.model, plan, checkpoint.runner, _rates(bench, plan, say))
         clock = _Budget(plan, started)
         for context in plan.contexts:
-            race = _race(bench, plan, context, clock.share(context), say)
+            for race in _race(bench, plan, context, clock.share(context), say):
+                save(result.as_dict(race))
             free_device(bench.runner)
-            save(result.add(race, bench.rates(max(plan.contexts))))
+            result.add(race, _rates(bench, plan, say))
+            save(result.as_dict())
     return result.as_dict()
 
 
@@ -154,16 +157,15 @@ class _Result:
     rates: Rates
     races: list[Race] = field(default_factory=list)
 
-    def add(self, race: Race, rates: Rates) -> dict[str, Any]:
+    def add(self, race: Race, rates: Rates) -> None:
         self.races.append(race)
         self.rates = self.rates.best(rates)
-        return self.as_dict()
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self, *going_on: Race) -> dict[str, Any]:
         plan = self.plan
         rows: list[Row] = [
             {"model": self.model, **row, "batch": plan.batch}
-            for race in self.races
+            for race in (*self.races, *going_on)
             for row in rows_of(self.runner, race, plan.places, plan.asked, plan.batch, self.rates)
         ]
         return {"rows": rows, "rates": self.rates.as_dict(), **about(self.runner)}
@@ -183,11 +185,17 @@ class _Budget:
         return None if self._end is None else now + max(0.0, self._end - now) * part
 
 
-def _race(bench: Bench, plan: Plan, context: int, until: float | None, say: Say) -> Race:
-    """Runs of every cell, and of the library's forward; in each pass everything takes its turn."""
+def _rates(bench: Bench, plan: Plan, say: Say) -> Rates:
+    say("measuring the machine", 0, 1)
+    rates = bench.rates(max(plan.contexts))
+    say("measuring the machine", 1, 1)
+    return rates
+
+
+def _race(bench: Bench, plan: Plan, context: int, until: float | None, say: Say) -> Iterator[Race]:
+    """Runs of every cell, and of the library's forward; in each pass everything takes its turn. Yields the one race
+    after each pass."""
     requests = {codec: bench.requests(context, codec, plan.batch) for codec in plan.codecs}
-    for place in plan.places:
-        bench.settle(place, requests[place.codec])
     first = plan.places[0]
     cells: list[Cell] = [(first, FULL_CELL)]
     cells += [(place, asked) for place in plan.places for asked in plan.asked if asked[0] != FULL]
@@ -195,41 +203,48 @@ def _race(bench: Bench, plan: Plan, context: int, until: float | None, say: Say)
     # A cell's kernels are those of its method and codec, whatever the tier; a controller learns about each.
     warm = [cell for cell in cells if cell[0].tier == first.tier or cell[1][0] == "default"]
     warm_up = _WARM_UP[bench.runner.device.type]
-    steps = warm_up * (len(warm) + 1) + plan.passes * (len(cells) + 1)
-    with closing(_Progress(say, context, steps)) as progress:
-        for _ in range(warm_up):
-            _pass(bench, requests, warm, progress)
-        for number in range(plan.passes):
-            began = time.perf_counter()
-            library, runs = _pass(bench, requests, cells, progress)
-            race.library.append(library)
-            for cell, run in zip(cells, runs, strict=True):
-                race.runs[cell].append(run)
-            now = time.perf_counter()
-            if until is not None and number + 1 >= LEAST_PASSES and 2 * now - began > until:
-                break
-    return race
+    steps = len(plan.places) + warm_up * (len(warm) + 1) + plan.passes * (len(cells) + 1)
+    progress = _Progress(say, context, steps)
+    for place in plan.places:
+        progress.step(f"all chunks into {place.tier}, {place.codec}")
+        bench.settle(place, requests[place.codec])
+    for _ in range(warm_up):
+        _pass(bench, requests, warm, progress)
+    for number in range(plan.passes):
+        began = time.perf_counter()
+        library, runs = _pass(bench, requests, cells, progress)
+        race.library.append(library)
+        for cell, run in zip(cells, runs, strict=True):
+            race.runs[cell].append(run)
+        now = time.perf_counter()
+        yield race
+        if until is not None and number + 1 >= LEAST_PASSES and 2 * now - began > until:
+            break
+    progress.close()
 
 
 def _pass(
     bench: Bench, requests: dict[str, Any], cells: list[Cell], progress: _Progress
 ) -> tuple[tuple[float, float], list[Run]]:
+    progress.step("the library's full prefill")
     library = bench.run_library(next(iter(requests.values())))
-    progress.step()
     runs = []
     for place, (method, ratio) in cells:
+        share = f" {ratio:.0%}" if 0 < ratio < 1 else ""
+        progress.step("full prefill" if method == FULL else f"{method}{share} from {place.tier}, {place.codec}")
         runs.append(bench.run(place, requests[place.codec], method, ratio))
-        progress.step()
     return library, runs
 
 
 class _Progress:
+    """Says of a context what is being done now, and how much of it is done."""
+
     def __init__(self, say: Say, context: int, total: int) -> None:
         self._say, self._name, self._done, self._total = say, f"{context} tokens", 0, total
 
-    def step(self) -> None:
+    def step(self, what: str) -> None:
+        self._say(f"{self._name}: {what}", self._done, self._total)
         self._done += 1
-        self._say(self._name, self._done, self._total)
 
     def close(self) -> None:
         self._say(self._name, self._total, self._total)

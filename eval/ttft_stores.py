@@ -141,6 +141,7 @@ def _fill(
         targets[place.codec].setdefault(str(store.folder.root), store)
     total = len(next(iter(chunks.values())))
     writing: deque[Future[None]] = deque()
+    say("encoding chunks", 0, total)
     with ThreadPoolExecutor(_WRITERS, thread_name_prefix="ragkv-eval-writer") as writers:
         for done, forms in enumerate(zip(*chunks.values(), strict=True)):
             tokens = forms[0].tokens

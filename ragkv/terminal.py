@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,13 +29,20 @@ STAGES = {
     "narrow": "finding the cheapest",
 }
 Say = Callable[[str, int, int], None]
+_A_LINE_EVERY_S = 5.0
 
 
 @contextmanager
-def progress(console: Console, *, quiet: bool) -> Iterator[Say]:
-    """A bar per stage; call it with stage, done, total from any thread."""
+def progress(console: Console, *, quiet: bool = False) -> Iterator[Say]:
+    """A bar per stage; call it with stage, done, total from any thread. Where no bar can move, as in a log, lines do.
+
+    What stands behind a stage's ``": "`` says what is being done of it, and may change from call to call.
+    """
     if quiet:
         yield lambda stage, done, total: None
+        return
+    if not console.is_terminal:
+        yield _lines(console)
         return
     columns = (TextColumn("{task.description:<20}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     tasks: dict[str, TaskID] = {}
@@ -43,11 +51,31 @@ def progress(console: Console, *, quiet: bool) -> Iterator[Say]:
 
         def say(stage: str, done: int, total: int) -> None:
             with lock:
-                if stage not in tasks:
-                    tasks[stage] = bars.add_task(STAGES.get(stage, stage), total=total)
-                bars.update(tasks[stage], completed=done, total=total)
+                name, shown = stage.partition(": ")[0], STAGES.get(stage, stage)
+                if name not in tasks:
+                    tasks[name] = bars.add_task(shown, total=total)
+                bars.update(tasks[name], description=shown, completed=done, total=total)
 
         yield say
+
+
+def _lines(console: Console) -> Say:
+    """A line when a stage begins, when it is done, and from time to time between."""
+    began = time.monotonic()
+    told: dict[str, tuple[float, bool]] = {}
+    lock = threading.Lock()
+
+    def say(stage: str, done: int, total: int) -> None:
+        now, over, name = time.monotonic(), done >= total, stage.partition(": ")[0]
+        with lock:
+            at, was_over = told.get(name, (0.0, None))
+            if over == was_over and (over or now - at < _A_LINE_EVERY_S):
+                return
+            told[name] = now, over
+            line = f"{done}/{total} after {now - began:.0f} s, {STAGES.get(stage, stage)}"
+            console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+    return say
 
 
 def show_answer(console: Console, answer: Answer) -> None:

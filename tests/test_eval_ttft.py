@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from rich.console import Console
 from typer.testing import CliRunner
 
@@ -19,6 +20,7 @@ from ragkv.config import Settings, load_settings
 from ragkv.errors import ConfigError, PromptTooLongError, StoreError
 from ragkv.eval import rates, ttft_bench
 from ragkv.eval.cli import app
+from ragkv.eval.machine import device_name
 from ragkv.eval.rates import Rates, Work, matrix_rate, memory_rate, ram_rate, work_of
 from ragkv.eval.ttft import Plan, measure_ttft
 from ragkv.eval.ttft_bench import Bench, opened
@@ -161,15 +163,62 @@ def test_the_floor_of_a_batch_is_that_of_its_middle(settings: Settings) -> None:
     assert three["floor_ms"] == pytest.approx(2 * alone["floor_ms"])
 
 
-def test_every_context_is_saved_and_a_budget_leaves_three_passes(settings: Settings) -> None:
+def test_every_pass_is_saved_and_a_budget_leaves_three(settings: Settings) -> None:
     saved: list[list[Any]] = []
     plan = Plan((16, 32), tiers=("ram",), asked=(("none", 0.0),), **{**TINY, "passes": 9}, budget_s=0.001)
     result = measure_ttft(settings, plan, say=_silent, save=lambda so_far: saved.append(so_far["rows"]))
-    assert [[row["context_tokens"] for row in rows] for rows in saved] == [[16], [16, 32]]
+    passes = [[(row["context_tokens"], row["passes"]) for row in rows] for rows in saved]
+    first, second = ([(tokens, n) for n in (1, 2, 3, 3)] for tokens in (16, 32))  # the machine is measured once more
+    assert passes == [[one] for one in first] + [[(16, 3), one] for one in second]
     assert saved[-1] == result["rows"]
     assert {row["passes"] for row in result["rows"]} == {3}
     plenty = measure_ttft(settings, replace(plan, budget_s=1000.0), say=_silent)
     assert {row["passes"] for row in plenty["rows"]} == {9}
+
+
+def test_what_is_being_measured_is_told_before_it_begins(settings: Settings) -> None:
+    said: list[tuple[str, int, int]] = []
+    plan = Plan((16,), tiers=("ram", "ssd"), asked=(("none", 0.0), ("epic", 0.25)), **TINY)
+    measure_ttft(settings, plan, say=lambda *step: said.append(step))
+    steps = [
+        "all chunks into ram, raw",
+        "all chunks into ssd, raw",
+        "the library's full prefill",
+        "full prefill",
+        "none from ram, raw",
+        "epic 25% from ram, raw",
+        "none from ssd, raw",
+        "epic 25% from ssd, raw",
+    ]
+    told = [step for step in said if step[0].startswith("16 tokens")]
+    assert told == [(f"16 tokens: {what}", done, 8) for done, what in enumerate(steps)] + [("16 tokens", 8, 8)]
+    assert [said[0], said[2]] == [("load", 0, 1), ("encoding chunks", 0, 1)]
+    assert ("measuring the machine", 0, 1) in said
+
+
+def test_interrupting_leaves_the_passes_so_far(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAGKV_DATA_DIR", str(tmp_path / "data"))
+    monkeypatch.setenv("RAGKV_DEVICE", "cpu")
+    library, turns = Bench.run_library, iter(range(2))
+
+    def twice(self: Bench, requests: Any) -> Any:
+        if next(turns, None) is None:
+            raise KeyboardInterrupt
+        return library(self, requests)
+
+    monkeypatch.setattr(Bench, "run_library", twice)
+    command = f"ttft --model {MODEL} --context 32 --tiers ram --methods none --chunk-tokens 16 --out r.json".split()
+    done = CliRunner().invoke(app, command)
+    assert done.exit_code != 0
+    assert [row["passes"] for row in json.loads(Path("r.json").read_text())["rows"]] == [2]
+    assert "32 tokens: all chunks into ram, raw" in done.stderr
+
+
+def test_a_cpu_is_named_with_the_threads_that_compute(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.cpu_count", lambda: 8)
+    for threads, said in ((1, "CPU, 8 cores, 1 thread"), (3, "CPU, 8 cores, 3 threads")):
+        monkeypatch.setattr("torch.get_num_threads", lambda threads=threads: threads)
+        assert device_name(torch.device("cpu")) == said
 
 
 def test_what_the_controller_computes_is_told_and_what_is_lost_is_refused(bench: Bench) -> None:

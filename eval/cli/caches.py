@@ -32,7 +32,7 @@ def store(
     from ragkv.eval.store_speed import Plan, measure_store, tables
 
     plan = Plan(size, entries, tokens, passes, rows, threads, path or load_settings().data_dir.expanduser())
-    with terminal.progress(err, quiet=not err.is_terminal) as say:
+    with terminal.progress(err) as say:
         result = measure_store(plan, say=say)
     if json_:
         print(json.dumps(result))
@@ -69,7 +69,7 @@ def cache_policy(
     traces += [zipf_trace(exponent, seed=seed, scan_share=scan_share) for exponent in exponents]
     if not (names and shares and traces):
         raise ConfigError("nothing to compare: name a trace or --zipf, --policies and --sizes")
-    with terminal.progress(err, quiet=not err.is_terminal) as say:
+    with terminal.progress(err) as say:
         result = compare(traces, names, shares, say=say)
     if plot:
         cache_policy_plot.plot(result, plot)

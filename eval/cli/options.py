@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import math
 import sys
-import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -48,17 +48,8 @@ def save_result(path: Path, result: dict[str, Any]) -> None:
 
 
 def saving(path: Path | None) -> Callable[[dict[str, Any]], None]:
-    """Writes what there is so far, and says so where no bar does."""
-    started = time.perf_counter()
-
-    def save(result: dict[str, Any]) -> None:
-        if path:
-            save_result(path, result)
-        if not err.is_terminal:
-            seconds = time.perf_counter() - started
-            print(f"{len(result['rows'])} rows after {seconds:.0f} s", file=sys.stderr, flush=True)
-
-    return save
+    """Writes what there is so far."""
+    return partial(save_result, path) if path else lambda result: None
 
 
 def names(given: str) -> tuple[str, ...]:

@@ -126,7 +126,7 @@ def serving(
     check_save(save)
     if plot:
         check(plot)
-    with terminal.progress(err, quiet=not err.is_terminal) as say:
+    with terminal.progress(err) as say:
         if url:
             result = measure_server(url, settings, plan, say=say, save=saving(save))
         else:

@@ -47,7 +47,7 @@ def ttft(
     plot: Annotated[Path | None, typer.Option(help="Draw TTFT, with the floors: .png, .svg, .pdf.")] = None,
     save: Annotated[
         Path | None,
-        typer.Option("--out", "--save", help="Write rows, rates and environment into this file, after every context."),
+        typer.Option("--out", "--save", help="Write rows, rates and environment into this file, after every pass."),
     ] = None,
     json_: Json = False,
 ) -> None:
@@ -74,7 +74,7 @@ def ttft(
     check_save(save)
     if plot:
         check(plot)
-    with terminal.progress(err, quiet=not err.is_terminal) as say:
+    with terminal.progress(err) as say:
         result = measure_ttft(settings, plan, say=say, save=saving(save))
     if plot:
         ttft_show.plot(result["rows"], plot)
@@ -102,7 +102,7 @@ def decode(
         for text, option in ((batch, "--batch"), (context, "--context"))
     )
     check_save(save)
-    with terminal.progress(err, quiet=not err.is_terminal) as say:
+    with terminal.progress(err) as say:
         result = measure_decode(settings, batches, contexts, say=say)
     if save:
         save_result(save, result)
@@ -154,7 +154,7 @@ def load(
         seed=seed,
     )
     check_save(save)
-    with terminal.progress(err, quiet=not err.is_terminal) as say:
+    with terminal.progress(err) as say:
         result = measure_load(settings, plan, say=say, save=saving(save))
     if json_:
         print(json.dumps(result["rows"]))
