@@ -6,7 +6,7 @@ import json
 import logging
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -23,6 +23,7 @@ from ragkv.version import __version__
 if TYPE_CHECKING:
     from ragkv.engine import Engine
     from ragkv.retrievers import Document
+    from ragkv.store import ChunkStore
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -32,7 +33,7 @@ app = typer.Typer(
 )
 cache_app = typer.Typer(no_args_is_help=True, help="Look after the chunk store.")
 app.add_typer(cache_app, name="cache")
-_ON_DISK = ("path", "policy", "entries", "bytes", "capacity_bytes", "entries_by_model")
+_ON_DISK = ("path", "policy", "entries", "bytes", "capacity_bytes", "session_bytes", "entries_by_model")
 out = Console()
 err = Console(stderr=True)
 
@@ -286,7 +287,7 @@ def stats(
     sets: Sets = None,
     json_: Json = False,
 ) -> None:
-    """What the chunk store holds. Hits, RAM and remote tier are a running server's: ask it with --url."""
+    """What is stored on disk. Hits, RAM and remote tier are a running server's: ask it with --url."""
     if url is not None:
         from ragkv.client import Client
 
@@ -295,8 +296,8 @@ def stats(
     else:
         from ragkv.upkeep import store_info
 
-        with _store(sets, data_dir, read_only=True) as store:
-            info = store_info(store).model_dump(include=set(_ON_DISK))
+        with _stores(sets, data_dir, read_only=True) as (store, sessions):
+            info = store_info(store, sessions).model_dump(include=set(_ON_DISK))
     _print_json(info) if json_ else terminal.show_fields(out, info)
 
 
@@ -310,7 +311,7 @@ def check(
     """Compare index and files, verify every checksum. Exit status 1 when something is wrong."""
     from ragkv.upkeep import store_check
 
-    with _store(sets, data_dir, read_only=not fix) as store:
+    with _stores(sets, data_dir, read_only=not fix) as (store, _):
         report = store_check(store, fix=fix)
     _print_json(report.model_dump()) if json_ else terminal.show_fields(out, report.model_dump())
     if not report.ok:
@@ -324,11 +325,12 @@ def clear(
     sets: Sets = None,
     json_: Json = False,
 ) -> None:
-    """Remove all chunk KV that is not in use. Collections stay; KV is computed again when needed."""
-    if not yes and not typer.confirm("Remove all stored chunk KV?", err=True):
+    """Remove all KV on disk that is not in use, of chunks and of idle conversations. Collections stay; KV is computed
+    again when needed."""
+    if not yes and not typer.confirm("Remove all stored KV?", err=True):
         raise typer.Exit(1)
-    with _store(sets, data_dir) as store:
-        removed = store.clear()
+    with _stores(sets, data_dir) as stores:
+        removed = sum(store.clear() for store in stores if store)
     _print_json({"removed": removed}) if json_ else out.print(f"removed {removed} entries")
 
 
@@ -433,20 +435,26 @@ def _drain(engine: Engine, quiet: bool) -> None:
 
 
 @contextmanager
-def _store(sets: list[str] | None, data_dir: Path | None, *, read_only: bool = False) -> Iterator[Any]:
+def _stores(
+    sets: list[str] | None, data_dir: Path | None, *, read_only: bool = False
+) -> Iterator[tuple[ChunkStore, ChunkStore | None]]:
+    """The chunk store, and the one of idle conversations where there is one."""
     from ragkv.store import ChunkStore
 
     settings = _settings(sets, data_dir=data_dir)
-    # Only looking needs no right to write; but there must be something to look at.
-    look = read_only and settings.store_dir.is_dir()
-    with ChunkStore(
-        settings.store_dir,
-        capacity_bytes=settings.store_bytes,
-        policy=settings.store_policy,
-        ram_bytes=0,
-        read_only=look,
-    ) as store:
-        yield store
+    with ExitStack() as stack:
+
+        def opened(folder: Path, capacity_bytes: int, policy: str) -> ChunkStore:
+            # Only looking needs no right to write; but there must be something to look at.
+            look = read_only and folder.is_dir()
+            store = ChunkStore(folder, capacity_bytes=capacity_bytes, policy=policy, ram_bytes=0, read_only=look)
+            return stack.enter_context(store)
+
+        there = settings.sessions_dir.is_dir()
+        yield (
+            opened(settings.store_dir, settings.store_bytes, settings.store_policy),
+            opened(settings.sessions_dir, sys.maxsize, "lru") if there else None,  # nothing is put there from here
+        )
 
 
 def _ask(door: Any, question: str, fields: dict[str, Any], *, quiet: bool) -> Answer:

@@ -111,7 +111,7 @@ class Client:
         return self._send(calls.cache_check(fix))
 
     def cache_clear(self) -> int:
-        """Remove all stored KV; returns how many entries there were."""
+        """Remove all stored KV, idle conversations' too; returns how many entries there were."""
         return self._send(calls.cache_clear())
 
     def close(self) -> None:

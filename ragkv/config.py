@@ -59,7 +59,9 @@ class Settings(BaseSettings):
         "auto", description="computing and KV type; `auto`: bfloat16 where the hardware multiplies it fast"
     )
     threads: int = Field(0, ge=0, description="CPU threads of the model; 0 leaves it to torch")
-    data_dir: Path = Field(Path("~/.ragkv"), description="holds the chunk store and the collections")
+    data_dir: Path = Field(
+        Path("~/.ragkv"), description="holds the chunk store, the collections and idle conversations"
+    )
 
     chunk_tokens: int = Field(128, ge=16, le=8192, description="token budget of a chunk when splitting")
     context_policy: ContextPolicy = Field(
@@ -147,7 +149,10 @@ class Settings(BaseSettings):
         "all but `reuse` are there to compare with",
     )
     session_bytes: int = Field(
-        4 * 2**30, ge=0, description="most bytes on disk for the KV of idle conversations; 0: none"
+        4 * 2**30,
+        ge=0,
+        description="most bytes on disk, in `sessions/` of the data folder, for the KV of idle conversations, requests "
+        "without a `session_id` included; 0: none",
     )
 
     @classmethod
@@ -165,6 +170,10 @@ class Settings(BaseSettings):
     @property
     def store_dir(self) -> Path:
         return self.data_dir.expanduser() / "store"
+
+    @property
+    def sessions_dir(self) -> Path:
+        return self.data_dir.expanduser() / "sessions"
 
     @property
     def collections_dir(self) -> Path:

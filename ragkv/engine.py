@@ -79,6 +79,7 @@ class Engine:
         self.settings = settings = _settings(settings, overrides)
         if settings.threads:
             torch.set_num_threads(settings.threads)
+        self._sessions: ChunkStore | None = None
         remote, device = settings.remote_url, find_device(settings.device)
         self._device_tier = DeviceTier(0, device)
         self._store = ChunkStore(
@@ -361,14 +362,15 @@ class Engine:
         return {tenant: float(service) for tenant, service in self._loop.service().items()}
 
     def cache_stats(self) -> StoreInfo:
-        return store_info(self._store)
+        return store_info(self._store, self._sessions)
 
     def cache_check(self, *, fix: bool = False) -> StoreCheck:
         return store_check(self._store, fix=fix)
 
     def cache_clear(self) -> int:
-        """Remove all chunk KV that is not in use; says how many entries."""
-        return self._store.clear()
+        """Remove all KV on disk that is not being read; says how many entries. What idle conversations and the next
+        questions miss is computed again."""
+        return self._store.clear() + (self._sessions.clear() if self._sessions else 0)
 
     def drain(self, timeout: float | None = None, *, progress: Progress | None = None) -> bool:
         """Wait until the chunks that questions found missing are encoded and stored, so that the next ones load them.
@@ -434,13 +436,13 @@ class Engine:
         """Where idle conversations' KV goes that RAM has no room for."""
         if not settings.session_bytes or settings.preemption != "reuse":
             return None
-        store = ChunkStore(
-            settings.data_dir.expanduser() / "sessions",
+        self._sessions = ChunkStore(
+            settings.sessions_dir,
             capacity_bytes=settings.session_bytes,
             policy="lru",
             ram_bytes=0,
         )
-        return Archive(store, f"{self._checkpoint.model_fingerprint} {self._dtype}")
+        return Archive(self._sessions, f"{self._checkpoint.model_fingerprint} {self._dtype}")
 
     def _tenant(self, name: str) -> Tenant | None:
         if name and name not in self.settings.tenants:

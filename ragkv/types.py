@@ -361,6 +361,7 @@ class StoreInfo(Reply):
     corrupt: int
     evictions: int
     entries_by_model: dict[str, int]
+    session_bytes: int = Field(0, description="KV of idle conversations on disk, beside the store")
     remote: RemoteInfo | None = Field(None, description="the remote tier, if there is one")
 
 

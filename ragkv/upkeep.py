@@ -32,7 +32,8 @@ def store_metrics(stats: StoreStats) -> dict[str, float]:
     }
 
 
-def store_info(store: ChunkStore) -> StoreInfo:
+def store_info(store: ChunkStore, sessions: ChunkStore | None) -> StoreInfo:
+    """Of the chunk store, and how much the one of idle conversations holds, if there is one."""
     stats = store.stats()
     return StoreInfo(
         path=str(store.folder.root),
@@ -50,6 +51,7 @@ def store_info(store: ChunkStore) -> StoreInfo:
         corrupt=stats.corrupt,
         evictions=stats.evictions,
         entries_by_model=stats.models,
+        session_bytes=sessions.stats().bytes if sessions else 0,
         remote=None if stats.remote is None else RemoteInfo(**asdict(stats.remote)),
     )
 

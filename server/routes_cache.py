@@ -15,7 +15,7 @@ router = APIRouter(prefix="/v1/cache", tags=["cache"])
 
 @router.get("")
 async def cache_stats(service: ServiceDep) -> StoreInfo:
-    """What the chunk store holds, and its hits and misses."""
+    """What the chunk store and idle conversations hold, and the store's hits and misses."""
     return await service.short(service.engine.cache_stats)
 
 
@@ -29,5 +29,5 @@ async def cache_check(request: Request, service: ServiceDep) -> StoreCheck:
 
 @router.delete("")
 async def cache_clear(service: ServiceDep) -> Cleared:
-    """Remove every entry; chunks are encoded again when they are next used."""
+    """Remove all KV on disk that is not being read, idle conversations' too; it is computed again at need."""
     return Cleared(removed=await service.long(service.engine.cache_clear))

@@ -49,4 +49,4 @@ class DocumentList(Wire):
 
 
 class Cleared(Wire):
-    removed: int = Field(description="entries removed from the chunk store")
+    removed: int = Field(description="entries removed, blocks of idle conversations included")

@@ -9,9 +9,11 @@ import sys
 import pytest
 
 from ragkv import cli
+from ragkv.store import ChunkStore
 from ragkv.writer import Encoding
 from tests.engine_kit import DOCUMENTS
 from tests.fake_engine import FakeEngine
+from tests.pool_kit import SHAPE
 
 
 @pytest.fixture
@@ -232,6 +234,19 @@ def test_what_is_on_disk_is_told_here_and_the_rest_by_a_server(ragkv, monkeypatc
     assert status == 0
     for shown in ("hits_remote", "ram_bytes", "entries_by_model: fake"):
         assert shown in out
+
+
+def test_idle_conversations_are_counted_and_cleared(ragkv, tmp_path):
+    stats = ("cache", "stats", "--json")
+    assert json.loads(ragkv(*stats)[1])["session_bytes"] == 0
+    folder = tmp_path / "data" / "sessions"
+    assert not folder.exists(), "looking makes nothing"
+    slabs = [bytes(SHAPE.geometry.slab_bytes(16))] * SHAPE.geometry.layers
+    with ChunkStore(folder, capacity_bytes=2**24, ram_bytes=0) as sessions:
+        sessions.put(bytes(32), SHAPE.geometry, slabs, tokens=16, model="m")
+        assert json.loads(ragkv(*stats)[1])["session_bytes"] == sessions.stats().bytes > 0
+    assert json.loads(ragkv("cache", "clear", "--yes", "--json", "--set", "session_bytes=0")[1]) == {"removed": 1}
+    assert json.loads(ragkv(*stats)[1])["session_bytes"] == 0
 
 
 def test_clearing_asks_first(ragkv, folder, monkeypatch):

@@ -214,6 +214,16 @@ def test_a_repeated_question_finds_its_beginning_unless_it_names_a_method(make_e
     check_report(again)
 
 
+def test_idle_conversations_on_disk_are_counted_and_may_be_cleared_at_any_time(make_engine):
+    engine = make_engine(pool_bytes=2**20, swap_bytes=2**20)
+    questions = [f"{QUESTION} {name} knows. " * 20 for name in NAMES]
+    answers = [engine.query(question).text for question in questions]
+    eventually(lambda: engine.cache_stats().session_bytes)
+    assert engine.cache_clear() > 0
+    eventually(lambda: engine.cache_clear() == engine.cache_stats().session_bytes == 0)  # some were on their way
+    assert [engine.query(question).text for question in questions] == answers
+
+
 def test_fields_override_those_of_a_request(shared):
     request = QueryRequest(question=QUESTION, max_tokens=8, collection="c")
     answer = shared.query(request, max_tokens=2)
