@@ -17,7 +17,7 @@ from rich.console import Console
 from ragkv import terminal
 from ragkv.config import Settings, config_file, load_settings
 from ragkv.errors import ConfigError, InputError, RagkvError, StoreReadOnlyError
-from ragkv.types import Answer, DoneEvent, Message, RejectedDocument, TokenEvent
+from ragkv.types import Answer, DoneEvent, Message, RejectedDocument, Request, TokenEvent, make_request
 from ragkv.version import __version__
 
 if TYPE_CHECKING:
@@ -123,7 +123,10 @@ def ingest(
     json_: Json = False,
 ) -> None:
     """Add documents to a collection and compute their chunks' KV."""
+    from ragkv.retrievers import check_name
+
     settings = _settings(sets, model=model, device=device, data_dir=data_dir)
+    check_name(collection)
     documents, rejected = _load(paths, settings)
     with _resumable() as watched, _engine(settings) as engine:
         estimate = engine.estimate(documents)
@@ -176,8 +179,9 @@ def query(
         "max_tokens": max_tokens,
         "temperature": temperature,
     }
+    request = _request(question, fields)
     with _door(url, sets, quiet=json_, model=model, device=device, data_dir=data_dir) as door:
-        answer = _ask(door, question, fields, quiet=json_)
+        answer = _ask(door, request, quiet=json_)
         _print_json(answer.model_dump()) if json_ else terminal.show_answer(out, answer)
 
 
@@ -197,10 +201,11 @@ def chat(
     """Ask question after question; earlier turns stay in the prompt. Ends with /exit or end of input."""
     history: list[Message] = []
     fields = {"collection": collection, "filters": _filters(filters), "top_k": top_k, "method": method}
+    _request("?", fields)
     with _door(url, sets, quiet=json_, model=model, device=device, data_dir=data_dir) as door:
         for line in _lines():
             try:
-                answer = _ask(door, line, {**fields, "history": history}, quiet=json_)
+                answer = _ask(door, _request(line, {**fields, "history": history}), quiet=json_)
             except InputError as error:
                 err.print(f"[red]{error.code}[/]: ", end="")
                 err.print(error.message, markup=False)
@@ -457,9 +462,18 @@ def _stores(
         )
 
 
-def _ask(door: Any, question: str, fields: dict[str, Any], *, quiet: bool) -> Answer:
-    given = {key: value for key, value in fields.items() if value is not None}
-    for event in door.stream(question, **given):
+def _request(question: str, fields: dict[str, Any]) -> Request:
+    """What is asked. Raises InputError naming a bad value: before the model is loaded, which takes its time."""
+    from ragkv.retrievers import check_name
+
+    request = make_request(question, {key: value for key, value in fields.items() if value is not None})
+    if request.collection is not None:
+        check_name(request.collection)
+    return request
+
+
+def _ask(door: Any, request: Request, *, quiet: bool) -> Answer:
+    for event in door.stream(request):
         if isinstance(event, TokenEvent) and not quiet:
             out.print(event.text, end="", markup=False, highlight=False, style="bold", soft_wrap=True)
         if isinstance(event, DoneEvent):

@@ -15,6 +15,16 @@ from ragkv.retrievers.splitter import Splitter
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 
 
+def check_name(name: str) -> None:
+    """Raises InputError where a collection cannot be called that."""
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
+        raise InputError(
+            f"collection name {name!r} is not valid; use 1 to 64 letters, digits, '_', '.' or '-', "
+            "beginning with a letter or digit",
+            collection=str(name),
+        )
+
+
 class Catalog:
     """Opens, creates and drops collections. Each is a folder under ``root``; all share one splitter.
 
@@ -102,10 +112,5 @@ class Catalog:
             known[0].close()
 
     def _path(self, name: str) -> Path:
-        if not isinstance(name, str) or not _NAME.fullmatch(name):
-            raise InputError(
-                f"collection name {name!r} is not valid; use 1 to 64 letters, digits, '_', '.' or '-', "
-                "beginning with a letter or digit",
-                collection=str(name),
-            )
+        check_name(name)
         return self.root / name

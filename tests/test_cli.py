@@ -207,6 +207,27 @@ def test_mistakes_are_one_line_and_status_1(ragkv, arguments, said, monkeypatch)
         assert said in json.loads(out)["error"]["message"]
 
 
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["query", "x", "--method", "foo"], "method"),
+        (["query", "x", "--ratio", "2"], "ratio"),
+        (["query", "x", "--top-k", "0"], "top_k"),
+        (["query", ""], "question"),
+        (["query", "x", "-c", "bad name!"], "'bad name!'"),
+        (["chat", "--method", "foo"], "method"),
+        (["chat", "-c", "bad name!"], "'bad name!'"),
+        (["ingest", "{folder}", "-c", "bad name!"], "'bad name!'"),
+    ],
+)
+def test_bad_values_are_refused_before_the_model_is_loaded(ragkv, folder, monkeypatch, arguments, said):
+    monkeypatch.setattr(cli, "_engine", lambda settings: pytest.fail("loaded"))
+    status, out, _ = ragkv(*(argument.format(folder=folder) for argument in arguments), "--json")
+    error = json.loads(out)["error"]
+    assert (status, error["code"]) == (1, "input")
+    assert said in error["message"]
+
+
 def test_an_unknown_collection(ragkv):
     status, out, _ = ragkv("query", "x", "-c", "nowhere", "--json")
     assert (status, json.loads(out)["error"]["code"]) == (1, "not_found")
