@@ -1,18 +1,26 @@
 # `make demo` and `make test` each work as the first command on a fresh clone.
 PYTHON ?= python3.11
 VENV := .venv
+PIP := $(VENV)/bin/python -m pip install --disable-pip-version-check -c constraints.txt
 STAMP := $(VENV)/.installed
+DEV_STAMP := $(VENV)/.installed-dev
 
 .PHONY: install demo test check format slow gpu kernels faults properties soak coverage wheel clean
 
-install: $(STAMP)
+install: $(DEV_STAMP)
 
 $(STAMP): pyproject.toml constraints.txt
 	@test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV) || python3 -m venv $(VENV)
-	$(VENV)/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
-	@touch $(STAMP)
+	@echo "Installing into $(VENV). The bulk of it is torch; README.md says how to get a smaller build, without CUDA."
+	$(PIP) -e .
+	@touch $@
 
-demo: install
+# What only tests and checks need.
+$(DEV_STAMP): $(STAMP)
+	$(PIP) -e '.[dev]'
+	@touch $@
+
+demo: $(STAMP)
 	$(VENV)/bin/ragkv demo
 
 test: install
