@@ -123,7 +123,7 @@ def ingest(
     json_: Json = False,
 ) -> None:
     """Add documents to a collection and compute their chunks' KV."""
-    from ragkv.retrievers import check_name
+    from ragkv.retrievers.catalog import check_name
 
     settings = _settings(sets, model=model, device=device, data_dir=data_dir)
     check_name(collection)
@@ -464,7 +464,7 @@ def _stores(
 
 def _request(question: str, fields: dict[str, Any]) -> Request:
     """What is asked. Raises InputError naming a bad value: before the model is loaded, which takes its time."""
-    from ragkv.retrievers import check_name
+    from ragkv.retrievers.catalog import check_name
 
     request = make_request(question, {key: value for key, value in fields.items() if value is not None})
     if request.collection is not None:

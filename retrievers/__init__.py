@@ -6,7 +6,7 @@ papers.add(load_path("papers/"))
 hits = papers.retrieve("who wrote the first one?", k=5, filters={"lang": "en"})
 """
 
-from ragkv.retrievers.catalog import Catalog, check_name
+from ragkv.retrievers.catalog import Catalog
 from ragkv.retrievers.collection import AddReport, Collection, CollectionStats, Mode
 from ragkv.retrievers.database import DocumentInfo
 from ragkv.retrievers.embedders import Embedder, SentenceTransformerEmbedder, SvdEmbedder, make_embedder
@@ -34,7 +34,6 @@ __all__ = [
     "SentenceTransformerEmbedder",
     "Splitter",
     "SvdEmbedder",
-    "check_name",
     "compile_filters",
     "load_bytes",
     "load_path",
