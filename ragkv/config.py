@@ -151,8 +151,8 @@ class Settings(BaseSettings):
     session_bytes: int = Field(
         4 * 2**30,
         ge=0,
-        description="most bytes on disk, in `sessions/` of the data folder, for the KV of idle conversations, requests "
-        "without a `session_id` included; 0: none",
+        description="most bytes on disk, in `sessions/` of the data folder, for the KV of idle conversations, and of "
+        "exact beginnings that prompts may share; 0: none",
     )
 
     @classmethod

@@ -415,6 +415,7 @@ class Engine:
             strategy=prepared.strategy,
             ratio=prepared.ratio,
             as_asked=prepared.as_asked,
+            remembered=request.session_id is not None,
             sampling=_sampling(request),
             max_tokens=prepared.max_tokens,
             stop_ids=checkpoint.tokenizer.eos_ids | checkpoint.runner.eos_ids,

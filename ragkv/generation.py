@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from ragkv.clock import Stopwatch
-from ragkv.lineage import Lineage
+from ragkv.lineage import ALL, Lineage
 from ragkv.plan import PromptPlan
 from ragkv.prefill import SpanOutcome
 from ragkv.sampling import SamplingParams
@@ -28,8 +28,9 @@ class Generation:
 
     The engine thread calls ``on_token`` for every token, with its log probabilities if they were asked for, and then
     exactly one of ``on_finish`` and ``on_error``; these must not block. ``stop`` may be set from any thread at any
-    moment. ``as_asked``: no controller may choose something else than ``strategy`` and ``ratio``. ``lineage`` says
-    whose KV it may share, and once the prompt stands, how much of its own is exact.
+    moment. ``as_asked``: no controller may choose something else than ``strategy`` and ``ratio``, and no other request
+    finds its KV. ``lineage`` says whose KV it may share, and once the prompt stands, how much of its own is exact.
+    ``remembered``: a next turn may come and ask for all of it.
     """
 
     id: str
@@ -45,6 +46,7 @@ class Generation:
     on_error: Callable[[Exception], None]
     seed: int = 0
     as_asked: bool = False
+    remembered: bool = True
     lineage: Lineage = field(default_factory=Lineage)
     tenant: str = ""
     weight: float = 1.0
@@ -55,6 +57,13 @@ class Generation:
     known_tokens: int = 0
     preemptions: int = 0
     stop: threading.Event = field(default_factory=threading.Event)
+
+    @property
+    def askable(self) -> int:
+        """Of how many tokens, from the first on, somebody may ask for the KV once it is over."""
+        if self.remembered:
+            return ALL
+        return 0 if self.as_asked else self.lineage.exact
 
     @property
     def cancelled(self) -> bool:

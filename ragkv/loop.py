@@ -475,7 +475,7 @@ class EngineLoop:
             return False
         self._withdraw(request)
         if request.table is not None:
-            self._pool.close(request.table)
+            self._pool.close(request.table, askable=request.generation.askable)
         request.phase = Phase.DONE
         with self._wake:
             self._charge()

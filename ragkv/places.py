@@ -47,6 +47,12 @@ class Places:
         if name not in self._named:
             block.name, self._named[name] = name, block
 
+    def forget(self, block: Block) -> None:
+        """Have nobody find it any more. One that is being written to disk stays until that is through."""
+        if block.name is not None and not block.keeping:
+            del self._named[block.name]
+            block.name = None
+
     def settle_all(self, blocks: Sequence[Block]) -> None:
         # The last ones are the first to go: what is left is a beginning, which can be gone on from.
         for block in reversed(blocks):
@@ -129,8 +135,6 @@ class Places:
     def _forget_if_lost(self, block: Block) -> None:
         if not block.lost:
             return
-        if block.name is not None:
-            del self._named[block.name]
-            block.name = None
+        self.forget(block)
         if not block.tables:
             self.release_copy(block)

@@ -15,7 +15,7 @@ import torch
 
 from ragkv.archive import Archive
 from ragkv.kv import KvShape, RequestKV
-from ragkv.lineage import Lineage
+from ragkv.lineage import ALL, Lineage
 from ragkv.move_costs import MoveCosts
 from ragkv.moves import Moves
 from ragkv.paged import BLOCK_TOKENS, PagedKV
@@ -197,11 +197,14 @@ class KvPool:
             self.moves.store(self._to_copy(table))
         self._places.settle_all(table.blocks)
 
-    def close(self, table: Table) -> None:
-        """The conversation is over, or waits for its next turn: named blocks stay until the room is needed."""
+    def close(self, table: Table, *, askable: int = ALL) -> None:
+        """The conversation is over, or waits for its next turn: named blocks stay until the room is needed, as far as
+        anybody can ask for their tokens, the first ``askable``."""
         if table.closed:
             return
         table.closed = True
+        for block in table.blocks[askable // BLOCK_TOKENS :]:
+            self._places.forget(block)
         self._tables.discard(table)
         for block in table.blocks:
             block.tables -= 1

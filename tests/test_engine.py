@@ -418,3 +418,17 @@ def test_another_salt_finds_nothing_of_what_is_stored(make_engine):
         engine = make_engine(store_salt=salt)
         assert (engine.estimate(DOCUMENTS).new_kv_bytes == 0) == found
         engine.close()
+
+
+@pytest.mark.parametrize(
+    ("fields", "kept"), [({}, "some"), ({"method": "links"}, "none"), ({"session_id": "s"}, "all")], ids=str
+)
+def test_kv_that_nobody_can_ask_for_is_not_kept(make_engine, fields, kept):
+    """A blend's, of which only the prompt's beginning is exact, without a session: nobody would find it."""
+    engine = make_engine(controller="off")
+    engine.ingest("c", DOCUMENTS)
+    answer = engine.query(QUESTION, collection="c", max_tokens=8, **fields)
+    assert {chunk.kv for chunk in answer.chunks} <= {"ssd", "ram"}
+    engine._loop._pool.settle()
+    idle, prompt = engine.metrics()["pool_idle_blocks"], answer.usage.prompt_tokens // 16
+    assert {"none": idle == 0, "some": 0 < idle < prompt / 2, "all": idle >= prompt}[kept]

@@ -8,7 +8,7 @@ from concurrent.futures import Future
 
 import pytest
 
-from ragkv.lineage import Lineage
+from ragkv.lineage import ALL, Lineage
 from ragkv.pool import Table, blocks_for
 from ragkv.table import Block
 from tests.pool_kit import MODES, assert_holds, fill, make_pool, sound, started
@@ -44,6 +44,20 @@ def test_what_was_blended_is_found_by_its_own_conversation_alone():
     assert pool.open([*ids, 5], mine).tokens == 64
     assert pool.open([*ids, 5], Lineage()).tokens == 16
     assert pool.open([*ids, 5], Lineage().until(20)).tokens == 16
+
+
+@pytest.mark.parametrize("preemption", MODES)
+@pytest.mark.parametrize(("askable", "kept"), [(0, 0), (20, 1), (32, 2), (ALL, 4)])
+def test_what_nobody_can_ask_for_makes_room_at_once(preemption, askable, kept):
+    pool = make_pool(blocks=8, preemption=preemption)
+    table = started(pool, list(range(70)), Lineage().until(20))
+    assert pool.stats()["pool_free_blocks"] == 3
+    pool.close(table, askable=askable)
+    pool.settle()
+    assert pool.stats()["pool_free_blocks"] == 8 - kept
+    assert pool.stats()["host_free_blocks"] == pool.stats()["host_blocks"] - (kept if preemption == "reuse" else 0)
+    assert pool.open([*range(70), 1], table.lineage).tokens == 16 * kept
+    sound(pool)
 
 
 def test_other_roots_share_nothing():
