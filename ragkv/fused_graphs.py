@@ -10,6 +10,7 @@ Between layers nothing is captured, since stored KV arrives there.
 
 from __future__ import annotations
 
+import logging
 import statistics
 import weakref
 from bisect import bisect_left
@@ -23,6 +24,8 @@ from ragkv.attention import AttentionStep
 from ragkv.capture import captured, capturing
 from ragkv.kv import KvShape, RequestKV
 from ragkv.rows import Rows
+
+log = logging.getLogger("ragkv")
 
 # What launching takes does not show behind more rows.
 MOST_ROWS = 2048
@@ -74,18 +77,27 @@ class LayerGraphs:
             # These are kept, and with them the memory that all others use too.
             self._captured[MOST_ROWS] = self._capture(MOST_ROWS)
             self._sizes = sizes_that_pay(self._time)
-        size = self._sizes[bisect_left(self._sizes, step.rows)]
+        least = bisect_left(self._sizes, step.rows)
+        room = self._captured[next(size for size in self._sizes[least:] if self._has(size))]
+        room.enter(rows)
+        return room
+
+    def _has(self, size: int) -> bool:
+        """Whether there are graphs of ``size`` rows, from now on at least: without memory for them, never."""
         if size not in self._captured:
-            self._captured[size] = self._capture(size)
-        self._captured[size].enter(rows)
-        return self._captured[size]
+            try:
+                self._captured[size] = self._capture(size)
+            except RuntimeError as failed:
+                log.warning("graphs of more than %d rows have to do for as many: %r", size, failed)
+                self._sizes = [other for other in self._sizes if other != size]
+        return size in self._captured
 
     def capture_all(self) -> Iterator[None]:
         """Capture every graph that there is to be, but for those whose turn comes while somebody has the workspace."""
         for size in self._sizes:
             kv = self.lease(1) if size not in self._captured else None
             if kv is not None:
-                self._captured[size] = self._capture(size)
+                self._has(size)
                 del kv  # others may have it now
                 yield
 

@@ -142,3 +142,19 @@ def test_all_are_captured_while_nobody_has_the_workspace(runner, graphs):
     kv = graphs.lease(90)
     graphs.room(rows_of(runner, kv, 90, 90))
     assert graphs.launched == []
+
+
+@torch.inference_mode()
+def test_without_memory_for_its_graphs_the_next_greater_ones_take_rows(monkeypatch, runner, graphs, caplog):
+    kv = graphs.lease(200)
+    graphs.room(rows_of(runner, kv, 100, 200))
+    monkeypatch.setattr(fused_graphs, "captured", lambda launch, pool: nothing_left())
+    for _ in range(2):
+        graphs.launched.clear()
+        graphs.room(rows_of(runner, kv, 40, 200)).replay(0)
+        assert graphs.launched[-1] == 128
+    assert caplog.text.count("nothing is left") == 2  # for 64 and 96 rows, once each
+
+
+def nothing_left():
+    raise torch.OutOfMemoryError("nothing is left")
