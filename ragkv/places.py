@@ -48,7 +48,7 @@ class Places:
             block.name, self._named[name] = name, block
 
     def forget(self, block: Block) -> None:
-        """Have nobody find it any more. One that is being written to disk stays until that is through."""
+        """Have nobody find it any more. One that is being written to disk keeps its name, and so its place."""
         if block.name is not None and not block.keeping:
             del self._named[block.name]
             block.name = None

@@ -132,8 +132,8 @@ class Prefill:
                     break
                 except ChunkLostError as lost:
                     self._why.update((span, _unreadable(cause)) for span, cause in lost.causes.items())
-        if trial:
-            result.learn = partial(self._learn, trial)
+        if trial and self._controller:
+            result.learn = partial(self._learn, self._controller, trial)
         result.to_encode = [span for span in self._plan.spans if span in self._why]
         return result
 
@@ -169,11 +169,9 @@ class Prefill:
             nbytes, tier = 0, "device"  # nothing is moved
         return Piece(span.length, span.start, nbytes, tier, span.context_present)
 
-    def _learn(self, trial: Trial) -> Forecast | None:
+    def _learn(self, controller: Controller, trial: Trial) -> Forecast:
         self._watch.lap("first_token")
-        if self._controller is None:
-            return None
-        return self._controller.learn(trial.choice, trial.actual(self._watch, self._runner.device.type == "cuda"))
+        return controller.learn(trial.choice, trial.actual(self._watch, self._runner.device.type == "cuda"))
 
     def _open(self, leases: ExitStack) -> dict[Span, OpenEntry]:
         wanted = [span for span in self._plan.spans if span not in self._why and self._chosen.get(span) != KNOWN]

@@ -6,8 +6,10 @@ import random
 
 import pytest
 
+from ragkv import chunks
 from ragkv.checkpoint import BUNDLED_DIR
 from ragkv.chunks import ChunkTokenizer, ChunkTokens, EncodeGroup
+from ragkv.store import chunk_key
 from ragkv.tokenizer import Tokenizer, chunk_text
 
 
@@ -139,3 +141,16 @@ def test_another_salt_is_another_key_and_is_not_shown(make):
     assert not set(keys[b"hunter3"]) & set(keys[b"hunter2"])
     assert keys[b""] == [c.key for c in make().document(texts, "document")]
     assert "hunter2" not in repr(make(salt=b"hunter2")) + repr(make(salt=b"hunter2").document(texts, "document"))
+
+
+@pytest.mark.parametrize("policy", ["document", "alone"])
+def test_a_chunk_that_is_asked_for_again_is_the_same_and_not_hashed_again(make, monkeypatch, policy):
+    chunker, texts, hashed = make(), texts_of(6), []
+    monkeypatch.setattr(chunks, "chunk_key", lambda **fields: hashed.append(1) or chunk_key(**fields))
+    plain = chunker.document(texts, policy)
+    assert len(hashed) == 6
+    for _ in range(2):
+        assert [chunker.chunk(texts, index, policy) for index in range(6)] == plain
+    assert len(hashed) == 12
+    changed = [*texts[:2], "Another text.", *texts[3:]]
+    assert chunker.chunk(changed, 2, policy) != plain[2]

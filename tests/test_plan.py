@@ -46,6 +46,7 @@ def test_spans_hold_their_chunks_tokens_and_fill_the_prompt_without_gaps():
     assert plan.ids[: len(PREFIX)] == PREFIX
     assert plan.question_start == at
     assert plan.ids[at:] == QUESTION
+    assert tuple(plan.array.tolist()) == plan.ids
     assert plan.context_tokens == 12
 
 
