@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -193,8 +194,8 @@ def _rates(bench: Bench, plan: Plan, say: Say) -> Rates:
 
 
 def _race(bench: Bench, plan: Plan, context: int, until: float | None, say: Say) -> Iterator[Race]:
-    """Runs of every cell, and of the library's forward; in each pass everything takes its turn. Yields the one race
-    after each pass."""
+    """Runs of every cell, and of the library's forward; in each pass everything takes its turn, in another order: what
+    computes much leaves a chip hot, and slower for whoever is next. Yields the one race after each pass."""
     requests = {codec: bench.requests(context, codec, plan.batch) for codec in plan.codecs}
     first = plan.places[0]
     cells: list[Cell] = [(first, FULL_CELL)]
@@ -210,11 +211,12 @@ def _race(bench: Bench, plan: Plan, context: int, until: float | None, say: Say)
         bench.settle(place, requests[place.codec])
     for _ in range(warm_up):
         _pass(bench, requests, warm, progress)
+    turns = random.Random(context)
     for number in range(plan.passes):
         began = time.perf_counter()
-        library, runs = _pass(bench, requests, cells, progress)
+        library, runs = _pass(bench, requests, turns.sample(cells, len(cells)), progress)
         race.library.append(library)
-        for cell, run in zip(cells, runs, strict=True):
+        for cell, run in runs.items():
             race.runs[cell].append(run)
         now = time.perf_counter()
         yield race
@@ -225,14 +227,14 @@ def _race(bench: Bench, plan: Plan, context: int, until: float | None, say: Say)
 
 def _pass(
     bench: Bench, requests: dict[str, Any], cells: list[Cell], progress: _Progress
-) -> tuple[tuple[float, float], list[Run]]:
+) -> tuple[tuple[float, float], dict[Cell, Run]]:
     progress.step("the library's full prefill")
     library = bench.run_library(next(iter(requests.values())))
-    runs = []
+    runs = {}
     for place, (method, ratio) in cells:
         share = f" {ratio:.0%}" if 0 < ratio < 1 else ""
         progress.step("full prefill" if method == FULL else f"{method}{share} from {place.tier}, {place.codec}")
-        runs.append(bench.run(place, requests[place.codec], method, ratio))
+        runs[place, (method, ratio)] = bench.run(place, requests[place.codec], method, ratio)
     return library, runs
 
 

@@ -19,8 +19,8 @@ from typing import Literal
 from ragkv.costs import Machine, Piece, Times, Work, passes
 from ragkv.types import Forecast
 
-# Full prefill is exact, so blending must win by more than the error of a good prediction.
-MARGIN = 0.03
+# Full prefill is exact, so blending must win by more than the error of a good prediction, and of those made lately.
+MARGIN, _MOST_MARGIN, _LATELY = 0.03, 0.25, 5
 _SPLITS = 12
 _REMEMBERED = 64
 _LEAST = 1e-6
@@ -100,6 +100,14 @@ class Controller:
         self._heard: SimpleQueue[list[Reading]] = SimpleQueue()
         self._counts: Counter[str] = Counter()
         self._errors: deque[float] = deque(maxlen=_REMEMBERED)
+        self._late: deque[float] = deque(maxlen=_LATELY)
+
+    @property
+    def margin(self) -> float:
+        """What loading must win by: the share of its time by which it came later than predicted, mostly, of late. What
+        the costs do not know of (threads that read a disk hold up those that launch) shows here first."""
+        late = statistics.median_low(self._late) if self._late else 0.0
+        return min(max(MARGIN, late), _MOST_MARGIN)
 
     def choose(self, work: Work) -> Choice | None:
         """The fastest way, or None where there is nothing to choose from or nothing is known yet."""
@@ -117,10 +125,10 @@ class Controller:
                     break
                 times[loaded] = split
         best = min(times, key=lambda loaded: times[loaded].total)
-        if times[best].total >= blend.total * (1 - MARGIN):
+        if times[best].total >= blend.total * (1 - self.margin):
             best = tuple(range(len(work.pieces)))  # no more is computed for a gain that may be none
-        if times[best].total >= full.total * (1 - MARGIN):
-            choice = Choice(work, (), full, full, blend, _why_full(full, blend))
+        if times[best].total >= full.total * (1 - self.margin):
+            choice = Choice(work, (), full, full, blend, _why_full(full, times[best], blend))
         else:
             choice = Choice(work, best, times[best], full, blend, _why_blend(times[best], full))
         return self._beside(self._exploring(choice, times) or choice)
@@ -136,7 +144,10 @@ class Controller:
             if not actual.contended:
                 _correct(self.machine, choice, actual)
         if not actual.contended:
-            self._errors.append(abs(actual.total / choice.times.total - 1))
+            late = actual.total / choice.times.total - 1
+            self._errors.append(abs(late))
+            if choice.loaded:
+                self._late.append(late)
         return _forecast(choice, actual)
 
     def hear(self, readings: Sequence[Reading]) -> None:
@@ -270,7 +281,9 @@ def _forecast(choice: Choice, actual: Actual) -> Forecast:
     )
 
 
-def _why_full(full: Times, blend: Times) -> str:
+def _why_full(full: Times, best: Times, blend: Times) -> str:
+    if best.total < full.total:
+        return f"full prefill is exact, and loading is hardly faster: {_ms(full.total)} against {_ms(best.total)}"
     slow = max(blend.reading, key=lambda tier: blend.reading[tier])
     parts = [f"{_ms(blend.reading[slow])} of loading from {slow}"]
     parts += [f"{_ms(blend.select)} of selecting"] if blend.select else []

@@ -159,6 +159,32 @@ def test_nothing_more_is_computed_for_a_gain_that_may_be_none(monkeypatch, gain,
     assert Controller(World().machine()).choose(job).way == way
 
 
+def test_what_came_later_than_predicted_must_win_by_more():
+    """Launching is held up by the threads that read: the first time shows it, and the costs take longer to."""
+    world = World(tiers={"ssd": 1 / 0.5e9}, row=1e-6)
+    controller, job = Controller(world.machine()), work(chunks=16, strategy="epic")
+    serve(controller, world, job)  # reads beside
+    assert controller.margin == MARGIN
+    choice = controller.choose(job)
+    assert choice.way == "split"
+    gain = 1 - choice.times.total / choice.full.total
+    assert MARGIN < gain < 0.25
+    controller.learn(choice, Actual((1 + 1.2 * gain) * choice.times.total))
+    assert controller.margin == pytest.approx(1.2 * gain)
+    choice = controller.choose(job)
+    assert choice.way == "full"
+    assert choice.why.startswith("full prefill is exact, and loading is hardly faster: ")
+    # One of several says little, and a great gain is worth the doubt.
+    for _ in range(5):
+        serve(controller, world, work(chunks=16, tier="ram"))
+    assert controller.margin == MARGIN
+    controller.learn(controller.choose(work(tier="ram")), Actual(1.0))
+    assert controller.margin == MARGIN
+    for _ in range(5):
+        controller.learn(controller.choose(work(tier="ram")), Actual(1.0))
+    assert controller.margin == 0.25
+
+
 def test_on_a_busy_machine_nothing_is_tried_for_what_it_would_not_measure():
     """Only one in STALE_AFTER may be tried; where others share the machine no try would be the last."""
     job = work(1, tier="ram", strategy="epic", ratio=0.95)
