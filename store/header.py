@@ -26,6 +26,7 @@ import json
 import struct
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
+from itertools import repeat
 from typing import Any, NamedTuple
 
 import xxhash
@@ -64,8 +65,7 @@ class EntryHeader:
     """Everything needed to use an entry's bytes, and to rebuild its index row.
 
     ``source`` says who computed the KV, ``context_tokens`` behind how many tokens of its document (chosen by
-    ``context_policy``) it was encoded. ``created`` is in seconds since 1970. ``description`` is the JSON as it stands
-    in the file, whoever wrote it: a copy on another tier has the same bytes.
+    ``context_policy``) it was encoded. ``created`` is in seconds since 1970.
     """
 
     key: bytes
@@ -78,7 +78,7 @@ class EntryHeader:
     context_policy: str = "none"
     created: float = 0.0
     slabs: tuple[Slab, ...] = ()
-    description: bytes = field(init=False, repr=False, compare=False)
+    _description: bytes = field(init=False, repr=False, compare=False, default=b"")
 
     def __post_init__(self) -> None:
         if len(self.key) != KEY_BYTES:
@@ -96,7 +96,13 @@ class EntryHeader:
             raise StoreFormatError("context_policy must be a string", context_policy=repr(self.context_policy))
         if type(self.created) not in (int, float) or not -MAX_CREATED <= self.created <= MAX_CREATED:
             raise StoreFormatError(f"created must be seconds since 1970, not {self.created!r}")
-        object.__setattr__(self, "description", self._describe())
+
+    @property
+    def description(self) -> bytes:
+        """The JSON as it stands in the file, whoever wrote it: a copy on another tier has the same bytes."""
+        if not self._description:
+            self._described(self._describe())
+        return self._description
 
     @property
     def slab_bytes(self) -> int:
@@ -116,13 +122,15 @@ class EntryHeader:
         """Bytes of the whole file: header and slabs, each in whole blocks."""
         return self.header_bytes + self.geometry.layers * aligned(self.slab_bytes)
 
-    def slab_offset(self, layer: int) -> int:
-        return self.header_bytes + layer * aligned(self.slab_bytes)
+    @property
+    def offsets(self) -> range:
+        """Where in the file each layer's slab begins."""
+        start, step = self.header_bytes, aligned(self.slab_bytes)
+        return range(start, start + self.geometry.layers * step, step)
 
     def with_checksums(self, checksums: Sequence[int]) -> EntryHeader:
         """The same header, naming the slabs as written."""
-        nbytes, start, step = self.slab_bytes, self.header_bytes, aligned(self.slab_bytes)
-        slabs = tuple(Slab(start + i * step, nbytes, checksum) for i, checksum in enumerate(checksums))
+        slabs = tuple(map(Slab, self.offsets, repeat(self.slab_bytes), checksums))
         return dataclasses.replace(self, slabs=slabs)._described(self.description)
 
     def pack(self) -> bytes:
@@ -134,7 +142,7 @@ class EntryHeader:
         return _MAGIC + xxhash.xxh3_64_intdigest(body).to_bytes(8, "little") + body
 
     def _described(self, description: bytes) -> EntryHeader:
-        object.__setattr__(self, "description", description)
+        object.__setattr__(self, "_description", description)
         return self
 
     def _describe(self) -> bytes:
@@ -185,14 +193,14 @@ def unpack_header(raw: bytes, file_bytes: int | None) -> EntryHeader:
     start = _PREFIX.size + _SLAB.size * layers
     if start + described > size:
         raise CorruptEntryError("the header's tables do not fit in it", layers=layers)
-    slabs = tuple(Slab(*fields) for fields in _SLAB.iter_unpack(raw[_PREFIX.size : start]))
+    slabs = tuple(map(Slab._make, _SLAB.iter_unpack(raw[_PREFIX.size : start])))
     header = _parse(raw[start : start + described], slabs)
     if layers != header.geometry.layers:
         raise CorruptEntryError("the header's slab table does not fit its geometry", layers=layers)
     if header.header_bytes != size:
         message = f"the header says it has {size} bytes; its fields take {header.header_bytes}"
         raise CorruptEntryError(message, header_bytes=size)
-    if header.with_checksums([slab.checksum for slab in slabs]) != header:
+    if [slab[:2] for slab in slabs] != [*zip(header.offsets, repeat(header.slab_bytes), strict=False)]:
         raise CorruptEntryError("the header's slab table does not fit its geometry", layers=layers)
     if file_bytes not in (None, header.file_bytes):
         raise CorruptEntryError(

@@ -139,7 +139,7 @@ class FileSource:
         self._buffers = buffers
         self._on_reject = on_reject
         if direct is None:
-            direct = all(slab.nbytes >= DIRECT_BYTES for slab in header.slabs) and go_direct(lease.fd)
+            direct = header.slab_bytes >= DIRECT_BYTES and go_direct(lease.fd)
         self._direct = direct
 
     @property

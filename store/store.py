@@ -20,7 +20,7 @@ from ragkv.errors import (
 )
 from ragkv.store import check as checks
 from ragkv.store.buffers import Allocate, Array
-from ragkv.store.files import Folder, disk_errors, is_there, read_header
+from ragkv.store.files import Folder, disk_errors, foresee_header, is_there, read_header
 from ragkv.store.geometry import Geometry
 from ragkv.store.header import EntryHeader
 from ragkv.store.index import Index
@@ -153,7 +153,9 @@ class ChunkStore:
         in_ram = self._open_in_ram(keys)
         rest = [key for key, entry in zip(keys, in_ram, strict=True) if entry is None]
         rows = dict(zip(rest, index.get_many(rest), strict=True)) if rest else {}
-        opened = [entry or self._open(key, rows[key]) for key, entry in zip(keys, in_ram, strict=True)]
+        # A disk that nobody has read from for a while is asked for all headers before the first is waited for.
+        found = [entry or self._lease(key, rows[key]) for key, entry in zip(keys, in_ram, strict=True)]
+        opened = [self._open(key, one) if isinstance(one, Lease) else one for key, one in zip(keys, found, strict=True)]
         self._touch([entry.header.key for entry in opened if isinstance(entry, OpenEntry)])
         if self._remote is not None:
             opened = self._open_remote(self._remote, keys, opened)
@@ -375,7 +377,7 @@ class ChunkStore:
                     self._gone(keys[i])
         return opened
 
-    def _open(self, key: bytes, row: Row | None) -> OpenEntry | StoreError:
+    def _lease(self, key: bytes, row: Row | None) -> Lease | StoreError:
         missing = MissingEntryError("the chunk is not in the store; encode it again", key=key.hex())
         if row is None:
             return missing
@@ -386,7 +388,10 @@ class ChunkStore:
         if fd is None:
             self._forget_missing(key)
             return missing
-        held = Lease(fd)
+        foresee_header(fd)
+        return Lease(fd)
+
+    def _open(self, key: bytes, held: Lease) -> OpenEntry | StoreError:
         try:
             header = read_header(held.fd)
             if header.key != key:

@@ -117,7 +117,7 @@ class _Gathered:
         self._slabs = min(max(1, WRITE_BYTES // self._step), header.geometry.layers)
         self._buffer: Array | None = None
         self._filled = 0
-        self._offset = header.slab_offset(0)
+        self._offset = header.header_bytes
         self._writing: deque[Future[None]] = deque()
 
     def add(self, parts: Sequence[memoryview]) -> None:

@@ -320,7 +320,7 @@ def test_an_entry_answers_its_error_from_the_turn_of_the_bad_layer_on(root):
         [entry] = store.open([key_for(1)])
         with entry:
             with path.open("r+b") as file:
-                file.seek(entry.header.slab_offset(4) + 100)
+                file.seek(entry.header.offsets[4] + 100)
                 file.write(b"\x00\x01\x02\x03")
             with store.open_layers([entry], order=ORDER) as layers:
                 found = [slab for [slab] in layers]
