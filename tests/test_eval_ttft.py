@@ -343,6 +343,7 @@ def test_the_command_prints_saves_and_draws(tmp_path: Path, monkeypatch: pytest.
     saved = json.loads(Path("r.json").read_text())
     assert saved["rows"] == rows
     assert {"command", "date", "gpu", "versions"} <= saved.keys()
+    assert 1 < saved["host_loop_us"] < 10_000
     assert "time to first token" in Path("r.svg").read_text()
     text = io.StringIO()
     show(Console(file=text, width=80), rows)
