@@ -198,12 +198,6 @@ def leave_direct(fd: int) -> Literal[False]:
     return False
 
 
-def foresee_header(fd: int) -> None:
-    """Have the disk bring the header of an open entry file, without waiting for it."""
-    with contextlib.suppress(OSError):  # not every file system takes advice
-        os.posix_fadvise(fd, 0, BLOCK, os.POSIX_FADV_WILLNEED)
-
-
 def read_header(fd: int) -> EntryHeader:
     """Read and verify the header of an open entry file.
 

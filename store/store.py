@@ -20,9 +20,10 @@ from ragkv.errors import (
 )
 from ragkv.store import check as checks
 from ragkv.store.buffers import Allocate, Array
-from ragkv.store.files import Folder, disk_errors, foresee_header, is_there, read_header
+from ragkv.store.files import Folder, disk_errors, is_there, read_header
 from ragkv.store.geometry import Geometry
 from ragkv.store.header import EntryHeader
+from ragkv.store.headers import Headers
 from ragkv.store.index import Index
 from ragkv.store.lease import lease
 from ragkv.store.policies import DEFAULT_POLICY, make_policy
@@ -103,6 +104,7 @@ class ChunkStore:
         self._counts: Counter[str] = Counter()
         self._lock = threading.Lock()
         self._recency = Recency()
+        self._headers = Headers()
         self._space = Space(self.folder, capacity_bytes, chosen, self._recency, self._ram, self._evicted)
         self._closed = False
         self._session = Session(self.folder, read_only=read_only, tidy=self._tidy)
@@ -388,12 +390,12 @@ class ChunkStore:
         if fd is None:
             self._forget_missing(key)
             return missing
-        foresee_header(fd)
+        self._headers.expect(key, fd)
         return Lease(fd)
 
     def _open(self, key: bytes, held: Lease) -> OpenEntry | StoreError:
         try:
-            header = read_header(held.fd)
+            header = self._headers.read(key, held.fd)
             if header.key != key:
                 raise CorruptEntryError("the file holds another chunk's entry")
         except StoreFormatError as error:  # sound, and for another version of ragkv: it stays
@@ -484,6 +486,7 @@ class ChunkStore:
 
     def _gone(self, key: bytes) -> None:
         self._ram.drop(key)
+        self._headers.drop(key)
         if self._on_gone is not None:
             self._on_gone(key)
 

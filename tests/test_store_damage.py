@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from ragkv.errors import CorruptEntryError, MissingEntryError, StoreError, StoreFormatError
-from ragkv.store import ChunkStore, OpenEntry
+from ragkv.store import ChunkStore, OpenEntry, headers
 from tests.store_kit import (
     FILE,
     TOKENS,
@@ -123,6 +123,39 @@ def test_a_disk_that_cannot_read_is_a_corrupt_entry(root, monkeypatch):
         monkeypatch.setattr(os, "preadv", preadv)
         assert all(isinstance(slab, CorruptEntryError) for [slab] in store.open_layers([entry]))
         monkeypatch.undo()
+
+
+def test_a_header_is_read_again_only_if_the_file_has_changed(root, monkeypatch):
+    read_it: list[int] = []
+    read_header = headers.read_header
+    monkeypatch.setattr(headers, "read_header", lambda fd: read_it.append(fd) or read_header(fd))
+    with ChunkStore(root, capacity_bytes=4 * MIB, ram_bytes=0) as store:
+        assert holds(store, 1)
+        assert holds(store, 1)
+        assert len(read_it) == 1
+        path = entry_file(root, 1)
+        path.write_bytes(path.read_bytes())  # the same bytes: nobody knows
+        assert holds(store, 1)
+        assert len(read_it) == 2
+        flip(path, 100)
+        [error] = store.open([key_for(1)])
+        assert isinstance(error, CorruptEntryError)
+        assert len(read_it) == 3
+        put(store, 1)
+        assert holds(store, 1)
+        store.delete([key_for(1)])
+        put(store, 1)
+        assert holds(store, 1)
+        assert holds(store, 2)
+        assert len(read_it) == 6
+
+
+def test_only_some_headers_are_remembered(root):
+    with ChunkStore(root, capacity_bytes=4 * MIB, ram_bytes=0) as store:
+        store._headers = headers.Headers(most=2)
+        assert all(holds(store, i) for i in range(4))
+        assert len(store._headers._known) == 2
+        assert all(holds(store, i) for i in range(4))
 
 
 def test_an_entry_under_anothers_name_is_refused(root):
