@@ -185,7 +185,7 @@ def keys_of(workload: Workload, settings: Settings) -> dict[str, str | None]:
     Raises:
         ConfigError: a tenant that it lacks, or has with another weight.
     """
-    keys: dict[str, str | None] = {"": settings.api_key}
+    keys: dict[str, str | None] = {"": settings.bearer_key}
     for name, weight in {ask.tenant: ask.weight for ask in workload.asks if ask.tenant}.items():
         tenant = settings.tenants.get(name)
         if tenant is None or tenant.weight != weight:
@@ -209,6 +209,6 @@ def opened_server(url: str, keys: Mapping[str, str | None]) -> Iterator[ServerLo
 
 def facts_of(url: str, settings: Settings) -> dict[str, Any]:
     """What the server says of itself. Raises ServerError: it does not answer."""
-    with Client(url, settings.api_key, timeout=30) as client:
+    with Client(url, settings.bearer_key, timeout=30) as client:
         health = client.health()
     return {"model": health.model, "device": health.device, "dtype": health.dtype, "layers": health.layer_loop}

@@ -296,7 +296,7 @@ def stats(
     if url is not None:
         from ragkv.client import Client
 
-        with Client(url, api_key=_settings(sets).api_key) as client:
+        with Client(url, api_key=_settings(sets).bearer_key) as client:
             info = client.cache_stats().model_dump()
     else:
         from ragkv.upkeep import store_info
@@ -428,7 +428,7 @@ def _door(url: str | None, sets: list[str] | None, *, quiet: bool, **flags: Any)
         return
     from ragkv.client import Client
 
-    with Client(url, api_key=settings.api_key) as client:
+    with Client(url, api_key=settings.bearer_key) as client:
         yield client
 
 

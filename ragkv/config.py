@@ -114,7 +114,7 @@ class Settings(BaseSettings):
 
     host: str = Field("127.0.0.1", description="address the server binds")
     port: int = Field(8377, ge=0, le=65535, description="port the server binds; 0 picks a free one")
-    api_key: str | None = Field(None, min_length=8, description="bearer key clients must send")
+    api_key: SecretStr | None = Field(None, min_length=8, description="bearer key clients must send")
     tenants: dict[str, Tenant] = Field(
         default_factory=dict,
         description="who shares the server: tables `[tenants.<name>]` with a bearer `key`, a `weight` and a `priority`",
@@ -174,6 +174,11 @@ class Settings(BaseSettings):
     @property
     def sessions_dir(self) -> Path:
         return self.data_dir.expanduser() / "sessions"
+
+    @property
+    def bearer_key(self) -> str | None:
+        """The ``api_key`` itself, which is in nothing that shows settings."""
+        return self.api_key.get_secret_value() if self.api_key else None
 
     @property
     def collections_dir(self) -> Path:

@@ -133,7 +133,7 @@ class Prefill:
                 except ChunkLostError as lost:
                     self._why.update((span, _unreadable(cause)) for span, cause in lost.causes.items())
         if trial and self._controller:
-            result.learn = partial(self._learn, self._controller, trial)
+            result.learn = self._lesson(self._controller, trial)
         result.to_encode = [span for span in self._plan.spans if span in self._why]
         return result
 
@@ -169,9 +169,16 @@ class Prefill:
             nbytes, tier = 0, "device"  # nothing is moved
         return Piece(span.length, span.start, nbytes, tier, span.context_present)
 
+    def _lesson(self, controller: Controller, trial: Trial) -> Callable[[], Forecast]:
+        if self._runner.device.type == "cuda":
+            return partial(self._learn, controller, trial)  # not before the device has done what was launched
+        # Here all is done, and choosing a token, which may take long, is no part of it.
+        self._watch.lap("recompute")
+        return partial(controller.learn, trial.choice, trial.actual(self._watch, overlapped=False))
+
     def _learn(self, controller: Controller, trial: Trial) -> Forecast:
         self._watch.lap("first_token")
-        return controller.learn(trial.choice, trial.actual(self._watch, self._runner.device.type == "cuda"))
+        return controller.learn(trial.choice, trial.actual(self._watch, overlapped=True))
 
     def _open(self, leases: ExitStack) -> dict[Span, OpenEntry]:
         wanted = [span for span in self._plan.spans if span not in self._why and self._chosen.get(span) != KNOWN]

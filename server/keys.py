@@ -24,8 +24,8 @@ class Keys:
             raise ConfigError("setting 'tenants': a tenant's name is empty; name it", setting="tenants")
         self.tenants = tuple(settings.tenants)
         self._keys = {name: tenant.key.get_secret_value().encode() for name, tenant in settings.tenants.items()}
-        if settings.api_key is not None:
-            self._keys[ADMIN] = settings.api_key.encode()
+        if settings.bearer_key is not None:
+            self._keys[ADMIN] = settings.bearer_key.encode()
         self._refuse_shared()
 
     def __bool__(self) -> bool:

@@ -40,7 +40,7 @@ class Blocking:
     def __init__(self, engine):
         self._loop = asyncio.new_event_loop()
         transport = httpx.ASGITransport(create_app(engine))
-        self._client = AsyncClient("http://127.0.0.1", engine.settings.api_key, transport=transport)
+        self._client = AsyncClient("http://127.0.0.1", engine.settings.bearer_key, transport=transport)
 
     def __getattr__(self, name):
         def call(*args, **kwargs):

@@ -156,9 +156,14 @@ def test_a_secret_is_not_repeated_in_the_error(wrong):
 
 
 def test_secrets_are_not_shown_with_the_settings():
-    settings = load_settings(remote_url="redis://:hunter2@host", store_salt="salt-hunter2")
+    tenants = {"a": {"key": "hunter2-too"}}
+    settings = load_settings(
+        remote_url="redis://:hunter2@host", store_salt="salt-hunter2", api_key="key-hunter2", tenants=tenants
+    )
     assert "hunter2" not in f"{settings!r} {settings} {settings.model_dump()} {settings.model_dump_json()}"
-    assert _settings(settings, {"top_k": 4}).remote_url.get_secret_value() == "redis://:hunter2@host"
+    other = _settings(settings, {"top_k": 4})
+    assert other.remote_url.get_secret_value() == "redis://:hunter2@host"
+    assert other.bearer_key == settings.bearer_key == "key-hunter2"
 
 
 def test_every_setting_has_a_description():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -62,6 +63,14 @@ def test_a_fast_disk_makes_it_the_blend_that_was_asked_for(desk):
     assert forecast.way == "blend"
     assert [vars(o) for o in result.outcomes] == [vars(o) for o in asked.outcomes]
     close(result.logits, asked.logits)
+
+
+def test_what_is_made_of_the_logits_is_no_part_of_what_is_learnt(desk):
+    plan, started = desk.plan(*stored(desk, 23, 18)), time.perf_counter()
+    result = desk.run(plan, "question", 0.2, controller=Controller(machine()))
+    took = time.perf_counter() - started
+    time.sleep(2 * took)  # somebody chooses a token
+    assert result.learn().actual_total_ms <= 1000 * took
 
 
 def test_chunks_computed_by_choice_are_neither_missing_nor_encoded_again(desk, monkeypatch):

@@ -51,7 +51,7 @@ def replay(
 
     fields = {"method": method, "top_k": top_k, "max_tokens": max_tokens}
     given = {key: value for key, value in fields.items() if value is not None}
-    with Client(url, api_key=load_settings().api_key) as client, terminal.progress(err, quiet=json_) as say:
+    with Client(url, api_key=load_settings().bearer_key) as client, terminal.progress(err, quiet=json_) as say:
         result = run(read_questions(file), client, collection, fields=given, say=say)
     if json_:
         print(json.dumps(result))
