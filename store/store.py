@@ -152,12 +152,7 @@ class ChunkStore:
         """
         index = self._index_open()
         index.check_process()
-        in_ram = self._open_in_ram(keys)
-        rest = [key for key, entry in zip(keys, in_ram, strict=True) if entry is None]
-        rows = dict(zip(rest, index.get_many(rest), strict=True)) if rest else {}
-        # A disk that nobody has read from for a while is asked for all headers before the first is waited for.
-        found = [entry or self._lease(key, rows[key]) for key, entry in zip(keys, in_ram, strict=True)]
-        opened = [self._open(key, one) if isinstance(one, Lease) else one for key, one in zip(keys, found, strict=True)]
+        opened = self._open_here(index, keys)
         self._touch([entry.header.key for entry in opened if isinstance(entry, OpenEntry)])
         if self._remote is not None:
             opened = self._open_remote(self._remote, keys, opened)
@@ -363,6 +358,16 @@ class ChunkStore:
         """A smaller cap than last time, or writers that died: both are put right before anything is written."""
         while index.write(self._space.tidy):
             pass  # in small transactions: others may want to write
+
+    def _open_here(self, index: Index, keys: Sequence[bytes]) -> list[OpenEntry | StoreError]:
+        """Open what is on this machine. A function of its own: of the leases on files nothing is to know afterwards, no
+        error's frames either."""
+        in_ram = self._open_in_ram(keys)
+        rest = [key for key, entry in zip(keys, in_ram, strict=True) if entry is None]
+        rows = dict(zip(rest, index.get_many(rest), strict=True)) if rest else {}
+        # The disk is asked for all headers before the first is waited for.
+        found = [entry or self._lease(key, rows[key]) for key, entry in zip(keys, in_ram, strict=True)]
+        return [self._open(key, one) if isinstance(one, Lease) else one for key, one in zip(keys, found, strict=True)]
 
     def _open_in_ram(self, keys: Sequence[bytes]) -> list[OpenEntry | None]:
         """Open what lies in RAM and is still in the store. Its file tells, which goes first, whoever removes it: the

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import threading
-import time
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,8 +11,8 @@ from typing import Literal, NamedTuple
 
 from ragkv.engine import Engine
 from ragkv.retrievers import Document
+from tests.store_kit import PATIENCE_S, eventually
 
-PATIENCE_S = 20.0
 NAMES = ("Ada", "Bela", "Cyro", "Dara", "Enno")
 
 
@@ -27,13 +26,6 @@ def document(name: str, sentences: int = 12, **fields) -> Document:
 
 DOCUMENTS = [document(name, metadata={"initial": name[0]}) for name in NAMES]
 QUESTION = "Where did Bela move in 1903?"
-
-
-def eventually(condition: Callable[[], object]) -> None:
-    deadline = time.monotonic() + PATIENCE_S
-    while not condition():
-        assert time.monotonic() < deadline, "it never happened"
-        time.sleep(0.002)
 
 
 def wait_idle(engine: Engine) -> None:

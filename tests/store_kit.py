@@ -7,6 +7,7 @@ import os
 import struct
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,16 @@ GEOMETRY = Geometry(layers=3, kv_heads=2, head_dim=16, dtype="bfloat16")
 TOKENS = 50
 SLAB = GEOMETRY.slab_bytes(TOKENS)
 FILE = 4096 + 3 * 8192  # header, and three slabs of 6400 bytes in whole blocks
+
+
+PATIENCE_S = 20.0  # until a test gives up; nothing takes that long
+
+
+def eventually(condition: Callable[[], object]) -> None:
+    deadline = time.monotonic() + PATIENCE_S
+    while not condition():
+        assert time.monotonic() < deadline, "it never happened"
+        time.sleep(0.002)
 
 
 def key_for(i: int, *, model: str = "m", salt: bytes = b"") -> bytes:

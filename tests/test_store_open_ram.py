@@ -24,6 +24,7 @@ from tests.store_kit import (
     SLAB,
     disk_usage,
     entry_file,
+    eventually,
     holds,
     key_for,
     open_one,
@@ -232,8 +233,8 @@ def test_what_nobody_closed_is_given_back_when_it_is_forgotten(store, tier):
     entries.append(entries)
     assert store.delete([key_for(i)]) == 0
     del entries
-    gc.collect()
-    assert store.delete([key_for(i)]) == 1
+    # A thread that reads ahead may still hold on to it.
+    eventually(lambda: gc.collect() >= 0 and store.delete([key_for(i)]) == 1)
 
 
 def test_a_collection_amid_opening_gives_back_what_an_unclosed_reader_had_reserved(root):

@@ -25,16 +25,19 @@ from ragkv.store import ChunkStore, OpenEntry, reconcile
 from ragkv.store.remote import client, writeback
 from ragkv.store.remote.breaker import Breaker
 from tests.remote_kit import FakeTier, started
-from tests.store_kit import FILE, TOKENS, entry_file, flip, holds, key_for, open_one, put, slabs_for
-
-SOON = 20.0  # seconds until a test gives up; nothing here takes that long
-
-
-def until(condition) -> None:
-    deadline = time.monotonic() + SOON
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen"
-        time.sleep(0.005)
+from tests.store_kit import (
+    FILE,
+    PATIENCE_S,
+    TOKENS,
+    entry_file,
+    eventually,
+    flip,
+    holds,
+    key_for,
+    open_one,
+    put,
+    slabs_for,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -46,7 +49,7 @@ def quick_probes(monkeypatch):
 def nothing_leaks():
     threads, files = set(threading.enumerate()), len(os.listdir("/proc/self/fd"))
     yield
-    until(lambda: {t for t in threading.enumerate() if t.name.startswith("ragkv-")} <= threads)
+    eventually(lambda: {t for t in threading.enumerate() if t.name.startswith("ragkv-")} <= threads)
     assert len(os.listdir("/proc/self/fd")) <= files
 
 
@@ -88,7 +91,7 @@ def filled(make, remote, n: int = 1) -> None:
     store = make("filler", remote)
     for i in range(n):
         assert put(store, i)
-    assert store.drain(SOON)
+    assert store.drain(PATIENCE_S)
     store.close()
 
 
@@ -98,7 +101,7 @@ def filled(make, remote, n: int = 1) -> None:
 def test_the_second_store_hits_what_the_first_put(make, server):
     one, two = make("one", server.url), make("two", server.url)
     assert put(one, 1)
-    assert one.drain(SOON)
+    assert one.drain(PATIENCE_S)
     [info, nothing] = two.lookup([key_for(1), key_for(2)])
     assert (info.tier, info.tokens, nothing) == ("remote", TOKENS, None)
     with open_one(two, 1) as entry:
@@ -111,9 +114,9 @@ def test_the_second_store_hits_what_the_first_put(make, server):
 def test_what_was_read_to_the_end_is_here_afterwards_byte_for_byte(make, server, tmp_path):
     one, two = make("one", server.url), make("two", server.url)
     put(one, 1)
-    one.drain(SOON)
+    one.drain(PATIENCE_S)
     assert holds(two, 1)
-    assert two.drain(SOON)
+    assert two.drain(PATIENCE_S)
     assert entry_file(tmp_path / "two", 1).read_bytes() == entry_file(tmp_path / "one", 1).read_bytes()
     with open_one(two, 1) as entry:
         assert entry.tier in ("ram", "ssd")
@@ -126,13 +129,13 @@ def test_nothing_is_kept_before_the_index_counts_every_file(make, monkeypatch):
     fake, gate = FakeTier(), threading.Event()
     filled(make, fake)
     counted = reconcile.tables_sound
-    monkeypatch.setattr(reconcile, "tables_sound", lambda txn, pause: gate.wait(SOON) and counted(txn, pause))
+    monkeypatch.setattr(reconcile, "tables_sound", lambda txn, pause: gate.wait(PATIENCE_S) and counted(txn, pause))
     store = make("two", fake)
     assert holds(store, 0)
     assert not store.drain(0.2)
     assert key_for(0) not in store
     gate.set()
-    assert store.drain(SOON)
+    assert store.drain(PATIENCE_S)
     assert key_for(0) in store
 
 
@@ -142,7 +145,7 @@ def test_what_was_not_read_to_the_end_is_not_kept(make):
     store = make("two", fake)
     with open_one(store, 0) as entry, store.open_layers([entry], depth=1) as reader:
         next(reader)
-    assert store.drain(SOON)
+    assert store.drain(PATIENCE_S)
     assert key_for(0) not in store
     assert store.stats().remote.promotions == 0
 
@@ -151,7 +154,7 @@ def test_local_ssd_and_remote_entries_are_read_together_in_order(make, server):
     one, two = make("one", server.url), make("two", server.url, ram_bytes=0)
     for i in range(6):
         put(one if i % 2 else two, i)
-    assert one.drain(SOON)
+    assert one.drain(PATIENCE_S)
     given = []
 
     def allocate(nbytes):
@@ -181,14 +184,14 @@ def test_what_is_there_already_is_not_sent_again(make, server):
     for name in ("one", "two"):
         store = make(name, server.url)
         put(store, 1)
-        assert store.drain(SOON)
+        assert store.drain(PATIENCE_S)
         assert store.stats().remote.writebacks == (name == "one")
 
 
 def test_a_damaged_local_entry_is_healed_from_the_remote_one(make, server, tmp_path):
     store = make("one", server.url, ram_bytes=0)
     put(store, 1)
-    store.drain(SOON)
+    store.drain(PATIENCE_S)
     flip(entry_file(tmp_path / "one", 1), 8 * 4096 + 3)
     with open_one(store, 1) as entry:
         [[answer], *_] = store.open_layers([entry])
@@ -203,11 +206,11 @@ def test_rot_on_the_disk_is_not_uploaded(make, tmp_path):
     fake.down()
     store = make("one", fake)
     store.lookup([key_for(9)] * 3)
-    until(lambda: (store.lookup([key_for(9)]), store.stats().remote.breaker == "open")[1])
+    eventually(lambda: (store.lookup([key_for(9)]), store.stats().remote.breaker == "open")[1])
     put(store, 1)
     flip(entry_file(tmp_path / "one", 1), 8 * 4096 + 3)
     fake.up()
-    assert store.drain(SOON)
+    assert store.drain(PATIENCE_S)
     assert fake.objects == {}
     assert store.stats().remote.writebacks_dropped == 1
 
@@ -216,38 +219,38 @@ def test_delete_deletes_there_too_and_clear_does_not(make, server):
     store = make("one", server.url)
     for i in (1, 2):
         put(store, i)
-    assert store.drain(SOON)
+    assert store.drain(PATIENCE_S)
     assert store.delete([key_for(1), key_for(9)]) == 1
-    assert store.drain(SOON)
+    assert store.drain(PATIENCE_S)
     assert server.entries() == [f"ragkv:1:{{{key_for(2).hex()}}}"]
     assert store.clear() == 1
-    assert store.drain(SOON)
+    assert store.drain(PATIENCE_S)
     assert len(server.entries()) == 1
     assert holds(store, 2)
 
 
 def test_a_delete_forgets_the_upload_that_waits(make):
     fake, gate = FakeTier(), threading.Event()
-    fake.before = lambda method: gate.wait(SOON) if method == "put" else None
+    fake.before = lambda method: gate.wait(PATIENCE_S) if method == "put" else None
     store = make("one", fake)
     for i in (1, 2):
         put(store, i)
-    until(lambda: "put" in fake.asked)
+    eventually(lambda: "put" in fake.asked)
     store.delete([key_for(1), key_for(2)])
     gate.set()
-    assert store.drain(SOON)
+    assert store.drain(PATIENCE_S)
     assert fake.objects == {}
 
 
 def test_a_delete_waits_for_a_server_that_is_down(make, own_server):
     store = make("one", own_server.url)
     put(store, 1)
-    assert store.drain(SOON)
+    assert store.drain(PATIENCE_S)
     own_server.freeze()
     store._remote._breaker.trip("it hangs")
     assert store.delete([key_for(1)]) == 1
     own_server.thaw()
-    assert store.drain(SOON)
+    assert store.drain(PATIENCE_S)
     assert own_server.entries() == []
     assert store.stats().remote.deletes_failed == 0
 
@@ -268,7 +271,7 @@ def test_a_read_only_store_reads_and_never_writes(make, server):
     assert holds(store, 0)
     with pytest.raises(StoreReadOnlyError):
         store.delete([key_for(0)])
-    assert store.drain(SOON)
+    assert store.drain(PATIENCE_S)
     assert key_for(0) not in store
     assert len(server.entries()) == 1
 
@@ -278,7 +281,7 @@ def test_promotion_keeps_to_the_cap(make, server, tmp_path):
     store = make("two", server.url, capacity_bytes=3 * 32768)
     for i in range(4):
         assert holds(store, i)
-    assert store.drain(SOON)
+    assert store.drain(PATIENCE_S)
     assert 0 < store.stats().bytes <= 3 * 32768
     assert store.stats().evictions > 0
     assert store.check().clean
@@ -305,7 +308,7 @@ def test_what_is_all_here_asks_nobody(make):
     fake = FakeTier()
     store = make("one", fake)
     put(store, 1)
-    assert store.drain(SOON)
+    assert store.drain(PATIENCE_S)
     fake.asked.clear()
     store.lookup([key_for(1)])
     assert holds(store, 1)
@@ -322,7 +325,7 @@ def test_a_frozen_server_is_a_miss_then_left_alone_then_used_again(make, own_ser
         assert isinstance(answer, MissingEntryError)
     assert store.stats().remote.breaker != "closed"
     own_server.thaw()
-    until(lambda: store.stats().remote.breaker == "closed")
+    eventually(lambda: store.stats().remote.breaker == "closed")
     assert holds(store, 0)
 
 
@@ -351,13 +354,13 @@ def test_a_server_lost_in_mid_transfer_is_an_error_in_that_entrys_place(make, ow
 def test_a_restarted_server_gets_what_was_put_meanwhile(make, own_server):
     store = make("one", own_server.url)
     put(store, 1)
-    assert store.drain(SOON)
+    assert store.drain(PATIENCE_S)
     own_server.kill()
     for i in (2, 3, 4, 5):
         put(store, i)
-    until(lambda: store.stats().remote.breaker != "closed")
+    eventually(lambda: store.stats().remote.breaker != "closed")
     own_server.start()
-    assert store.drain(SOON)
+    assert store.drain(PATIENCE_S)
     assert store.stats().remote.breaker == "closed"
     assert len(own_server.entries()) == 4
     assert store.stats().remote.writebacks_dropped == 0
@@ -367,7 +370,7 @@ def test_a_server_that_sends_too_slowly_is_not_waited_for(make):
     fake, gate = FakeTier(), threading.Event()
     filled(make, fake, 8)
     store = make("two", fake, remote_timeout_ms=10)
-    fake.before = lambda method: gate.wait(SOON) if method == "get" else None  # heads at once, bytes never
+    fake.before = lambda method: gate.wait(PATIENCE_S) if method == "get" else None  # heads at once, bytes never
     entries = store.open([key_for(i) for i in range(8)])
     [*_, last] = store.open_layers(entries)
     assert all(isinstance(slab, RemoteError) for slab in last)
@@ -381,7 +384,7 @@ def test_a_server_that_sends_too_slowly_is_not_waited_for(make):
 def test_a_hanging_lookup_ends_in_time(make):
     fake, gate = FakeTier(), threading.Event()
     store = make("one", fake, remote_timeout_ms=10)
-    fake.before = lambda method: gate.wait(SOON)
+    fake.before = lambda method: gate.wait(PATIENCE_S)
     assert store.lookup([key_for(1)]) == [None]
     gate.set()
 
@@ -402,7 +405,7 @@ def test_a_client_library_that_throws_anything_fails_no_request(make):
     entry.close()
     put(store, 3)
     fake.up()
-    assert store.drain(SOON)
+    assert store.drain(PATIENCE_S)
 
 
 @pytest.mark.parametrize("answers", [0, 1, 3])
@@ -459,7 +462,7 @@ def test_damaged_objects_are_never_served_and_dropped_there(make, server, field)
         for slab, right in zip(slabs, slabs_for(0), strict=True):
             assert isinstance(slab, StoreError) or np.array_equal(slab, right)
         assert isinstance(slabs[-1], CorruptEntryError | MissingEntryError)  # missing: a later layer had it deleted
-    assert store.drain(SOON)
+    assert store.drain(PATIENCE_S)
     assert server.entries() == []
     assert store.stats().remote.corrupt == 1
     assert key_for(0) not in store
@@ -471,7 +474,7 @@ def test_another_chunks_object_under_a_key_is_dropped(make):
     fake.objects[key_for(5)] = fake.objects[key_for(0)]
     store = make("two", fake)
     assert isinstance(store.open([key_for(5)])[0], MissingEntryError)
-    assert store.drain(SOON)
+    assert store.drain(PATIENCE_S)
     assert set(fake.objects) == {key_for(0), key_for(1)}
 
 
@@ -483,7 +486,7 @@ def test_shortened_objects_are_misses(make):
     with open_one(store, 0) as entry:
         [*_, [slab]] = store.open_layers([entry])
     assert isinstance(slab, MissingEntryError)
-    assert store.drain(SOON)
+    assert store.drain(PATIENCE_S)
     assert fake.objects == {}
 
 
@@ -494,7 +497,7 @@ def test_a_full_server_drops_uploads_and_is_still_read(make, server):
         store = make("two", server.url)
         for i in range(5, 10):
             put(store, i)
-        assert store.drain(SOON)
+        assert store.drain(PATIENCE_S)
         assert store.stats().remote.writebacks_dropped == 5
         assert store.stats().remote.breaker == "closed"
         assert holds(store, 0)
@@ -504,11 +507,11 @@ def test_a_full_server_drops_uploads_and_is_still_read(make, server):
 
 def test_a_full_queue_drops_and_never_blocks(make):
     fake, gate = FakeTier(), threading.Event()
-    fake.before = lambda method: gate.wait(SOON) if method == "put" else None
+    fake.before = lambda method: gate.wait(PATIENCE_S) if method == "put" else None
     store = make("one", fake)
     store._remote._writes._capacity = 2 * FILE
     put(store, 0)
-    until(lambda: "put" in fake.asked)
+    eventually(lambda: "put" in fake.asked)
     for i in range(1, 6):
         assert put(store, i)
     assert store.stats().remote.writebacks_waiting_bytes == 2 * FILE
@@ -516,7 +519,7 @@ def test_a_full_queue_drops_and_never_blocks(make):
     store.delete([key_for(2)])
     assert store.stats().remote.writebacks_waiting_bytes == FILE
     gate.set()
-    assert store.drain(SOON)
+    assert store.drain(PATIENCE_S)
     assert set(fake.objects) == {key_for(0), key_for(1)}
     assert store.stats().remote.writebacks_waiting_bytes == 0
 
@@ -528,7 +531,7 @@ def test_an_entry_evicted_before_its_upload_is_dropped(make):
     for i in range(8):
         put(store, i)
     fake.up()
-    assert store.drain(SOON)
+    assert store.drain(PATIENCE_S)
     stats = store.stats()
     assert stats.remote.writebacks_dropped == stats.evictions > 0
     assert len(fake.objects) == 8 - stats.evictions
@@ -672,7 +675,7 @@ def test_a_server_harmed_at_random_moments_gives_no_wrong_byte(make, own_server)
     for thread in threads:
         thread.join()
     assert faults == []
-    assert writer.drain(SOON)
+    assert writer.drain(PATIENCE_S)
     assert counts["remote"] > 100
     assert counts["RemoteError"] + counts["MissingEntryError"] > 0
     assert counts["CorruptEntryError"] > 0
