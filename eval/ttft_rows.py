@@ -40,11 +40,15 @@ def rows_of(
 ) -> list[Row]:
     """A row for each place and each of ``asked``."""
     full = _full(runner, race, rates)
+    beside = [run.seconds for run in race.own]
+    if full["full_prefill_by"] == "library":
+        beside = [seconds for seconds, _ in race.library]
     rows = []
     for place in places:
         for method, ratio in asked:
             runs = race.own if method == FULL else race.runs[place, (method, ratio)]
             figures = _figures(runner, place, runs, full["full_prefill_ms"], batch, rates)
+            figures["later_ms"] = 1000 * statistics.median(a.seconds - b for a, b in zip(runs, beside, strict=True))
             where = {"tier": place.tier, "codec": place.codec, "context_tokens": race.context}
             rows.append({**where, "method": method, "ratio": ratio, **figures, **full, "passes": len(runs)})
     return rows

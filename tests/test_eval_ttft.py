@@ -101,6 +101,7 @@ def test_rows_are_as_promised(settings: Settings) -> None:
         full, none = "full" in (row["method"], row["chose"]), row["method"] == "none"
         assert (row["chose"] in ("full", "blend", "split")) == (row["method"] == "default")
         assert row["passes"] == 1
+        assert row["later_ms"] == pytest.approx(row["ttft_ms"] - row["full_prefill_ms"])
         flops = row["full_prefill_tflops"] * 1e12
         assert row["full_prefill_of_matrix_rate"] == pytest.approx(flops / result["rates"]["flops"])
         assert row["speedup"] == pytest.approx(row["full_prefill_ms"] / row["ttft_ms"])
