@@ -40,6 +40,5 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 
 def host_loop_us() -> float:
-    """Microseconds of 1,000 steps in Python. Where the host is the limit, results differ by it: hosts of the same GPU
-    threefold."""
+    """Microseconds of 1,000 steps in Python: where the host is the limit, results differ by it."""
     return round(1e6 * statistics.median(timeit.repeat("[i * 2 for i in range(1000)]", number=1, repeat=200)), 1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,7 +15,7 @@ from ragkv.config import Settings
 from ragkv.errors import ConfigError, ModelError, PromptTooLongError
 from ragkv.eval.machine import environment
 from ragkv.eval.rates import Rates
-from ragkv.eval.ttft_bench import Bench, Run, free_device, opened
+from ragkv.eval.ttft_bench import Bench, free_device, opened
 from ragkv.eval.ttft_rows import FULL_CELL, Asked, Cell, Race, Row, rows_of
 from ragkv.eval.ttft_stores import Place, Say
 from ragkv.prefill import FULL
@@ -26,6 +26,7 @@ from ragkv.store.remote import RemoteTier
 
 TIERS = ("device", "ram", "ssd", "remote")
 LEAST_PASSES = 3
+_LIBRARY = None  # the library's forward, among cells
 # Kernels are chosen and memory is mapped in the first passes on a GPU.
 _WARM_UP = {"cpu": 0, "cuda": 2}
 Save = Callable[[dict[str, Any]], None]
@@ -194,8 +195,8 @@ def _rates(bench: Bench, plan: Plan, say: Say) -> Rates:
 
 
 def _race(bench: Bench, plan: Plan, context: int, until: float | None, say: Say) -> Iterator[Race]:
-    """Runs of every cell, and of the library's forward; in each pass everything takes its turn, in another order: what
-    computes much leaves a chip hot, and slower for whoever is next. Yields the one race after each pass."""
+    """Runs of every cell, and of the library's forward; in each pass everything takes its turn, in another order, so
+    that none has the same before it every time. Yields the one race after each pass."""
     requests = {codec: bench.requests(context, codec, plan.batch) for codec in plan.codecs}
     first = plan.places[0]
     cells: list[Cell] = [(first, FULL_CELL)]
@@ -209,15 +210,13 @@ def _race(bench: Bench, plan: Plan, context: int, until: float | None, say: Say)
     for place in plan.places:
         progress.step(f"all chunks into {place.tier}, {place.codec}")
         bench.settle(place, requests[place.codec])
+    unheeded = Race(context, {cell: [] for cell in warm}, [])
     for _ in range(warm_up):
-        _pass(bench, requests, warm, progress)
+        _pass(bench, requests, unheeded, [_LIBRARY, *warm], progress)
     turns = random.Random(context)
     for number in range(plan.passes):
         began = time.perf_counter()
-        library, runs = _pass(bench, requests, turns.sample(cells, len(cells)), progress)
-        race.library.append(library)
-        for cell, run in runs.items():
-            race.runs[cell].append(run)
+        _pass(bench, requests, race, turns.sample([_LIBRARY, *cells], len(cells) + 1), progress)
         now = time.perf_counter()
         yield race
         if until is not None and number + 1 >= LEAST_PASSES and 2 * now - began > until:
@@ -226,16 +225,18 @@ def _race(bench: Bench, plan: Plan, context: int, until: float | None, say: Say)
 
 
 def _pass(
-    bench: Bench, requests: dict[str, Any], cells: list[Cell], progress: _Progress
-) -> tuple[tuple[float, float], dict[Cell, Run]]:
-    progress.step("the library's full prefill")
-    library = bench.run_library(next(iter(requests.values())))
-    runs = {}
-    for place, (method, ratio) in cells:
+    bench: Bench, requests: dict[str, Any], race: Race, turns: Sequence[Cell | None], progress: _Progress
+) -> None:
+    """Run ``turns`` in this order, and add what they took to the race."""
+    for turn in turns:
+        if turn is _LIBRARY:
+            progress.step("the library's full prefill")
+            race.library.append(bench.run_library(next(iter(requests.values()))))
+            continue
+        place, (method, ratio) = turn
         share = f" {ratio:.0%}" if 0 < ratio < 1 else ""
         progress.step("full prefill" if method == FULL else f"{method}{share} from {place.tier}, {place.codec}")
-        runs[place, (method, ratio)] = bench.run(place, requests[place.codec], method, ratio)
-    return library, runs
+        race.runs[turn].append(bench.run(place, requests[place.codec], method, ratio))
 
 
 class _Progress:

@@ -236,8 +236,13 @@ def _explain(error: Any, flags: Mapping[str, Any]) -> str:
     if error["type"] == "extra_forbidden":
         known = _TABLES[root] if inner else Settings
         return f"unknown setting {key!r}{source}{_suggest([root, *inner][-1], set(known.model_fields))}"
-    value = "" if root in _SECRET or error["type"] == "missing" else f", got {error['input']!r}"
-    return f"setting {key!r}{source}: {error['msg']}{value}"
+    message = error["msg"]
+    if root in _SECRET or error["type"] == "missing":
+        if error["type"] == "too_short":  # the message would tell the secret's length
+            message = f"it needs at least {error['ctx']['min_length']} characters"
+    else:
+        message += f", got {error['input']!r}"
+    return f"setting {key!r}{source}: {message}"
 
 
 def _source(root: str, flags: Mapping[str, Any]) -> str:

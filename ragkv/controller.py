@@ -19,8 +19,10 @@ from typing import Literal
 from ragkv.costs import Machine, Piece, Times, Work, passes
 from ragkv.types import Forecast
 
-# Full prefill is exact, so blending must win by more than the error of a good prediction, and of those made lately.
-MARGIN, _MOST_MARGIN, _LATELY = 0.03, 0.25, 5
+# Full prefill is exact, so blending must win by more than the error of a good prediction.
+MARGIN = 0.03
+# And by what the last one came late by, up to a quarter, which counts less with every prompt: half after seven.
+_MOST_MARGIN, _FADE = 0.25, 0.9
 _SPLITS = 12
 _REMEMBERED = 64
 _LEAST = 1e-6
@@ -100,20 +102,19 @@ class Controller:
         self._heard: SimpleQueue[list[Reading]] = SimpleQueue()
         self._counts: Counter[str] = Counter()
         self._errors: deque[float] = deque(maxlen=_REMEMBERED)
-        self._late: deque[float] = deque(maxlen=_LATELY)
+        self._late: dict[str, float] = {}
 
-    @property
-    def margin(self) -> float:
-        """What loading must win by: the share of its time by which it came later than predicted, mostly, of late. What
-        the costs do not know of (threads that read a disk hold up those that launch) shows here first."""
-        late = statistics.median_low(self._late) if self._late else 0.0
-        return min(max(MARGIN, late), _MOST_MARGIN)
+    def margin(self, tier: str) -> float:
+        """The share of a full prefill's time by which loading from ``tier`` must win. What the costs do not know of
+        (threads that read a disk hold up the one that launches) makes prompts late, which shows here."""
+        return min(max(MARGIN, self._late.get(tier, 0.0)), _MOST_MARGIN)
 
     def choose(self, work: Work) -> Choice | None:
         """The fastest way, or None where there is nothing to choose from or nothing is known yet."""
         if self.machine is None or not work.pieces:
             return None
         self._listen(self.machine)
+        self._late = {tier: late * _FADE for tier, late in self._late.items()}
         machine = self.machine
         full, blend = machine.full(work), machine.blend(work, work.pieces)
         times = {tuple(range(len(work.pieces))): blend}
@@ -125,10 +126,11 @@ class Controller:
                     break
                 times[loaded] = split
         best = min(times, key=lambda loaded: times[loaded].total)
-        if times[best].total >= blend.total * (1 - self.margin):
+        if times[best].total >= blend.total * (1 - MARGIN):
             best = tuple(range(len(work.pieces)))  # no more is computed for a gain that may be none
-        if times[best].total >= full.total * (1 - self.margin):
-            choice = Choice(work, (), full, full, blend, _why_full(full, times[best], blend))
+        margin = self.margin(_slowest(work, best))
+        if times[best].total >= full.total * (1 - margin):
+            choice = Choice(work, (), full, full, blend, _why_full(full, times[best], blend, margin))
         else:
             choice = Choice(work, best, times[best], full, blend, _why_blend(times[best], full))
         return self._beside(self._exploring(choice, times) or choice)
@@ -143,11 +145,11 @@ class Controller:
                 self.machine.tier(reading.tier).observe(reading.seconds / reading.nbytes)
             if not actual.contended:
                 _correct(self.machine, choice, actual)
+                if choice.loaded:  # late by what the costs have not made their own
+                    expected = self.machine.blend(choice.work, choice.pieces).total
+                    self._late[_slowest(choice.work, choice.loaded)] = actual.total / expected - 1
         if not actual.contended:
-            late = actual.total / choice.times.total - 1
-            self._errors.append(abs(late))
-            if choice.loaded:
-                self._late.append(late)
+            self._errors.append(abs(actual.total / choice.times.total - 1))
         return _forecast(choice, actual)
 
     def hear(self, readings: Sequence[Reading]) -> None:
@@ -156,7 +158,7 @@ class Controller:
 
     def stats(self) -> dict[str, float]:
         """Numbers for a metrics page: how often what was chosen, the median error of the last predictions of the
-        total, and the tiers' rates in bytes per second."""
+        total, what loading must win by, and the tiers' rates in bytes per second."""
         errors = list(self._errors)
         tiers: Mapping[str, float] = {}
         if self.machine is not None:
@@ -168,6 +170,7 @@ class Controller:
             "controller_explored": self._counts["explored"],
             "controller_chunks_computed": self._counts["computed"],
             "controller_error": statistics.median(errors) if errors else 0.0,
+            "controller_margin": max(map(self.margin, list(self._late)), default=MARGIN),
             **{f"controller_{name}_bytes_per_second": rate for name, rate in tiers.items()},
         }
 
@@ -221,13 +224,20 @@ def _splits(work: Work) -> list[tuple[int, ...]]:
     What is dropped first: pieces whose document context is in the prompt (computing the others forgets it), of these
     those on the slowest tier, of these the shortest. Measured rates do not enter here: the order must not flicker.
     """
-    speed = {"remote": 0, "ssd": 1, "ram": 2}
     order = sorted(
         range(len(work.pieces)),
-        key=lambda i: (not work.pieces[i].repairable, speed.get(work.pieces[i].tier, 3), work.pieces[i].tokens),
+        key=lambda i: (not work.pieces[i].repairable, _speed(work.pieces[i].tier), work.pieces[i].tokens),
     )
     step = -(-len(order) // _SPLITS)
     return [tuple(sorted(order[dropped:])) for dropped in range(step, len(order), step)]
+
+
+def _slowest(work: Work, loaded: Sequence[int]) -> str:
+    return min((work.pieces[i].tier for i in loaded), key=_speed)
+
+
+def _speed(tier: str) -> int:
+    return {"remote": 0, "ssd": 1, "ram": 2}.get(tier, 3)
 
 
 def _correct(machine: Machine, choice: Choice, actual: Actual) -> None:
@@ -281,9 +291,10 @@ def _forecast(choice: Choice, actual: Actual) -> Forecast:
     )
 
 
-def _why_full(full: Times, best: Times, blend: Times) -> str:
+def _why_full(full: Times, best: Times, blend: Times, margin: float) -> str:
     if best.total < full.total:
-        return f"full prefill is exact, and loading is hardly faster: {_ms(full.total)} against {_ms(best.total)}"
+        times = f"{_ms(best.total)} against {_ms(full.total)} of full prefill"
+        return f"loading must win by {margin:.0%}, and is predicted to take {times}"
     slow = max(blend.reading, key=lambda tier: blend.reading[tier])
     parts = [f"{_ms(blend.reading[slow])} of loading from {slow}"]
     parts += [f"{_ms(blend.select)} of selecting"] if blend.select else []

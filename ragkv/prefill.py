@@ -51,7 +51,7 @@ class PrefillResult:
 
     ``exact``: leading tokens whose KV was computed, or known, and not taken from the store, nor rests on such.
     ``learn`` tells the controller what it took, and returns the report of that, where the controller chose: to be
-    called as soon as what was made of the logits is on the host, so that nothing waits for it.
+    called as soon as what was made of the logits is on the host, which on a device ends what it measures.
     """
 
     logits: torch.Tensor
@@ -132,6 +132,7 @@ class Prefill:
                     break
                 except ChunkLostError as lost:
                     self._why.update((span, _unreadable(cause)) for span, cause in lost.causes.items())
+        self._watch.lap("recompute")
         if trial and self._controller:
             result.learn = self._lesson(self._controller, trial)
         result.to_encode = [span for span in self._plan.spans if span in self._why]
@@ -173,7 +174,6 @@ class Prefill:
         if self._runner.device.type == "cuda":
             return partial(self._learn, controller, trial)  # not before the device has done what was launched
         # Here all is done, and choosing a token, which may take long, is no part of it.
-        self._watch.lap("recompute")
         return partial(controller.learn, trial.choice, trial.actual(self._watch, overlapped=False))
 
     def _learn(self, controller: Controller, trial: Trial) -> Forecast:

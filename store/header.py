@@ -130,7 +130,8 @@ class EntryHeader:
 
     def with_checksums(self, checksums: Sequence[int]) -> EntryHeader:
         """The same header, naming the slabs as written."""
-        slabs = tuple(map(Slab, self.offsets, repeat(self.slab_bytes), checksums))
+        nbytes = self.slab_bytes
+        slabs = tuple(Slab(at, nbytes, checksum) for at, checksum in zip(self.offsets, checksums, strict=True))
         return dataclasses.replace(self, slabs=slabs)._described(self.description)
 
     def pack(self) -> bytes:

@@ -360,8 +360,7 @@ class ChunkStore:
             pass  # in small transactions: others may want to write
 
     def _open_here(self, index: Index, keys: Sequence[bytes]) -> list[OpenEntry | StoreError]:
-        """Open what is on this machine. A function of its own: of the leases on files nothing is to know afterwards, no
-        error's frames either."""
+        """Open what is on this machine. A function of its own: frames of an error further on would keep its leases."""
         in_ram = self._open_in_ram(keys)
         rest = [key for key, entry in zip(keys, in_ram, strict=True) if entry is None]
         rows = dict(zip(rest, index.get_many(rest), strict=True)) if rest else {}
@@ -395,8 +394,9 @@ class ChunkStore:
         if fd is None:
             self._forget_missing(key)
             return missing
+        held = Lease(fd)
         self._headers.expect(key, fd)
-        return Lease(fd)
+        return held
 
     def _open(self, key: bytes, held: Lease) -> OpenEntry | StoreError:
         try:
@@ -405,11 +405,11 @@ class ChunkStore:
                 raise CorruptEntryError("the file holds another chunk's entry")
         except StoreFormatError as error:  # sound, and for another version of ragkv: it stays
             error.context["key"] = key.hex()
-            return error.with_traceback(None)  # its frames would keep the lease
+            return _bare(error)
         except CorruptEntryError as error:
             error.context["key"] = key.hex()
             self._quarantine(key, held.fd)
-            return error.with_traceback(None)
+            return _bare(error)
         return OpenEntry(FileSource(header, held, self._executor, self._ram.buffers, self._quarantine))
 
     def _find_remote(self, keys: Sequence[bytes]) -> dict[bytes, EntryHeader]:
@@ -502,3 +502,9 @@ class ChunkStore:
     def _count(self, event: str, by: int = 1) -> None:
         with self._lock:
             self._counts[event] += by
+
+
+def _bare(error: StoreError) -> StoreError:
+    """Without the frames of what raised it, and of what that came of: they would keep leases."""
+    error.__cause__ = error.__context__ = None
+    return error.with_traceback(None)

@@ -20,10 +20,8 @@ from ragkv.store import ChunkStore, Geometry, OpenEntry, chunk_key
 GEOMETRY = Geometry(layers=3, kv_heads=2, head_dim=16, dtype="bfloat16")
 TOKENS = 50
 SLAB = GEOMETRY.slab_bytes(TOKENS)
-FILE = 4096 + 3 * 8192  # header, and three slabs of 6400 bytes in whole blocks
-
-
 PATIENCE_S = 20.0  # until a test gives up; nothing takes that long
+FILE = 4096 + 3 * 8192  # header, and three slabs of 6400 bytes in whole blocks
 
 
 def eventually(condition: Callable[[], object]) -> None:

@@ -155,6 +155,12 @@ def test_a_secret_is_not_repeated_in_the_error(wrong):
     assert "hunter2" not in "".join(traceback.format_exception(caught.value))
 
 
+@pytest.mark.parametrize("wrong", [{"api_key": "hunter2"}, {"tenants": {"a": {"key": "hunter2"}}}])
+def test_of_a_secret_that_is_too_short_it_is_told_how_long_it_must_be(wrong):
+    with pytest.raises(ConfigError, match="it needs at least 8 characters$"):
+        load_settings(**wrong)
+
+
 def test_secrets_are_not_shown_with_the_settings():
     tenants = {"a": {"key": "hunter2-too"}}
     settings = load_settings(

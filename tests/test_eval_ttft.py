@@ -180,10 +180,8 @@ def test_every_pass_is_saved_and_a_budget_leaves_three(settings: Settings) -> No
 def test_what_is_being_measured_is_told_before_it_begins(settings: Settings) -> None:
     said: list[tuple[str, int, int]] = []
     plan = Plan((16,), tiers=("ram", "ssd"), asked=(("none", 0.0), ("epic", 0.25)), **TINY)
-    measure_ttft(settings, plan, say=lambda *step: said.append(step))
-    steps = [
-        "all chunks into ram, raw",
-        "all chunks into ssd, raw",
+    measure_ttft(settings, replace(plan, passes=2), say=lambda *step: said.append(step))
+    turns = [
         "the library's full prefill",
         "full prefill",
         "none from ram, raw",
@@ -192,13 +190,36 @@ def test_what_is_being_measured_is_told_before_it_begins(settings: Settings) -> 
         "epic 25% from ssd, raw",
     ]
     told = [step for step in said if step[0].startswith("16 tokens")]
-    assert [step[1:] for step in told] == [(done, 8) for done in range(9)]
+    assert [step[1:] for step in told] == [(done, 14) for done in range(15)]
     names = [name.removeprefix("16 tokens: ") for name, _, _ in told]
-    assert names[:3] == steps[:3]
-    assert sorted(names[3:8]) == sorted(steps[3:])  # in another order in every pass
-    assert names[8] == "16 tokens"
+    assert names[:2] == ["all chunks into ram, raw", "all chunks into ssd, raw"]
+    assert sorted(names[2:8]) == sorted(names[8:14]) == sorted(turns)
+    assert names[2:8] != names[8:14]
+    assert names[14] == "16 tokens"
     assert [said[0], said[2]] == [("load", 0, 1), ("encoding chunks", 0, 1)]
     assert ("measuring the machine", 0, 1) in said
+
+
+def test_in_whichever_order_they_run_figures_are_each_ones_own(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seconds = {"full": 8.0, "none": 1.0, "epic": 2.0}
+    run = Bench.run
+
+    def timed(bench: Bench, place: Place, requests: Any, method: Any, ratio: float, **options: int) -> Any:
+        ran = run(bench, place, requests, method, ratio, **options)
+        return ran._replace(seconds=seconds[method] + (place.tier == "ssd"))
+
+    monkeypatch.setattr(Bench, "run", timed)
+    plan = Plan((16,), tiers=("ram", "ssd"), asked=(("none", 0.0), ("epic", 0.25)), **TINY)
+    rows = measure_ttft(settings, replace(plan, passes=3), say=_silent)["rows"]
+    assert {(row["method"], row["tier"]): row["ttft_ms"] for row in rows} == {
+        ("none", "ram"): 1000.0,
+        ("none", "ssd"): 2000.0,
+        ("epic", "ram"): 2000.0,
+        ("epic", "ssd"): 3000.0,
+    }
+    assert {row["ragkv_prefill_ms"] for row in rows} == {8000.0}
 
 
 def test_interrupting_leaves_the_passes_so_far(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
