@@ -157,7 +157,7 @@ def test_a_secret_is_not_repeated_in_the_error(wrong):
 
 @pytest.mark.parametrize("wrong", [{"api_key": "hunter2"}, {"tenants": {"a": {"key": "hunter2"}}}])
 def test_of_a_secret_that_is_too_short_it_is_told_how_long_it_must_be(wrong):
-    with pytest.raises(ConfigError, match="it needs at least 8 characters$"):
+    with pytest.raises(ConfigError, match=r"it needs at least 8 characters$"):
         load_settings(**wrong)
 
 
