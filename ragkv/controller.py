@@ -120,11 +120,7 @@ class Controller:
         times = {tuple(range(len(work.pieces))): blend}
         if blend.load > MARGIN * blend.total:
             # Computing some pieces only helps where loading all of them holds up computing.
-            for loaded in _splits(work):
-                split = machine.blend(work, [work.pieces[i] for i in loaded])
-                if split.recompute >= blend.total:  # and those that load less compute for longer yet
-                    break
-                times[loaded] = split
+            times |= _splits(machine, work, blend)
         best = min(times, key=lambda loaded: times[loaded].total)
         if times[best].total >= blend.total * (1 - MARGIN):
             best = tuple(range(len(work.pieces)))  # no more is computed for a gain that may be none
@@ -218,8 +214,8 @@ class Controller:
         return replace(choice, loaded=tried, times={(): choice.full, **times}[tried], why="tried, to measure it again")
 
 
-def _splits(work: Work) -> list[tuple[int, ...]]:
-    """Sets of pieces to load: fewer and fewer, never all and never none.
+def _splits(machine: Machine, work: Work, blend: Times) -> dict[tuple[int, ...], Times]:
+    """What loading some pieces takes, never all and never none: fewer and fewer, and then those next to the best.
 
     What is dropped first: pieces whose document context is in the prompt (computing the others forgets it), of these
     those on the slowest tier, of these the shortest. Measured rates do not enter here: the order must not flicker.
@@ -228,8 +224,25 @@ def _splits(work: Work) -> list[tuple[int, ...]]:
         range(len(work.pieces)),
         key=lambda i: (not work.pieces[i].repairable, _speed(work.pieces[i].tier), work.pieces[i].tokens),
     )
+    found: dict[int, tuple[tuple[int, ...], Times]] = {}
+
+    def look(dropped: int) -> Times:
+        if dropped not in found:
+            loaded = tuple(sorted(order[dropped:]))
+            found[dropped] = loaded, machine.blend(work, [work.pieces[i] for i in loaded])
+        return found[dropped][1]
+
     step = -(-len(order) // _SPLITS)
-    return [tuple(sorted(order[dropped:])) for dropped in range(step, len(order), step)]
+    for dropped in range(step, len(order), step):
+        if look(dropped).recompute >= blend.total:  # and those that load less compute for longer yet
+            break
+    while found and step > 1:
+        step = -(-step // 2)
+        best = min(found, key=lambda dropped: found[dropped][1].total)
+        for dropped in (best - step, best + step):
+            if 0 < dropped < len(order):
+                look(dropped)
+    return dict(found.values())
 
 
 def _slowest(work: Work, loaded: Sequence[int]) -> str:

@@ -69,6 +69,18 @@ def test_computing_starts_while_loading_goes_on():
     assert actual.total < 0.95 * world.run(job, range(16)).total
 
 
+@pytest.mark.parametrize("chunks", [16, 24, 64, 128])
+@pytest.mark.parametrize("rate", [0.5e9, 1e9, 2e9, 4e9])
+def test_of_many_chunks_the_best_number_is_loaded(chunks, rate):
+    world = World(tiers={"ssd": 1 / rate})
+    controller, job = Controller(world.machine()), work(chunks=chunks, strategy="epic")
+    serve(controller, world, job)  # reads beside
+    choice, machine = controller.choose(job), controller.machine
+    assert choice.way == "split"
+    best = min(machine.blend(job, job.pieces[computed:]).total for computed in range(1, chunks))
+    assert choice.times.total == best
+
+
 def test_chunks_on_the_slowest_tier_are_computed_first():
     world = World(tiers={"ssd": 1 / 8e9, "remote": 1 / 1e9})
     controller, job = Controller(world.machine()), work(tiers=["ram", "remote", "ssd", "remote", "ram", "ssd"])
