@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from ragkv.attention import AttentionStep, Query
+from ragkv.host_memory import keep_freed
 from ragkv.kv import KvShape, RequestKV
 from ragkv.methods import CHECK_LAYER
 from ragkv.rope import read_rope
@@ -80,6 +81,8 @@ class ModelRunner:
         if self.device.type == "cuda":
             # Who launches kernels must not wait for the interpreter as long as a prefill takes.
             sys.setswitchinterval(min(sys.getswitchinterval(), _SWITCH_S))
+        else:
+            keep_freed()
         self._rotary: tuple[torch.Tensor, torch.Tensor] | None = None
         self.fused: FusedLayers | None = None
         self.lookahead: FusedLookahead | None = None
