@@ -130,8 +130,8 @@ class EntryHeader:
 
     def with_checksums(self, checksums: Sequence[int]) -> EntryHeader:
         """The same header, naming the slabs as written."""
-        nbytes, start, step = self.slab_bytes, self.header_bytes, aligned(self.slab_bytes)
-        slabs = tuple(Slab(start + i * step, nbytes, checksum) for i, checksum in enumerate(checksums))
+        at, nbytes = self.offsets, self.slab_bytes
+        slabs = tuple(Slab(at.start + i * at.step, nbytes, checksum) for i, checksum in enumerate(checksums))
         return dataclasses.replace(self, slabs=slabs)._described(self.description)
 
     def pack(self) -> bytes:

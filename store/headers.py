@@ -41,7 +41,7 @@ class Headers:
         identity = _identity(fd)
         with self._lock:
             known = self._known.get(key)
-            if known is not None and known[0] == identity is not None:
+            if known is not None and known[0] == identity:
                 self._known.move_to_end(key)
                 return known[1]
         header = read_header(fd)
