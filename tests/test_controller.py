@@ -171,12 +171,12 @@ def test_nothing_more_is_computed_for_a_gain_that_may_be_none(monkeypatch, gain,
     assert Controller(World().machine()).choose(job).way == way
 
 
-def held_up(tier: str = "ssd") -> tuple[Controller, Work]:
+def held_up() -> tuple[Controller, Work]:
     """A controller that has read from a disk once, and a prompt that a split is predicted to win by some 11%."""
     world, job = World(tiers={"ssd": 1 / 0.5e9}, row=1e-6), work(chunks=16, strategy="epic")
     controller = Controller(world.machine())
     serve(controller, world, job)  # reads beside
-    assert controller.margin(tier) == MARGIN
+    assert controller.margin("ssd") == MARGIN
     return controller, job
 
 
