@@ -66,7 +66,7 @@ class AttentionStep:
         last_only: bool = False,
     ) -> None:
         self.kv, self.positions, self.length = kv, positions, length
-        self.slots = positions - kv.base if slots is None else slots
+        self.slots = kv.slot(positions) if slots is None else slots
         self.contiguous, self.score_rows = contiguous, score_rows
         self.scores: torch.Tensor | None = None
         self.kept, self.queries, self.last_only = kept, dict[int, Query](), last_only

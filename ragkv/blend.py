@@ -12,12 +12,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from ragkv.attention import AttentionStep
 from ragkv.clock import Stopwatch
+from ragkv.kernels.twins import weigh
 from ragkv.kv import RequestKV
 from ragkv.loading import LayerLoader
 from ragkv.plan import PromptPlan, Span
@@ -25,7 +28,7 @@ from ragkv.prelude import Prelude
 from ragkv.rows import Rows
 from ragkv.runner import ModelRunner
 from ragkv.steps import LayerCall, Steps
-from ragkv.uploading import uploaded, uploaded_together
+from ragkv.uploading import uploaded
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,7 @@ class Blend:
     """One blended prefill.
 
     Attributes:
-        ids, required_places: int64, on the device: the prompt's tokens, and the positions that are computed anyway.
+        least: how many tokens are computed anyway.
 
     Args:
         reused: spans whose stored KV the loader brings; the other spans are computed.
@@ -89,18 +92,19 @@ class Blend:
             # Recomputing tokens whose document context is not in this prompt would forget what it knew.
             repairable[span.start : span.end] = span.context_present
         self.required, self.repairable = torch.from_numpy(required), torch.from_numpy(repairable)
-        known_now = (torch.from_numpy(plan.array), self.required.nonzero()[:, 0], ~self.repairable)
-        self.ids, self.required_places, self._barred = uploaded_together(known_now, runner.device)
+        self.least = int(required.sum())
         self.dense_layers = 0
         self._rows: Rows | None = None
 
     @property
     def computed(self) -> torch.Tensor:
-        """bool (length,), on the host: what was computed in all layers but the dense ones. Waits for the device."""
-        computed = self.required.clone()
-        if self._rows is not None:
-            computed[self._rows.step.positions.cpu()] = True
-        return computed
+        """int64, ascending, on the device: the positions computed in all layers but the dense ones."""
+        return self.required_places if self._rows is None else self._rows.step.positions
+
+    @cached_property
+    def required_places(self) -> torch.Tensor:
+        """int64, on the device: the positions that are computed anyway."""
+        return self.places(self.required)
 
     @property
     def budget(self) -> int:
@@ -122,8 +126,10 @@ class Blend:
         """The positions, on the device, where ``where``, bool (length,) on the host, holds."""
         return uploaded(where.nonzero()[:, 0], self.runner.device)
 
-    def rows(self, positions: torch.Tensor, *, score_question: bool = False) -> Rows:
-        """Rows at layer 0 for ``positions`` (rows,), ascending, on the device."""
+    def rows(
+        self, positions: torch.Tensor, hidden: torch.Tensor | None = None, *, score_question: bool = False
+    ) -> Rows:
+        """Rows for ``positions`` (rows,), ascending, on the device: embedded, or with ``hidden`` states."""
         contiguous = len(positions) == self.length
         step = AttentionStep(
             self.kv,
@@ -133,7 +139,9 @@ class Blend:
             score_rows=self.length - self.plan.question_start if score_question else 0,
             last_only=True,
         )
-        return self.runner.rows(self.ids[positions], step, self.length)
+        if hidden is not None:
+            return self.runner.rows_from(hidden, step, self.length)
+        return self.runner.rows_of(self.plan.array, step, self.length)
 
     def advance(self, rows: Rows, first: int, end: int, part: str) -> Steps[None]:
         """Have layers ``first … end - 1`` run, each as soon as its stored KV is placed."""
@@ -144,13 +152,20 @@ class Blend:
             yield LayerCall(layer, rows, self.watch, part)
             self.watch.lap("queue")
 
-    def take(self, scores: torch.Tensor) -> torch.Tensor:
-        """The required positions and the ``budget`` repairable ones with the highest ``scores`` (length,), ascending.
+    def take(self, scores: torch.Tensor, weights: NDArray[np.float32] | None = None) -> torch.Tensor:
+        """The required positions and the ``budget`` repairable ones with the highest ``scores`` (length,), times
+        ``weights``, if any; ascending, on the device.
 
         Scores that are on the device stay there, and nobody waits for them.
         """
-        barred = ~self.repairable if scores.device.type == "cpu" else self._barred
-        best = scores.float().masked_fill(barred, float("-inf")).topk(self.budget).indices
-        if best.device != self.runner.device:
-            best = uploaded(best, self.runner.device)
-        return torch.cat((self.required_places, best)).sort().values
+        device = self.runner.device
+        scales = np.ones(self.length, np.float32) if weights is None else weights.astype(np.float32)
+        np.copyto(scales, -1, where=~self.repairable.numpy())
+        np.copyto(scales, np.inf, where=self.required.numpy())
+        given, fused = torch.from_numpy(scales), self.runner.fused
+        if fused is not None and scores.device == device:
+            weighed = fused.weigh(scores, given)
+        else:
+            weighed = weigh(scores, uploaded(given, scores.device))
+        best = weighed.topk(self.least + self.budget, sorted=False).indices.sort().values
+        return best if best.device == device else uploaded(best, device)

@@ -12,7 +12,7 @@ this one is compared with (:mod:`ragkv.selfcheck`).
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple, cast
@@ -27,7 +27,11 @@ from ragkv.kernels.attend import AttendRoom, attend, drop_hopper
 from ragkv.kernels.pointwise import rms_norm, silu_mul
 from ragkv.kernels.rotate import rope_write
 from ragkv.kernels.scores import score_keys
-from ragkv.rows import Joined, Rows
+from ragkv.kernels.start import start_rows
+from ragkv.kernels.weigh import weigh
+from ragkv.lookahead import Look
+from ragkv.rows import Joined, Rows, empty_rows
+from ragkv.uploading import handed
 
 log = logging.getLogger("ragkv")
 _DTYPES = (torch.bfloat16, torch.float16)
@@ -142,12 +146,35 @@ class FusedLayers:
         if isinstance(rows, Joined):
             self.launch(index, rows)
             return
-        if rows.room is None and self.graphs is not None:
-            rows.room = self._captured(self.graphs, rows)
+        if rows.room is None and (captured := self._captured(rows.step, rows.hidden, rows.rotary[0])) is not None:
+            captured.enter(rows)
         if isinstance(rows.room, Captured) and not rows.step.score_rows:
             rows.room.replay(index)
         else:
             self.launch(index, rows)
+
+    def start(
+        self,
+        prompt: torch.Tensor,
+        step: AttentionStep,
+        embedding: torch.Tensor,
+        angles: tuple[torch.Tensor, torch.Tensor],
+    ) -> Rows:
+        """Rows of the tokens of ``prompt``, int64 (length,) on the host, at the step's positions, before the first
+        layer; ``angles`` are cos and sin (positions, rotary_dim) of all positions. Where graphs run the layers, they
+        begin in the graphs' room."""
+        captured = self._captured(step, embedding, angles[0])
+        rows = empty_rows(step, embedding, angles[0]) if captured is None else captured.rows
+        cos, sin = rows.rotary
+        slots = None if captured is None else rows.step.slots
+        with handed(prompt, step.positions.device) as ids:
+            start_rows(ids, step.positions, embedding, angles, rows.hidden[0], (cos[0], sin[0]), slots)
+        return rows if captured is None else captured.taken(step)
+
+    def weigh(self, scores: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """:func:`ragkv.kernels.weigh.weigh` with ``weights`` that are on the host."""
+        with handed(weights, scores.device) as there:
+            return weigh(scores, there)
 
     def capture_all(self) -> Iterator[None]:
         """Capture layers for all numbers of rows before they are needed; yields in between."""
@@ -157,10 +184,10 @@ class FusedLayers:
         except Exception as failed:
             self._do_without_graphs(failed)
 
-    def _captured(self, graphs: LayerGraphs, rows: Rows) -> Captured | None:
+    def _captured(self, step: AttentionStep, hidden: torch.Tensor, rotary: torch.Tensor) -> Captured | None:
         try:
-            return graphs.room(rows)
-        except Exception as failed:  # the rows are as they were
+            return None if self.graphs is None else self.graphs.of(step, hidden, rotary)
+        except Exception as failed:
             self._do_without_graphs(failed)
             return None
 
@@ -256,22 +283,21 @@ class FusedLayers:
             rows.room = _Room(rows, self.layers[0], self._heads, self._head_dim)
         return rows.room
 
-    def score(self, queries: Mapping[int, Query], step: AttentionStep) -> None:
-        """Add the attention that ``queries``, of the step's rows at some layers, pay to the step's scores."""
-        one, first = next(iter(queries.values())), min(queries)
-        alike = all(query.scale == one.scale and query.window == one.window for query in queries.values())
-        if not alike or [*queries] != list(range(first, first + len(queries))):
-            for index, query in queries.items():
-                self._score(index, query.rows, query, step)
+    def score(self, found: Look, step: AttentionStep) -> None:
+        """Add the attention that the step's rows pay, as they are ``found`` to, to the step's scores."""
+        forms = list(zip(found.scales, found.windows, strict=True))
+        if len(set(forms)) == 1:
+            self._score(found.layers[0], found.queries, *forms[0], step)
         else:
-            self._score(first, torch.stack([query.rows for query in queries.values()]), one, step)
+            for layer, queries, form in zip(found.layers, found.queries, forms, strict=True):
+                self._score(layer, queries, *form, step)
 
-    def _score(self, first: int, rows: torch.Tensor, query: Query, step: AttentionStep) -> None:
+    def _score(self, first: int, rows: torch.Tensor, scale: float, window: int | None, step: AttentionStep) -> None:
         k, v = step.kv.read(first, step.length)
-        window = query.window if query.window is not None and query.window < step.length else None
+        window = window if window is not None and window < step.length else None
         stride = step.kv.layer_stride
-        _, lse = attend(rows, k, v, step.slots, scale=query.scale, window=window, layer_stride=stride)
-        _score(rows, lse, k, step, query.scale, window, stride)
+        _, lse = attend(rows, k, v, step.slots, scale=scale, window=window, layer_stride=stride)
+        _score(rows, lse, k, step, scale, window, stride)
 
 
 def _write(index: int, layer: Layer, part: _Part) -> None:

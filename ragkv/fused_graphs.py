@@ -65,22 +65,19 @@ class LayerGraphs:
         self._user = weakref.ref(kv)
         return kv
 
-    def room(self, rows: Rows) -> Captured | None:
-        """Where ``rows``, at the beginning of some layer, have been moved to; None where graphs do not take them."""
-        step = rows.step
+    def of(self, step: AttentionStep, hidden: torch.Tensor, rotary: torch.Tensor) -> Captured | None:
+        """The graphs that take rows of ``step``, which are like ``hidden`` and ``rotary``; None where none do."""
         if self._user is None or step.kv is not self._user() or not step.last_only:
             return None
         if step.score_rows or step.kept or step.rows > MOST_ROWS:
             return None
         if not self._sizes:
-            self._room = _Room(rows)
+            self._room = _Room(hidden, rotary)
             # These are kept, and with them the memory that all others use too.
             self._captured[MOST_ROWS] = self._capture(MOST_ROWS)
             self._sizes = sizes_that_pay(self._time)
         least = bisect_left(self._sizes, step.rows)
-        room = self._captured[next(size for size in self._sizes[least:] if self._has(size))]
-        room.enter(rows)
-        return room
+        return self._captured[next(size for size in self._sizes[least:] if self._has(size))]
 
     def _has(self, size: int) -> bool:
         """Whether there are graphs of ``size`` rows, from now on at least: without memory for them, never."""
@@ -157,9 +154,9 @@ def sizes_that_pay(ms: Callable[[int], float]) -> list[int]:
 class _Room:
     """Memory for most rows, of which a graph of fewer uses the first ones'."""
 
-    def __init__(self, like: Rows) -> None:
+    def __init__(self, hidden: torch.Tensor, rotary: torch.Tensor) -> None:
         self._hidden, *self._rotary = (
-            part.new_zeros((1, MOST_ROWS, part.shape[-1])) for part in (like.hidden, *like.rotary)
+            part.new_zeros((1, MOST_ROWS, part.shape[-1])) for part in (hidden, rotary, rotary)
         )
 
     def first(self, step: AttentionStep) -> Rows:
@@ -168,22 +165,35 @@ class _Room:
 
 
 class Captured:
-    """Graphs of all layers for a number of rows, and where these are in the room."""
+    """Graphs of all layers for a number of rows.
+
+    Attributes:
+        rows: memory that they work on, in the room. Where fewer rows use it, these stand last, and those before them
+            are all as the first.
+    """
 
     def __init__(self, rows: Rows, graphs: list[Any]) -> None:
-        self._rows, self._graphs = rows, graphs
+        self.rows, self._graphs = rows, graphs
         self._turns = torch.arange(rows.step.rows, device=rows.hidden.device)
 
     def enter(self, rows: Rows) -> None:
-        count = rows.step.rows
-        spare = len(self._turns) - count
+        """Have ``rows``, at the beginning of some layer, go on here."""
+        spare, mine = self._spare(rows.step), self.rows
         index = (self._turns - spare).clamp(min=0)
-        mine = self._rows
         torch.index_select(rows.hidden, 1, index, out=mine.hidden)
         for theirs, own in zip(rows.rotary, mine.rotary, strict=True):
             torch.index_select(theirs, 1, index, out=own)
         torch.index_select(rows.step.slots, 0, index, out=mine.step.slots)
-        rows.hidden = mine.hidden[:, spare:]
+        rows.hidden, rows.room = mine.hidden[:, spare:], self
+
+    def taken(self, step: AttentionStep) -> Rows:
+        """The last ones of :attr:`rows`, which have been filled in for the rows of ``step``."""
+        spare = self._spare(step)
+        hidden, cos, sin = (part[:, spare:] for part in (self.rows.hidden, *self.rows.rotary))
+        return Rows(hidden, (cos, sin), step, self)
+
+    def _spare(self, step: AttentionStep) -> int:
+        return self.rows.step.rows - step.rows
 
     def replay(self, layer: int) -> None:
         self._graphs[layer].replay()

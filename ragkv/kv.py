@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import torch
 
@@ -31,7 +31,12 @@ class KvShape:
 
     def entry_bytes(self, tokens: int, codec: str) -> int:
         """Bytes of the KV of a chunk of ``tokens`` tokens, stored with ``codec``."""
-        return self.layers * CODECS[codec].slab_bytes(self.geometry, tokens)
+        return _entry_bytes(self, tokens, codec)
+
+
+@lru_cache(1024)  # a prompt asks for each of its chunks, which are mostly of one length
+def _entry_bytes(shape: KvShape, tokens: int, codec: str) -> int:
+    return shape.layers * CODECS[codec].slab_bytes(shape.geometry, tokens)
 
 
 class RequestKV:
@@ -55,6 +60,10 @@ class RequestKV:
         part.shape, part.capacity, part.base = self.shape, capacity, self.base
         part._data = self._data[:, :, :capacity]
         return part
+
+    def slot(self, positions: torch.Tensor) -> torch.Tensor:
+        """Where ``positions`` stand; the same tensor where that is the same."""
+        return positions - self.base if self.base else positions
 
     def write(self, layer: int, slots: torch.Tensor | slice, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Store rows of rotated ``keys`` and ``values``, each (n, kv_heads, head_dim), at ``slots``."""

@@ -29,7 +29,8 @@ class LayerLoader:
     ``lease`` does not have on the device already; what the lease wants filled in is filled in on the way.
 
     On CUDA loading begins behind ``behind``, an event of the current stream, or behind all that was launched on it: no
-    memory may have been given back since that is still in use.
+    memory may have been given back since that is still in use. The first layers, so many as are needed ``together``,
+    come as one.
     """
 
     def __init__(
@@ -42,11 +43,12 @@ class LayerLoader:
         lease: DeviceLease | None = None,
         order: Sequence[int] | None = None,
         behind: torch.cuda.Event | None = None,
+        together: int = 0,
     ) -> None:
         order = range(runner.shape.layers) if order is None else order
         self._way: Streaming | Gathering
         if runner.device.type == "cuda" and runner.fused is not None:
-            self._way = Streaming(runner, kv, spans, slabs, codec, lease, order, behind)
+            self._way = Streaming(runner, kv, spans, slabs, codec, lease, order, behind, together)
         else:
             self._way = Gathering(runner, kv, spans, slabs, codec, lease, order)
         self._coming = deque(order)

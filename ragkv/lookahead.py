@@ -12,7 +12,7 @@ from typing import NamedTuple, Protocol
 
 import torch
 
-from ragkv.attention import AttentionStep, Query
+from ragkv.attention import AttentionStep
 from ragkv.kv import KvShape, RequestKV
 from ragkv.methods import searched_layers
 from ragkv.rows import Rows
@@ -30,11 +30,24 @@ class LayerLoop(Protocol):
 
 
 class Look(NamedTuple):
-    """Of some rows that saw nothing but each other: by layer, layers following each other, what they look for; and
-    their own KV in these layers, (layers, 2, rows, kv_heads, head_dim)."""
+    """Of some rows that saw nothing but each other, in layers that follow each other: what they look for, and their
+    own KV.
 
-    queries: dict[int, Query]
+    Attributes:
+        queries: (layers, rows, heads, head_dim), rotated.
+        scales, windows: of each layer's attention.
+        kv: (layers, 2, rows, kv_heads, head_dim).
+    """
+
+    layers: range
+    queries: torch.Tensor
+    scales: tuple[float, ...]
+    windows: tuple[int | None, ...]
     kv: torch.Tensor
+
+    def behind(self, lead: int) -> Look:
+        """Of the rows behind the first ``lead``."""
+        return self._replace(queries=self.queries[:, lead:].contiguous(), kv=self.kv[:, :, lead:])
 
 
 def look(runner: LayerLoop, ids: torch.Tensor, positions: torch.Tensor) -> Generator[None, None, Look]:
@@ -47,4 +60,11 @@ def look(runner: LayerLoop, ids: torch.Tensor, positions: torch.Tensor) -> Gener
     for layer in range(layers[-1] + 1):
         runner.run_layer(layer, rows)
         yield
-    return Look(step.queries, kv.slots(0, len(ids))[layers[0] : layers[-1] + 1])
+    asked, found = range(layers[0], layers[-1] + 1), [step.queries[layer] for layer in layers]
+    return Look(
+        asked,
+        torch.stack([query.rows for query in found]),
+        tuple(query.scale for query in found),
+        tuple(query.window for query in found),
+        kv.slots(0, len(ids))[asked.start : asked.stop],
+    )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -29,12 +28,9 @@ def is_page_locked(address: int, nbytes: int) -> bool:
     return first in _LOCKED and (first == last or all(page in _LOCKED for page in range(first + 1, last + 1)))
 
 
-def all_page_locked(addresses: NDArray[np.int64], sizes: Sequence[int]) -> bool:
-    """:func:`is_page_locked` for every one of ``addresses`` (…, n) of memory of ``sizes`` (n,)."""
-    ends = addresses + np.asarray(sizes) - 1
-    inner = range(0, max(sizes, default=0), HUGE_PAGE)
-    pages = [np.minimum(addresses + step, ends) // HUGE_PAGE for step in inner] + [ends // HUGE_PAGE]
-    return set(np.concatenate([some.ravel() for some in pages]).tolist()) <= _LOCKED
+def are_page_locked(pages: frozenset[int]) -> bool:
+    """:func:`is_page_locked` for all memory in huge pages of these numbers."""
+    return pages <= _LOCKED
 
 
 class PageLocking:

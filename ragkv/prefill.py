@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from typing import cast
 
 import torch
@@ -47,7 +47,7 @@ class SpanOutcome:
 
 @dataclass
 class PrefillResult:
-    """``outcomes`` stand in the order of the plan's spans; ``to_encode`` are spans the store should get.
+    """``tell`` says what became of the plan's spans, in their order; ``to_encode`` are spans the store should get.
 
     ``exact``: leading tokens whose KV was computed, or known, and not taken from the store, nor rests on such.
     ``learn`` tells the controller what it took, and returns the report of that, where the controller chose: to be
@@ -56,10 +56,15 @@ class PrefillResult:
 
     logits: torch.Tensor
     kv: RequestKV
-    outcomes: list[SpanOutcome]
     exact: int
+    tell: Callable[[], list[SpanOutcome]]
     to_encode: list[Span] = field(default_factory=list)
     learn: Callable[[], Forecast | None] = field(default=lambda: None)
+
+    @cached_property
+    def outcomes(self) -> list[SpanOutcome]:
+        """What ``tell`` says. It may wait for the device, so ask once the first token is there."""
+        return self.tell()
 
 
 class Prefill:
@@ -218,13 +223,16 @@ class Prefill:
         prelude = self._begin(spans)
         [codec] = {span.chunk.tokens.codec for span in spans}
         layers = self._runner.shape.layers
-        order = outline(self._strategy, layers).loading_order(layers)
+        way = outline(self._strategy, layers)
+        order = way.loading_order(layers)
         with (
             closing(self._device_tier.lease(entry.header for entry in entries.values())) as lease,
             closing(
                 self._store.open_layers([e for e in entries.values() if e.key not in lease.hits], order=order)
             ) as slabs,
-            closing(LayerLoader(self._runner, kv, spans, slabs, codec, lease, order, behind)) as loader,
+            closing(
+                LayerLoader(self._runner, kv, spans, slabs, codec, lease, order, behind, len(way.searched))
+            ) as loader,
         ):
             self._watch.lap("load")
             blend = Blend(
@@ -251,10 +259,8 @@ class Prefill:
             lease.commit()
         tiers = {span: "device" if entry.key in lease.hits else entry.tier for span, entry in entries.items()}
         rows = (yield from self._rest(kv, len(self._plan.ids))) or rows
-        # The device has all its work before it is waited for.
-        logits, computed = self._runner.logits(rows), blend.computed
-        outcomes = [self._outcome(span, tiers.get(span), blend.dense_layers, computed) for span in self._plan.spans]
-        return PrefillResult(logits, kv, outcomes, exact=min(span.start for span in spans))
+        tell = partial(self._blended, tiers, blend.dense_layers, blend.computed)
+        return PrefillResult(self._runner.logits(rows), kv, min(span.start for span in spans), tell)
 
     def _begin(self, spans: list[Span]) -> Prelude | None:
         if not outline(self._strategy, self._runner.shape.layers).searched or not repair_budget(spans, self._ratio):
@@ -271,11 +277,20 @@ class Prefill:
             yield None
             self._watch.lap("queue")
 
-    def _outcome(self, span: Span, tier: str | None, dense_layers: int, computed: torch.Tensor) -> SpanOutcome:
+    def _blended(self, tiers: dict[Span, str], dense_layers: int, computed: torch.Tensor) -> list[SpanOutcome]:
+        """``tiers`` are those of the spans that were loaded; ``computed`` the positions that were computed, ascending,
+        in all layers but the dense ones."""
+        spans = self._plan.spans
+        bounds = computed.cpu().numpy().searchsorted([(span.start, span.end) for span in spans])
+        return [
+            self._outcome(span, tiers.get(span), dense_layers, int(end - start))
+            for span, (start, end) in zip(spans, bounds, strict=True)
+        ]
+
+    def _outcome(self, span: Span, tier: str | None, dense_layers: int, repaired: int) -> SpanOutcome:
         layers = self._runner.shape.layers
         if tier is None:
             return self._computed(span)
-        repaired = int(computed[span.start : span.end].sum())
         dense = dense_layers if span.context_present else 0
         return SpanOutcome(
             cast(KvSource, tier),
@@ -289,8 +304,9 @@ class Prefill:
         rows = yield from self._rest(kv, self._known.tokens)
         if rows is None:
             raise RuntimeError("nothing is left to compute, so nothing to choose a token by")
-        outcomes = [self._computed(span) for span in self._plan.spans]
-        return PrefillResult(self._runner.logits(rows), kv, outcomes, exact=ALL)
+        return PrefillResult(
+            self._runner.logits(rows), kv, ALL, lambda: [self._computed(span) for span in self._plan.spans]
+        )
 
     def _workspace(self) -> RequestKV:
         kv = self._runner.workspace(len(self._plan.ids) + len(self._tail) + self._room)

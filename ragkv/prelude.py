@@ -20,15 +20,18 @@ class Prelude:
 
     Attributes:
         ids, positions: int64 (rows,), on the device.
-        found: what they look for, launched; None where :func:`ragkv.lookahead.look` is to be run layer by layer.
+        found: what they look for, launched; None where :func:`ragkv.lookahead.look` is to be run layer by layer. To be
+            read before anybody else looks ahead.
     """
 
     def __init__(self, runner: ModelRunner, plan: PromptPlan) -> None:
         positions = lookahead_positions(plan)
-        rows = uploaded(torch.from_numpy(np.stack((plan.array[positions], positions))), runner.device)
-        self.ids, self.positions = rows
-        fused = runner.lookahead
-        self.found: Look | None = fused.look(rows) if fused is not None and len(positions) <= fused.most else None
+        rows, fused = np.stack((plan.array[positions], positions)), runner.lookahead
+        self.found: Look | None = None
+        if fused is not None and len(positions) <= fused.most:
+            (self.ids, self.positions), self.found = fused.look(rows)
+        else:
+            self.ids, self.positions = uploaded(torch.from_numpy(rows), runner.device)
 
 
 def lookahead_positions(plan: PromptPlan) -> NDArray[np.int64]:

@@ -32,10 +32,14 @@ class Rope:
     _tables: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list, repr=False, compare=False)
 
     def table(self, length: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """:meth:`angles` of positions 0, 1 … and at least as far as ``length``, computed once."""
+        """:meth:`angles` of positions 0, 1 … and at least as far as ``length``, computed once; on a GPU any stream may
+        use them."""
+        device = self.inv_freq.device
         if not self._tables or len(self._tables[-1][0]) < length:
-            positions = torch.arange(1 << (max(length, 1) - 1).bit_length(), device=self.inv_freq.device)
+            positions = torch.arange(1 << (max(length, 1) - 1).bit_length(), device=device)
             self._tables[:] = [self.angles(positions)]
+            if device.type == "cuda":
+                torch.cuda.current_stream(device).synchronize()
         return self._tables[-1]
 
     def angles(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

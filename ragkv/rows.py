@@ -24,6 +24,12 @@ class Rows:
     room: object = field(default=None, repr=False)
 
 
+def empty_rows(step: AttentionStep, hidden: torch.Tensor, rotary: torch.Tensor) -> Rows:
+    """Memory for the rows of ``step``, of the widths, dtypes and device of ``hidden`` and ``rotary``."""
+    cos, sin = (rotary.new_empty((1, step.rows, rotary.shape[-1])) for _ in range(2))
+    return Rows(hidden.new_empty((1, step.rows, hidden.shape[-1])), (cos, sin), step)
+
+
 class Joined:
     """Rows of several prompts side by side, to go through layers as one; its attributes are as those of :class:`Rows`.
 

@@ -7,15 +7,17 @@ yields; the runner only knows how to run one layer for some rows. Not thread-saf
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from ragkv.attention import AttentionStep, Query
 from ragkv.host_memory import keep_freed
 from ragkv.kv import KvShape, RequestKV
+from ragkv.lookahead import Look
 from ragkv.methods import CHECK_LAYER
 from ragkv.rope import read_rope
 from ragkv.rows import Joined, Rows
@@ -132,11 +134,23 @@ class ModelRunner:
 
     def rows(self, ids: torch.Tensor, step: AttentionStep, reach: int | None = None) -> Rows:
         """Embed token ``ids`` (rows,) for the positions of ``step``, which are below ``reach`` if that is known."""
-        hidden = self.decoder.embed_tokens(ids[None])
+        return self.rows_from(self.decoder.embed_tokens(ids[None]), step, reach)
+
+    def rows_from(self, hidden: torch.Tensor, step: AttentionStep, reach: int | None = None) -> Rows:
+        """The same of ``hidden`` states (1, rows, hidden_size) of some layer."""
         if reach is None or self.rope.refusal is not None:
             return Rows(hidden, self.decoder.rotary_emb(hidden, step.positions[None]), step)
         cos, sin = (part[step.positions][None] for part in self._rotary_table(hidden, reach))
         return Rows(hidden, (cos, sin), step)
+
+    def rows_of(self, prompt: NDArray[np.int64], step: AttentionStep, reach: int) -> Rows:
+        """Embed those tokens of ``prompt``, its ids, that stand at the positions of ``step``, all below ``reach``."""
+        ids = torch.from_numpy(prompt)
+        embed = self.decoder.embed_tokens
+        # Others do more than look up.
+        if self.fused is not None and self.rope.refusal is None and type(embed) is torch.nn.Embedding:
+            return self.fused.start(ids, step, embed.weight, self._rotary_table(embed.weight, reach))
+        return self.rows(uploaded(ids, self.device)[step.positions], step, reach)
 
     def _rotary_table(self, like: torch.Tensor, reach: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The library's cos and sin (positions, rotary_dim), which do not change with the prompt: computed once."""
@@ -168,13 +182,13 @@ class ModelRunner:
             position_embeddings=rows.rotary,
         )
 
-    def score(self, queries: Mapping[int, Query], step: AttentionStep) -> None:
-        """Add the attention that ``queries``, of the step's rows at some layers, pay to the step's scores."""
+    def score(self, found: Look, step: AttentionStep) -> None:
+        """Add the attention that the step's rows pay, as they are ``found`` to, to the step's scores."""
         if self.fused is not None:
-            self.fused.score(queries, step)
+            self.fused.score(found, step)
             return
-        for layer, query in queries.items():
-            step.score(layer, query)
+        for layer, *query in zip(found.layers, found.queries, found.scales, found.windows, strict=True):
+            step.score(layer, Query(*query))
 
     def probe_values(self, layer: int, rows: Rows) -> torch.Tensor:
         """Values (rows, kv_heads, head_dim) that ``layer`` would write for ``rows``; writes and advances nothing."""

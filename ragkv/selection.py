@@ -21,12 +21,11 @@ import torch
 
 from ragkv.attention import AttentionStep
 from ragkv.blend import Blend, Start, Strategy
-from ragkv.echoes import hints, scarcity
+from ragkv.echoes import Floats, hints, scarcity
 from ragkv.lookahead import Look, look
 from ragkv.methods import outline
 from ragkv.prelude import Prelude
 from ragkv.steps import Steps
-from ragkv.uploading import uploaded
 
 
 def none(blend: Blend) -> Steps[Start]:
@@ -75,8 +74,7 @@ def links(blend: Blend) -> Steps[Start]:
     found = prelude.found or (yield from _look(blend, prelude))
     scores = yield from _sought(blend, prelude.positions, found)
     # Words are read while the device does what was launched so far.
-    weights = torch.from_numpy(hints(blend.plan) * scarcity(blend.plan))
-    return _selected(blend, scores * uploaded(weights, scores.device))
+    return _selected(blend, scores, hints(blend.plan) * scarcity(blend.plan))
 
 
 def hkvd(blend: Blend) -> Steps[Start]:
@@ -96,8 +94,7 @@ def hkvd(blend: Blend) -> Steps[Start]:
     deviation = (fresh.float() - stored.float()).square().sum(dim=(1, 2))
     scores = torch.zeros(blend.length, device=positions.device).index_copy_(0, positions, deviation)
     chosen = blend.take(scores)
-    rows = blend.rows(chosen)
-    rows.hidden = dense.hidden[:, torch.searchsorted(positions, chosen)]
+    rows = blend.rows(chosen, dense.hidden[:, torch.searchsorted(positions, chosen)])
     blend.watch.lap("select")
     return Start(rows, check, dense_layers=check)
 
@@ -122,16 +119,16 @@ def _sought(blend: Blend, positions: torch.Tensor, found: Look) -> Steps[torch.T
     asking = blend.length - blend.plan.question_start
     lead = len(positions) - asking
     step = AttentionStep(blend.kv, positions[lead:], blend.length, contiguous=False, score_rows=asking)
-    first, known = min(found.queries), min(blend.known, lead)
+    first, known = found.layers.start, min(blend.known, lead)
     own = positions[known:]
-    if len(blend.required_places) > len(own):
+    if blend.least > len(own):
         # What is not computed yet has no keys but its own, and memory may hold anything, NaN too.
-        blend.kv.write_layers(first, blend.required_places - blend.kv.base, torch.zeros_like(found.kv[:, :, :1]))
-    blend.kv.write_layers(first, own - blend.kv.base, found.kv[:, :, known:])
-    for layer in found.queries:
+        blend.kv.write_layers(first, blend.kv.slot(blend.required_places), torch.zeros_like(found.kv[:, :, :1]))
+    blend.kv.write_layers(first, blend.kv.slot(own), found.kv[:, :, known:])
+    for layer in found.layers:
         blend.loader.ensure(layer)
     blend.watch.lap("load")
-    blend.runner.score({at: query._replace(rows=query.rows[lead:]) for at, query in found.queries.items()}, step)
+    blend.runner.score(found.behind(lead), step)
     blend.watch.lap("select")
     yield None
     blend.watch.lap("queue")
@@ -154,8 +151,8 @@ def _look(blend: Blend, prelude: Prelude) -> Steps[Look]:
         blend.watch.lap("queue")
 
 
-def _selected(blend: Blend, scores: torch.Tensor) -> Start:
-    start = _at_once(blend, blend.take(scores))
+def _selected(blend: Blend, scores: torch.Tensor, weights: Floats | None = None) -> Start:
+    start = _at_once(blend, blend.take(scores, weights))
     blend.watch.lap("select")
     return start
 

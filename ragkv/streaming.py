@@ -16,6 +16,7 @@ import threading
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
+from itertools import accumulate
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
@@ -24,12 +25,13 @@ import torch
 
 from ragkv.device_tier import DeviceLease
 from ragkv.kv import RequestKV
-from ragkv.pinned import all_page_locked, is_page_locked
+from ragkv.pinned import are_page_locked, is_page_locked
 from ragkv.plan import Span
 from ragkv.runner import ModelRunner
 from ragkv.slabs import Slabs, in_memory, next_layer
 from ragkv.store import CODECS, LayerReader
-from ragkv.uploading import copy_over, uploaded
+from ragkv.store.ram import RamEntry
+from ragkv.uploading import copy_over, uploaded_together
 
 if TYPE_CHECKING:
     from ragkv.kernels.slabs import SlabPlacer
@@ -40,7 +42,7 @@ LAUNCHED_AHEAD = 12
 # link busy while the host selects.
 _STAGED = 4
 # Two layers to a batch, which halves what launching takes the host, but for large ones and the last: what computes the
-# first of them waits for both.
+# first of them waits for both. Those that are needed together are one.
 _TOGETHER, _LARGE, _LAST = 2, 64 << 20, 2
 # Layers of which a thread that reads holds page-locked copies.
 LAYERS_UNDER_WAY = 3
@@ -62,13 +64,16 @@ class Streaming:
         lease: DeviceLease | None,
         order: Sequence[int],
         behind: torch.cuda.Event | None = None,
+        together: int = 0,
     ) -> None:
         self._runner, self._codec, self._spans = runner, codec, spans
         self._kv, self._slabs, self._rotates = kv, slabs, runner.rope.rotates
         self._device, ready = runner.device, in_memory(slabs)
-        sizes = [CODECS[codec].slab_bytes(runner.shape.geometry, span.length) for span in spans]
+        each = {n: CODECS[codec].slab_bytes(runner.shape.geometry, n) for n in {span.length for span in spans}}
+        sizes = [each[span.length] for span in spans]
         alone = not ready or sum(sizes) > _LARGE
-        self._coming = deque(enumerate(_batches(order, self._rotates, 1 if alone else _TOGETHER)))
+        most, first = 1 if alone else _TOGETHER, together if ready else 0
+        self._coming = deque(enumerate(_batches(order, self._rotates, most, first)))
         self._stage = _Stage(spans, sizes, [batch for _, batch in self._coming], lease, runner.device)
         self._read = [spans[i] for i in self._stage.read]
         self._sizes = [sizes[i] for i in self._stage.read]
@@ -77,26 +82,26 @@ class Streaming:
         self._placed: list[torch.cuda.Event] = []
         self._under_way: deque[tuple[torch.cuda.Event, list[Any]]] = deque()
         self._thread: threading.Thread | None = None
-        self._placer: SlabPlacer | None = None
         self._stop = False
         self._lying = _lying(slabs, self._sizes)
         self._copying, self._placing = (_stream_behind(self._device, behind) for _ in range(2))
         if ready:
             self._copy_first()
-        else:
-            self._placer = self._make_placer()  # here: it waits for what the stream that computes has launched
+        self._sources, self._placer = self._make_placer()
+        if not ready:
             self._thread = threading.Thread(target=self._feed, name="ragkv-loader", daemon=True)
             self._thread.start()
 
-    def _make_placer(self) -> SlabPlacer:
+    def _make_placer(self) -> tuple[torch.Tensor, SlabPlacer]:
+        """And where all slabs are to lie, on the device. It waits for nothing that the stream that computes has
+        launched."""
         from ragkv.kernels.slabs import SlabPlacer, span_table  # needs Triton
 
         shape, angles = self._runner.shape, self._runner.rope.table(self._spans[-1].end)
         lengths, starts = [span.length for span in self._spans], [span.start for span in self._spans]
         table = span_table(self._codec, shape, lengths, [start - self._kv.base for start in starts], starts)
-        placer = SlabPlacer(self._codec, shape, uploaded(table, self._device), max(lengths), angles)
-        self._placing.wait_stream(torch.cuda.current_stream(self._device))
-        return placer
+        sources, table = uploaded_together((self._stage.sources, table), self._device, self._placing)
+        return sources, SlabPlacer(self._codec, shape, table, max(lengths), angles)
 
     def place_next(self) -> None:
         """Have the current stream wait until the next layer is placed.
@@ -122,8 +127,10 @@ class Streaming:
         self._under_way.clear()
 
     def _wanted(self) -> bool:
-        """Whether to launch another batch: not yet while slabs are on their way that nobody waits for."""
-        return self._ready.empty() or (not self._copied and self._ready.qsize() < LAUNCHED_AHEAD)
+        """Whether to launch another batch: not yet while slabs are on their way that nobody waits for. What is on the
+        device already can be placed as soon as who computes, which is ahead of it, asks."""
+        ahead = LAUNCHED_AHEAD if self._read and not self._copied else 1
+        return self._ready.qsize() < ahead
 
     def _copy_first(self) -> None:
         try:
@@ -154,10 +161,8 @@ class Streaming:
             if not self._copied:
                 self._copy(turn, layers)
             self._placing.wait_event(self._copied.popleft())
-        if self._placer is None:  # not before the first bytes are on their way
-            self._placer = self._make_placer()
         k, v = self._kv.read(layers[0], self._kv.capacity)
-        sources, rotated, stride = self._stage.sources[turn], self._rotates[layers[0]], self._kv.layer_stride
+        sources, rotated, stride = self._sources[turn], self._rotates[layers[0]], self._kv.layer_stride
         with torch.cuda.stream(self._placing):
             self._placer.place(sources[: len(layers)], k, v, rotated=rotated, layer_stride=stride)
         placed = self._placing.record_event()
@@ -173,12 +178,12 @@ class Streaming:
         held, sources = list[Any](), list[int]()
         for layer in layers:
             if self._lying is not None:
-                sources += self._lying[layer]
+                sources += [entry.addresses[layer] for entry in self._lying]
                 continue
             readable, addresses = _readable(next_layer(self._slabs, self._read, self._sizes))
             held.append(readable)
             sources += addresses
-        copy_over(self._stage.targets[turn], sources, self._sizes * len(layers), self._copying)
+        copy_over(self._stage.targets(turn, len(layers)), sources, self._sizes * len(layers), self._copying)
         copied = self._copying.record_event()
         self._copied.append(copied)
         self._hold(copied, held)
@@ -196,8 +201,7 @@ class _Stage:
 
     Attributes:
         read: indices of the spans that the store has to read.
-        sources: int64 (batches, layers of a batch, spans), on the device: addresses of all spans' slabs.
-        targets: of those that are read, where to copy them, for each batch, layer by layer.
+        sources: int64 (batches, layers of a batch, spans): addresses of all spans' slabs.
     """
 
     def __init__(
@@ -212,32 +216,35 @@ class _Stage:
         keys = [span.chunk.tokens.key for span in spans]
         self.read = [i for i, key in enumerate(keys) if key not in hits]
         own = [i for i in self.read if keys[i] not in fills]
-        starts = np.cumsum([0, *(-(-sizes[i] // _ALIGNMENT) * _ALIGNMENT for i in own)])
-        nbytes, most = int(starts[-1]), max(map(len, batches))
-        self._memory = torch.empty((_STAGED, most, nbytes), dtype=torch.uint8, device=device)
+        *starts, nbytes = accumulate((-(-sizes[i] // _ALIGNMENT) * _ALIGNMENT for i in own), initial=0)
+        # A place for each batch that is staged at a time, as large as the largest that comes there.
+        rooms = [max(map(len, batches[turn::_STAGED]), default=0) for turn in range(_STAGED)]
+        self._memory = torch.empty((sum(rooms), nbytes), dtype=torch.uint8, device=device)
+        firsts = [self._memory.data_ptr() + room * nbytes for room in accumulate(rooms, initial=0)]
+        most = max(rooms)
+        sources = np.zeros((len(batches), most, len(spans)), np.int64)
+        staged = [[firsts[turn % _STAGED] + nbytes * at for at in range(most)] for turn in range(len(batches))]
+        sources[:, :, own] = np.array(staged)[:, :, None] + np.array(starts, np.int64)
         layers = np.array([batch + batch[-1:] * (most - len(batch)) for batch in batches])
-        turns = np.arange(len(batches))[:, None] % _STAGED
-        sources = np.zeros((*layers.shape, len(spans)), np.int64)
         for i, key in enumerate(keys):
             held = hits.get(key, fills.get(key))
             if held is not None:
                 sources[:, :, i] = held.data_ptr() + held.stride(0) * layers
-        sources[:, :, own] = (
-            self._memory.data_ptr() + ((turns * most + np.arange(most)) * nbytes)[:, :, None] + starts[:-1]
-        )
-        self.sources = uploaded(torch.from_numpy(sources), device)
-        read = sources[:, :, self.read].tolist()
-        self.targets = [
-            [to for row in rows[: len(batch)] for to in row] for rows, batch in zip(read, batches, strict=True)
-        ]
+        self.sources, self._targets = torch.from_numpy(sources), sources[:, :, self.read]
+
+    def targets(self, turn: int, layers: int) -> list[int]:
+        """Where to copy the slabs that are read, of a batch of so many layers, layer by layer."""
+        places: list[int] = self._targets[turn, :layers].reshape(-1).tolist()
+        return places
 
 
-def _batches(order: Sequence[int], rotates: Sequence[bool], most: int) -> list[list[int]]:
-    """The order cut where a launch ends: layers of a batch follow each other in the KV, and rotate alike."""
+def _batches(order: Sequence[int], rotates: Sequence[bool], most: int, together: int) -> list[list[int]]:
+    """The order cut where a launch ends: layers of a batch follow each other in the KV, and rotate alike. The first are
+    of the layers that are needed ``together``."""
     batches: list[list[int]] = []
     for turn, layer in enumerate(order):
         last = batches[-1] if batches else []
-        room = last and len(last) < most and turn < len(order) - _LAST
+        room = last and (turn < together or (turn > together and len(last) < most and turn < len(order) - _LAST))
         if room and layer == last[-1] + 1 and rotates[layer] == rotates[last[-1]]:
             last.append(layer)
         else:
@@ -251,13 +258,12 @@ def _stream_behind(device: torch.device, event: torch.cuda.Event | None) -> Any:
     return stream
 
 
-def _lying(slabs: Slabs, sizes: Sequence[int]) -> list[list[int]] | None:
-    """For each layer, where its slabs lie, if the copy engine can read all of them there until they are closed."""
-    addresses = slabs.lying(sizes) if isinstance(slabs, LayerReader) else None
-    if addresses is None or not all_page_locked(addresses, sizes):
+def _lying(slabs: Slabs, sizes: Sequence[int]) -> list[RamEntry] | None:
+    """What they are of, if the copy engine can read all of them where they lie, until they are closed."""
+    entries = slabs.lying(sizes) if isinstance(slabs, LayerReader) else None
+    if entries is None or not all(are_page_locked(entry.pages) for entry in entries):
         return None
-    found: list[list[int]] = addresses.tolist()
-    return found
+    return entries
 
 
 def _readable(slabs: Sequence[np.ndarray]) -> tuple[list[Any], list[int]]:

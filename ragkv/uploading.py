@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
@@ -22,14 +23,37 @@ def uploaded(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     return uploaded_together([tensor], device)[0]
 
 
-def uploaded_together(tensors: Sequence[torch.Tensor], device: torch.device) -> list[torch.Tensor]:
-    """:func:`uploaded`, of several at once: that takes the host hardly longer than one."""
+def uploaded_together(
+    tensors: Sequence[torch.Tensor], device: torch.device, stream: torch.cuda.Stream | None = None
+) -> list[torch.Tensor]:
+    """:func:`uploaded`, of several at once: that takes the host hardly longer than one.
+
+    With a ``stream``, what is launched on it next finds them, and they come without waiting for the current one: its
+    memory is the current one's still, and none of it may have been given back since ``stream`` waited for that.
+    """
     if device.type != "cuda":
         return [tensor.to(device) for tensor in tensors]
     outbox, nbytes = _outbox(), sum(map(_padded, tensors))
     if outbox is None or not 0 < nbytes <= _HALF:  # too much, or nothing
-        return [tensor.pin_memory().to(device, non_blocking=True) for tensor in tensors]
-    return outbox.upload(tensors, nbytes, device)
+        arrived = [tensor.pin_memory().to(device, non_blocking=True) for tensor in tensors]
+        if stream is not None:
+            stream.wait_stream(torch.cuda.current_stream(device))
+        return arrived
+    out = torch.empty(nbytes, dtype=torch.uint8, device=device)
+    with torch.cuda.stream(stream):
+        return outbox.upload(tensors, out)
+
+
+@contextmanager
+def handed(tensor: torch.Tensor, device: torch.device) -> Iterator[torch.Tensor]:
+    """``tensor``, which is on the host, for kernels to read that are launched within, on the current stream: where
+    they read little of it, or all of it once, that spares uploading it."""
+    outbox = _outbox() if device.type == "cuda" else None
+    if outbox is None or not 0 < tensor.nbytes <= _HALF:
+        yield uploaded(tensor, device)
+        return
+    with outbox.lent(tensor, device) as lent:
+        yield lent
 
 
 def _padded(tensor: torch.Tensor) -> int:
@@ -42,31 +66,39 @@ class _Outbox:
 
     def __init__(self, fetch: Any) -> None:
         self._fetch = fetch
-        memory = torch.empty(2 * _HALF, dtype=torch.uint8, pin_memory=True)
-        self._words, self._bytes = memory.view(torch.int32), memory.numpy()
+        self._memory = torch.empty(2 * _HALF, dtype=torch.uint8, pin_memory=True)
+        self._words, self._bytes = self._memory.view(torch.int32), self._memory.numpy()
         self._half, self._at = 0, 0
         self._streams: dict[int, Any] = {}
         self._read: list[list[torch.cuda.Event]] = [[], []]
         self._lock = threading.Lock()
 
-    def upload(self, tensors: Sequence[torch.Tensor], nbytes: int, device: torch.device) -> list[torch.Tensor]:
-        """``nbytes`` are their padded ones."""
-        out, arrived, start = torch.empty(nbytes, dtype=torch.uint8, device=device), [], 0
+    def upload(self, tensors: Sequence[torch.Tensor], out: torch.Tensor) -> list[torch.Tensor]:
+        """Into ``out``, uint8 of their padded size; returns views of it."""
+        arrived, start, nbytes, device = [], 0, len(out), out.device
         # Kernels are launched on the thread's own device, whatever they are given.
         with self._lock, torch.cuda.device(device):
-            first = self._room(nbytes)
+            first = self._room(nbytes, device)
             for tensor in tensors:
                 end = start + tensor.nbytes
-                self._bytes[first + start : first + end] = tensor.reshape(-1).view(torch.uint8).numpy()
+                self._put(tensor, first + start)
                 arrived.append(out[start:end].view(tensor.dtype).view(tensor.shape))
                 start += _padded(tensor)
-            stream = torch.cuda.current_stream(device)
-            self._streams[stream.cuda_stream] = stream
             self._fetch(self._words[first // 4 : (first + nbytes) // 4], out.view(torch.int32))
         return arrived
 
-    def _room(self, nbytes: int) -> int:
-        """Where so many bytes may be written."""
+    @contextmanager
+    def lent(self, tensor: torch.Tensor, device: torch.device) -> Iterator[torch.Tensor]:
+        with self._lock, torch.cuda.device(device):
+            first = self._room(_padded(tensor), device)
+            self._put(tensor, first)
+            yield self._memory[first : first + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+
+    def _put(self, tensor: torch.Tensor, first: int) -> None:
+        self._bytes[first : first + tensor.nbytes] = tensor.reshape(-1).view(torch.uint8).numpy()
+
+    def _room(self, nbytes: int, device: torch.device) -> int:
+        """Where so many bytes may be written, for kernels on the current stream to read."""
         if self._at + nbytes > (self._half + 1) * _HALF:
             self._read[self._half] = [stream.record_event() for stream in self._streams.values()]
             self._streams.clear()
@@ -74,6 +106,8 @@ class _Outbox:
             self._at = self._half * _HALF
             for event in self._read[self._half]:
                 event.synchronize()
+        stream = torch.cuda.current_stream(device)
+        self._streams[stream.cuda_stream] = stream
         start, self._at = self._at, self._at + nbytes
         return start
 

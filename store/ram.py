@@ -12,7 +12,7 @@ from weakref import ref
 import numpy as np
 from numpy.typing import NDArray
 
-from ragkv.store.buffers import Allocate, Array, Buffers, footprint
+from ragkv.store.buffers import HUGE_PAGE, Allocate, Array, Buffers, footprint
 from ragkv.store.header import EntryHeader
 from ragkv.store.policies import CostAware, evict
 from ragkv.store.shelf import MemoryItem, MemoryShelf
@@ -29,9 +29,15 @@ class RamEntry:
     slabs: tuple[Array, ...]
 
     @cached_property
-    def addresses(self) -> NDArray[np.int64]:
+    def addresses(self) -> list[int]:
         """Where each layer's slab lies."""
-        return np.array([slab.__array_interface__["data"][0] for slab in self.slabs], np.int64)
+        return [slab.__array_interface__["data"][0] for slab in self.slabs]
+
+    @cached_property
+    def pages(self) -> frozenset[int]:
+        """Numbers of the huge pages that slabs lie in."""
+        ends = ((at, at + slab.nbytes) for at, slab in zip(self.addresses, self.slabs, strict=True))
+        return frozenset(page for start, end in ends for page in range(start // HUGE_PAGE, -(-end // HUGE_PAGE)))
 
     @cached_property
     def slab_bytes(self) -> int | None:

@@ -247,13 +247,13 @@ class LayerReader(Iterator[list[SlabOrError]]):
         """All of it lies in RAM: nothing is read, and asking for a layer never waits."""
         return not self._tasks
 
-    def lying(self, sizes: Sequence[int]) -> NDArray[np.int64] | None:
-        """int64 (layers, entries): where all slabs lie; None unless all are in RAM and have these ``sizes``, one for
+    def lying(self, sizes: Sequence[int]) -> list[RamEntry] | None:
+        """The entries, whose slabs lie where they say; None unless all are in RAM and have these ``sizes``, one for
         each entry. They stay there until the reader is closed, and whoever reads them so need not ask for layers."""
         entries = [source.entry for source in self._sources if isinstance(source, RamSource)]
         if len(entries) != len(self._sources) or [entry.slab_bytes for entry in entries] != list(sizes):
             return None
-        return np.array([entry.addresses for entry in entries]).T if entries else None
+        return entries or None
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

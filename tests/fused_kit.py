@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import torch
 
 from ragkv.attention import AttentionStep
 from ragkv.eval.compared import along
 from ragkv.eval.steps import drained
+from ragkv.fused_graphs import Captured
 from ragkv.lookahead import look
 from ragkv.prefill import PrefillResult
 from ragkv.rows import Joined
@@ -54,6 +57,29 @@ def near(actual: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) -> No
     assert torch.isfinite(actual).all()
     error = (actual.float() - expected.float()).norm() / expected.float().norm()
     assert error <= TOLERANCE[dtype], f"off by {error:.2%}"
+
+
+@torch.inference_mode()
+def check_starts(runner: ModelRunner) -> None:
+    """Rows begin where the runner puts them as those that are embedded by themselves, in memory of their own and in
+    that of graphs for more rows."""
+    ids = ids_of(runner, 61)
+    positions = torch.cat((torch.arange(5, 9), torch.arange(40, 61))).to(runner.device)
+    step = AttentionStep(runner.new_kv(61), positions, 61, contiguous=False, last_only=True)
+    expected = runner.rows(ids[positions], step, 61)
+    room = runner.rows(ids[:32], AttentionStep(step.kv, torch.arange(32, device=runner.device), 32, contiguous=False))
+    graphs, captured = runner.fused.graphs, Captured(room, [])
+    for own in (True, False):
+        runner.fused.graphs = None if own else SimpleNamespace(of=lambda *_: captured)
+        rows = runner.rows_of(ids.cpu().numpy(), step, 61)
+        assert rows.step is step
+        assert rows.room is (None if own else captured)
+        assert torch.equal(rows.hidden, expected.hidden)
+        assert all(torch.equal(*parts) for parts in zip(rows.rotary, expected.rotary, strict=True))
+    runner.fused.graphs = graphs
+    assert torch.equal(room.step.slots[7:], positions)
+    for part in (room.hidden[0], room.rotary[0][0], room.rotary[1][0], room.step.slots):
+        assert (part[:7] == part[7]).all()
 
 
 @torch.inference_mode()
@@ -120,7 +146,7 @@ def check_along(name: str, dtype: torch.dtype, device: str) -> None:
     results = []
     for runner in runners(name, dtype, device):
         ids, kv = ids_of(runner, 40), runner.workspace(40)
-        result = PrefillResult(runner.logits(runner.prefill(ids[:25], kv)), kv, [], 0)
+        result = PrefillResult(runner.logits(runner.prefill(ids[:25], kv)), kv, 0, list)
         results.append(along(runner, result, 25, ids[25:].tolist()))
     near(results[0], results[1], dtype)
 
@@ -205,9 +231,8 @@ def check_looking_ahead(name: str, dtype: torch.dtype, device: str) -> None:
         positions = torch.cat((torch.arange(3), torch.arange(55, 61))).to(runner.device)
         found = drained(look(runner, ids[positions], positions))
         step = AttentionStep(kv, positions[3:], 61, contiguous=False, score_rows=6)
-        runner.score({at: query._replace(rows=query.rows[3:]) for at, query in found.queries.items()}, step)
-        queries = torch.stack([query.rows for query in found.queries.values()])
-        results.append((queries, found.kv, step.scores))
+        runner.score(found.behind(3), step)
+        results.append((found.queries, found.kv, step.scores))
     for actual, expected in zip(*results, strict=True):
         assert actual.shape == expected.shape
         near(actual, expected, dtype)

@@ -197,6 +197,38 @@ def check_silu_mul(kernels: ModuleType, width: int, dtype: torch.dtype, device: 
     assert torch.equal(gate_up[:, width:], up)
 
 
+def check_weigh(kernels: ModuleType, length: int, device: str) -> None:
+    """Scores of either sign, and some that are no numbers; some places are certain, some barred."""
+    generator = torch.Generator().manual_seed(length)
+    scores, weights = torch.randn(length, generator=generator), torch.rand(length, generator=generator)
+    fates = torch.randint(9, (3, length), generator=generator)
+    scores[fates[0] == 0], scores[fates[0] == 1], scores[fates[0] == 2] = float("nan"), float("inf"), float("-inf")
+    weights[fates[1] == 0], weights[fates[1] == 1], weights[fates[2] == 0] = float("inf"), -1.0, 0.0
+    expected = twins.weigh(scores, weights)
+    assert torch.equal(kernels.weigh(scores.to(device), weights.to(device)).cpu(), expected)
+    assert torch.equal(expected == float("inf"), weights == float("inf"))
+    assert torch.equal(expected == float("-inf"), weights < 0)
+
+
+def check_start_rows(
+    kernels: ModuleType, width: int, rotary: int, places: int, dtype: torch.dtype, device: str
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    embedding = torch.randn((50, width), generator=generator).to(device, dtype)
+    angles = tuple(torch.randn((300, rotary), generator=generator).to(device, dtype) for _ in range(2))
+    prompt = torch.randint(50, (300,), generator=generator).to(device)
+    chosen = torch.randperm(300, generator=generator)[:places].sort().values.to(device)
+    for rows, with_slots in ((places, False), (places, True), (places + 7, True)):
+        results = []
+        for each in (kernels, twins):
+            parts = [torch.full((rows, n), 9.0, device=device, dtype=dtype) for n in (width, rotary, rotary)]
+            slots = torch.full((rows,), -1, device=device) if with_slots else None
+            each.start_rows(prompt, chosen, embedding, angles, parts[0], (parts[1], parts[2]), slots)
+            results.append([*parts, *([slots] if with_slots else [])])
+        for actual, expected in zip(*results, strict=True):
+            assert torch.equal(actual, expected)
+
+
 def check_slabs(codec: str, shape: Shape, turning: int, dtype: torch.dtype) -> None:
     """Chunks of several lengths against unpacking, rotating and writing one by one."""
     lengths, first, length = [5, 1, 37, 70], [2, 9, 11, 60], 140

@@ -43,6 +43,10 @@ def test_some_rows_go_on():
     kit.check_some_rows_go_on("qwen3", torch.float32, "cpu")
 
 
+def test_rows_start():
+    kit.check_starts(ModelRunner(make_model("llama"), fused=True))
+
+
 @pytest.mark.parametrize("name", ["llama", "qwen2-windowed", "qwen3", "smollm3"])
 def test_looking_ahead(name):
     kit.check_looking_ahead(name, torch.float32, "cpu")
@@ -56,7 +60,7 @@ def test_rows_of_several_prompts(name):
 @torch.inference_mode()
 def test_layers_that_cannot_be_captured_are_launched_kernel_by_kernel(caplog):
     class Graphs:
-        def room(self, rows):
+        def of(self, *_):
             raise torch.OutOfMemoryError("nothing is left")
 
     runner, ids = ModelRunner(make_model("llama"), fused=True), torch.arange(3, 20)

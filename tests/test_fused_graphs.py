@@ -79,6 +79,13 @@ def rows_of(runner, kv, count, length):
     return runner.rows(positions % 50 + 3, step)
 
 
+def entered(graphs, rows):
+    room = graphs.of(rows.step, rows.hidden, rows.rotary[0])
+    if room is not None:
+        room.enter(rows)
+    return room
+
+
 def fill(kv, length, seed):
     stored = torch.randn(kv.slots(0, length).shape, generator=torch.Generator().manual_seed(seed))
     kv.slots(0, length).copy_(stored)
@@ -91,7 +98,7 @@ def test_rows_come_to_the_same_whatever_the_size_of_their_graph(runner, graphs):
         fill(kv, length, seed)
         fill(own, length, seed)
         rows, plain = rows_of(runner, kv, count, length), rows_of(runner, own, count, length)
-        room = graphs.room(rows)
+        room = entered(graphs, rows)
         graphs.launched.clear()
         for layer in range(runner.shape.layers):
             room.replay(layer)
@@ -107,7 +114,7 @@ def test_what_is_timed_and_captured_for_one_prompt_leaves_its_kv_alone(runner, g
     kv = graphs.lease(60)
     fill(kv, 60, 1)
     before = kv.slots(0, 60).clone()
-    graphs.room(rows_of(runner, kv, 40, 60))
+    entered(graphs, rows_of(runner, kv, 40, 60))
     assert torch.equal(kv.slots(0, 60), before)
 
 
@@ -115,11 +122,11 @@ def test_what_is_timed_and_captured_for_one_prompt_leaves_its_kv_alone(runner, g
 def test_who_graphs_are_not_for_is_sent_away(runner, graphs):
     kv = graphs.lease(300)
     assert graphs.lease(10) is None
-    assert graphs.room(rows_of(runner, runner.new_kv(300), 40, 300)) is None  # another's KV
-    assert graphs.room(rows_of(runner, kv, 129, 300)) is None
+    assert entered(graphs, rows_of(runner, runner.new_kv(300), 40, 300)) is None  # another's KV
+    assert entered(graphs, rows_of(runner, kv, 129, 300)) is None
     rows = rows_of(runner, kv, 40, 300)
     rows.step.score_rows = 1
-    assert graphs.room(rows) is None
+    assert entered(graphs, rows) is None
     del kv, rows
     assert graphs.lease(10) is not None
 
@@ -129,7 +136,7 @@ def test_all_are_captured_while_nobody_has_the_workspace(runner, graphs):
     assert list(graphs.capture_all()) == []  # nobody knows yet which
     kv = graphs.lease(60)
     rows = rows_of(runner, kv, 40, 60)
-    graphs.room(rows)
+    entered(graphs, rows)
     before = rows.hidden.clone()
     assert list(graphs.capture_all()) == []
     assert torch.equal(rows.hidden, before)
@@ -140,18 +147,18 @@ def test_all_are_captured_while_nobody_has_the_workspace(runner, graphs):
     assert len(list(capturing)) == 1  # 32 and 96 rows; 64 and 128 were there
     graphs.launched.clear()
     kv = graphs.lease(90)
-    graphs.room(rows_of(runner, kv, 90, 90))
+    entered(graphs, rows_of(runner, kv, 90, 90))
     assert graphs.launched == []
 
 
 @torch.inference_mode()
 def test_without_memory_for_its_graphs_the_next_greater_ones_take_rows(monkeypatch, runner, graphs, caplog):
     kv = graphs.lease(200)
-    graphs.room(rows_of(runner, kv, 100, 200))
+    entered(graphs, rows_of(runner, kv, 100, 200))
     monkeypatch.setattr(fused_graphs, "captured", lambda launch, pool: nothing_left())
     for _ in range(2):
         graphs.launched.clear()
-        graphs.room(rows_of(runner, kv, 40, 200)).replay(0)
+        entered(graphs, rows_of(runner, kv, 40, 200)).replay(0)
         assert graphs.launched[-1] == 128
     assert caplog.text.count("nothing is left") == 2  # for 64 and 96 rows, once each
 

@@ -11,7 +11,7 @@ import torch
 if os.environ.get("TRITON_INTERPRET") != "1" or importlib.util.find_spec("triton") is None:
     pytest.skip("needs Triton, and TRITON_INTERPRET=1 before it is imported", allow_module_level=True)
 
-from ragkv.kernels import attend, pointwise, rotate, scores
+from ragkv.kernels import attend, pointwise, rotate, scores, start, weigh
 from tests import kernels_kit as kit
 
 pytestmark = [
@@ -69,6 +69,17 @@ def test_silu_mul(width, dtype):
 @pytest.mark.parametrize("codec", ["raw", "int8", "fp8"])
 def test_slabs(codec, shape, turning, dtype):
     kit.check_slabs(codec, shape, turning, dtype)
+
+
+@pytest.mark.parametrize("length", [1, 9, 1024, 9000])
+def test_weigh(length):
+    kit.check_weigh(weigh, length, "cpu")
+
+
+@pytest.mark.parametrize(("width", "rotary", "places"), [(64, 16, 1), (96, 24, 40), (5000, 128, 33)])
+@pytest.mark.parametrize("dtype", kit.CPU_DTYPES)
+def test_start_rows(width, rotary, places, dtype):
+    kit.check_start_rows(start, width, rotary, places, dtype, "cpu")
 
 
 def test_what_does_not_fit_is_refused():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import logging
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,8 +13,9 @@ import torch
 
 from ragkv import engine, pinned
 from ragkv.engine import Engine
-from ragkv.pinned import PageLocking, all_page_locked, is_page_locked
+from ragkv.pinned import PageLocking, are_page_locked, is_page_locked
 from ragkv.store import ChunkStore
+from ragkv.store.ram import RamEntry
 from tests.store_kit import holds, put
 
 MIB = 1 << 20
@@ -117,13 +119,19 @@ def test_the_engine_locks_the_ram_tiers_memory_on_cuda_only(monkeypatch, tmp_pat
         Engine(data_dir=tmp_path)
 
 
-def test_many_at_once_as_each_by_itself(monkeypatch):
+def test_an_entry_is_locked_if_each_of_its_slabs_is(monkeypatch):
     page = 2 * MIB
     monkeypatch.setattr(pinned, "_LOCKED", {3, 4, 6, 7, 8})
     starts = [3 * page, 3 * page + 5, 4 * page - 1, 5 * page - 1, 5 * page, 6 * page, 6 * page + 1, 9 * page - 1]
     for nbytes in (1, 2, 100, page - 1, page, page + 1, 2 * page, 3 * page, 3 * page + 1):
         each = [is_page_locked(start, nbytes) for start in starts]
-        assert [all_page_locked(np.array([[start]]), [nbytes]) for start in starts] == each
+        assert [are_page_locked(entry_at([start], nbytes).pages) for start in starts] == each
         locked = [start for start, is_locked in zip(starts, each, strict=True) if is_locked]
-        assert all_page_locked(np.array([locked, locked]), [nbytes] * len(locked))
-        assert not all_page_locked(np.array([[*locked, 5 * page]]), [*[nbytes] * len(locked), nbytes])
+        assert are_page_locked(entry_at(locked, nbytes).pages)
+        assert not are_page_locked(entry_at([*locked, 5 * page], nbytes).pages)
+
+
+def entry_at(starts, nbytes):
+    """An entry whose slabs begin there."""
+    slabs = [SimpleNamespace(__array_interface__={"data": (start, True)}, nbytes=nbytes) for start in starts]
+    return RamEntry(None, tuple(slabs))

@@ -73,16 +73,16 @@ def opened(monkeypatch, spans):
     monkeypatch.setattr(streaming, "_stream_behind", lambda device, event: Stream())
     monkeypatch.setattr(streaming, "copy_over", copied)
     monkeypatch.setattr(streaming, "_readable", lambda slabs: ([*slabs], [slab.ctypes.data for slab in slabs]))
-    monkeypatch.setattr(Streaming, "_make_placer", lambda self: placer)
+    monkeypatch.setattr(Streaming, "_make_placer", lambda self: (self._stage.sources, placer))
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream())
     runner = SimpleNamespace(device=CPU, shape=SHAPE, rope=SimpleNamespace(rotates=(True,) * 4 + (False,) * 5))
 
-    def make(slabs, order=range(LAYERS), *, in_memory=True):
+    def make(slabs, order=range(LAYERS), *, in_memory=True, together=0):
         monkeypatch.setattr(streaming, "in_memory", lambda slabs: in_memory)
         kv = RequestKV(SHAPE, 20, CPU)
-        return Streaming(runner, kv, spans, slabs, "raw", None, order), placer
+        return Streaming(runner, kv, spans, slabs, "raw", None, order, together=together), placer
 
     return make
 
@@ -102,15 +102,29 @@ def all_placed(loader):
 
 
 @pytest.mark.parametrize("in_memory", [True, False])
+@pytest.mark.parametrize("together", [0, 1, 2, 4])
 @pytest.mark.parametrize("order", [range(LAYERS), [5, 6, 0, 1, 2, 3, 4, 7, 8], range(LAYERS)[::-1]], ids=str)
-def test_each_layer_is_placed_from_its_own_slabs(opened, spans, order, in_memory):
+def test_each_layer_is_placed_from_its_own_slabs(opened, spans, order, together, in_memory):
     slabs = slabs_of(spans, order)
-    loader, placer = opened(iter(slabs), order, in_memory=in_memory)
+    loader, placer = opened(iter(slabs), order, in_memory=in_memory, together=together)
     with closing(loader):
         for turn in range(LAYERS):
             loader.place_next()
             assert len(placer.placed) > turn
     assert placer.placed == [[slab.tobytes() for slab in layer] for layer in slabs]
+
+
+@pytest.mark.parametrize(
+    ("order", "together", "expected"),
+    [
+        (range(9), 0, [[0, 1], [2, 3], [4, 5], [6], [7], [8]]),  # where the KV stops rotating, and at the end
+        ([2, 3, 4, 0, 1, 5, 6, 7, 8], 3, [[2, 3, 4], [0, 1], [5], [6], [7], [8]]),
+        ([5, 6, 0, 1, 2, 3, 4, 7, 8], 2, [[5], [6], [0, 1], [2, 3], [4], [7], [8]]),
+        ([3, 0, 1, 2, 4, 5, 6, 7, 8], 1, [[3], [0, 1], [2], [4, 5], [6], [7], [8]]),
+    ],
+)
+def test_what_is_needed_together_is_a_batch_and_nothing_else_is_in_it(order, together, expected):
+    assert streaming._batches(order, (True,) * 6 + (False,) * 3, 2, together) == expected
 
 
 def test_what_is_being_copied_is_held_until_the_loader_is_closed(opened, spans):

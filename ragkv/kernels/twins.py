@@ -1,4 +1,5 @@
-"""The kernels in plain torch: what each must equal, up to rounding. For tests and the self-check, and readable."""
+"""The kernels in plain torch: what each must equal, up to rounding. For tests and the self-check, for devices without
+them, and readable."""
 
 from __future__ import annotations
 
@@ -34,6 +35,31 @@ def score_keys(
     """As :func:`ragkv.kernels.scores.score_keys`."""
     logits = _logits(q[-last:], k, slots[-last:], scale, window)
     scores += (logits - lse[-last:].T[..., None]).exp().sum(dim=(0, 1))
+
+
+def weigh(scores: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """As :func:`ragkv.kernels.weigh.weigh`."""
+    certain, most = weights == float("inf"), torch.finfo(torch.float32).max
+    weighed = (scores * weights.masked_fill(certain, 0)).nan_to_num(nan=most, posinf=most)
+    return weighed.masked_fill(weights < 0, float("-inf")).masked_fill(certain, float("inf"))
+
+
+def start_rows(
+    prompt: torch.Tensor,
+    places: torch.Tensor,
+    embedding: torch.Tensor,
+    angles: tuple[torch.Tensor, torch.Tensor],
+    hidden: torch.Tensor,
+    rotary: tuple[torch.Tensor, torch.Tensor],
+    slots: torch.Tensor | None,
+) -> None:
+    """As :func:`ragkv.kernels.start.start_rows`."""
+    every = torch.cat((places[:1].expand(len(hidden) - len(places)), places))
+    hidden.copy_(embedding[prompt[every]])
+    for table, out in zip(angles, rotary, strict=True):
+        out.copy_(table[every])
+    if slots is not None:
+        slots.copy_(every)
 
 
 def rope_write(

@@ -9,7 +9,7 @@ pytest.importorskip("triton")
 if not torch.cuda.is_available():
     pytest.skip("needs a CUDA device", allow_module_level=True)
 
-from ragkv.kernels import attend, pointwise, rotate, scores
+from ragkv.kernels import attend, pointwise, rotate, scores, start, weigh
 from ragkv.runner import ModelRunner
 from ragkv.selfcheck import settle_layer_loop
 from tests import fused_kit, kernels_kit
@@ -102,6 +102,17 @@ def test_silu_mul(width, dtype):
     kernels_kit.check_silu_mul(pointwise, width, dtype, "cuda")
 
 
+@pytest.mark.parametrize("length", [1, 9, 1024, 9000])
+def test_weigh(length):
+    kernels_kit.check_weigh(weigh, length, "cuda")
+
+
+@pytest.mark.parametrize(("width", "rotary", "places"), [(64, 16, 1), (96, 24, 40), (5000, 128, 33)])
+@pytest.mark.parametrize("dtype", HALVES)
+def test_start_rows(width, rotary, places, dtype):
+    kernels_kit.check_start_rows(start, width, rotary, places, dtype, "cuda")
+
+
 @pytest.mark.parametrize(
     ("name", "dtype"), [*((name, torch.float16) for name in fused_kit.FUSED), ("qwen3", torch.bfloat16)]
 )
@@ -117,6 +128,10 @@ def test_fused_values(name):
 @pytest.mark.parametrize("name", ["llama", "qwen3"])
 def test_some_rows_go_on(name):
     fused_kit.check_some_rows_go_on(name, torch.bfloat16, "cuda")
+
+
+def test_rows_start():
+    fused_kit.check_starts(ModelRunner(make_model("llama").to("cuda", torch.bfloat16), fused=True))
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen2-windowed", "qwen3", "smollm3"])

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from ragkv import uploading
-from ragkv.uploading import copy_each, copy_over, uploaded, uploaded_together
+from ragkv.kernels.weigh import weigh
+from ragkv.uploading import copy_each, copy_over, handed, uploaded, uploaded_together
 
 pytestmark = pytest.mark.gpu
 DEVICE = torch.device("cuda")
@@ -55,6 +56,36 @@ def test_several_at_once_arrive_as_they_are():
         assert other.is_cuda
         assert other.dtype == one.dtype
         assert torch.equal(one, other.cpu())
+
+
+@pytest.mark.parametrize("many", [False, True])
+def test_another_stream_finds_what_came_on_it(many):
+    """And need not wait for the current one, where it is little."""
+    sent = [torch.arange(n, dtype=torch.int64) for n in ((70, uploading._HALF) if many else (70, 3))]
+    product, other = torch.randn((4096, 4096), device=DEVICE), torch.cuda.Stream()
+    torch.cuda.synchronize()
+    for _ in range(50):
+        product @ product
+    arrived = uploaded_together(sent, DEVICE, other)
+    with torch.cuda.stream(other):
+        sums = torch.stack([tensor.sum() for tensor in arrived])
+    other.synchronize()
+    assert torch.cuda.current_stream().query() == many
+    assert sums.tolist() == [int(tensor.sum()) for tensor in sent]
+
+
+@pytest.mark.parametrize("size", [1, 7, 100_000, uploading._HALF // 4 + 1])
+def test_what_is_handed_is_read_where_it_is(size):
+    generator = torch.Generator().manual_seed(size)
+    zeros = torch.zeros(size, device=DEVICE)
+    for _ in range(4):
+        tensor = torch.randn(size, generator=generator)
+        with handed(tensor, DEVICE) as there:
+            assert there.is_cuda == (tensor.nbytes > uploading._HALF)
+            seen = weigh(zeros + 1, there.view(torch.float32))
+        expected = tensor.masked_fill(tensor < 0, float("-inf"))
+        tensor.zero_()
+        assert torch.equal(seen.cpu(), expected)
 
 
 def test_an_upload_does_not_wait_for_what_is_copied_over():
