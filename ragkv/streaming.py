@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from ragkv.device_tier import DeviceLease
 from ragkv.kv import RequestKV
@@ -30,7 +31,6 @@ from ragkv.plan import Span
 from ragkv.runner import ModelRunner
 from ragkv.slabs import Slabs, in_memory, next_layer
 from ragkv.store import CODECS, LayerReader
-from ragkv.store.ram import RamEntry
 from ragkv.uploading import copy_over, uploaded_together
 
 if TYPE_CHECKING:
@@ -175,15 +175,13 @@ class Streaming:
             return
         if turn >= _STAGED:
             self._copying.wait_event(self._placed[turn - _STAGED])
-        held, sources = list[Any](), list[int]()
-        for layer in layers:
-            if self._lying is not None:
-                sources += [entry.addresses[layer] for entry in self._lying]
-                continue
-            readable, addresses = _readable(next_layer(self._slabs, self._read, self._sizes))
-            held.append(readable)
-            sources += addresses
-        copy_over(self._stage.targets(turn, len(layers)), sources, self._sizes * len(layers), self._copying)
+        held, targets = list[Any](), self._stage.targets[turn, : len(layers)]
+        if self._lying is not None:
+            sources = self._lying[layers[0] : layers[-1] + 1]
+        else:
+            found = [_readable(next_layer(self._slabs, self._read, self._sizes)) for _ in layers]
+            held, sources = [readable for readable, _ in found], np.array([addresses for _, addresses in found])
+        copy_over(targets, sources, np.array(self._sizes), self._copying)
         copied = self._copying.record_event()
         self._copied.append(copied)
         self._hold(copied, held)
@@ -202,6 +200,7 @@ class _Stage:
     Attributes:
         read: indices of the spans that the store has to read.
         sources: int64 (batches, layers of a batch, spans): addresses of all spans' slabs.
+        targets: the same of those that are read, which is where to copy them.
     """
 
     def __init__(
@@ -230,12 +229,7 @@ class _Stage:
             held = hits.get(key, fills.get(key))
             if held is not None:
                 sources[:, :, i] = held.data_ptr() + held.stride(0) * layers
-        self.sources, self._targets = torch.from_numpy(sources), sources[:, :, self.read]
-
-    def targets(self, turn: int, layers: int) -> list[int]:
-        """Where to copy the slabs that are read, of a batch of so many layers, layer by layer."""
-        places: list[int] = self._targets[turn, :layers].reshape(-1).tolist()
-        return places
+        self.sources, self.targets = torch.from_numpy(sources), sources[:, :, self.read]
 
 
 def _batches(order: Sequence[int], rotates: Sequence[bool], most: int, together: int) -> list[list[int]]:
@@ -258,12 +252,12 @@ def _stream_behind(device: torch.device, event: torch.cuda.Event | None) -> Any:
     return stream
 
 
-def _lying(slabs: Slabs, sizes: Sequence[int]) -> list[RamEntry] | None:
-    """What they are of, if the copy engine can read all of them where they lie, until they are closed."""
+def _lying(slabs: Slabs, sizes: Sequence[int]) -> NDArray[np.int64] | None:
+    """int64 (layers, slabs): where they lie, if the copy engine can read all of them there until they are closed."""
     entries = slabs.lying(sizes) if isinstance(slabs, LayerReader) else None
     if entries is None or not all(are_page_locked(entry.pages) for entry in entries):
         return None
-    return entries
+    return np.array([entry.addresses for entry in entries]).T
 
 
 def _readable(slabs: Sequence[np.ndarray]) -> tuple[list[Any], list[int]]:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import ctypes
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 # Page-locked memory for small uploads, used in turn, half by half.
 _HALF = 4 << 20
@@ -76,8 +77,7 @@ class _Outbox:
     def upload(self, tensors: Sequence[torch.Tensor], out: torch.Tensor) -> list[torch.Tensor]:
         """Into ``out``, uint8 of their padded size; returns views of it."""
         arrived, start, nbytes, device = [], 0, len(out), out.device
-        # Kernels are launched on the thread's own device, whatever they are given.
-        with self._lock, torch.cuda.device(device):
+        with self._lock, _on(device):
             first = self._room(nbytes, device)
             for tensor in tensors:
                 end = start + tensor.nbytes
@@ -89,7 +89,7 @@ class _Outbox:
 
     @contextmanager
     def lent(self, tensor: torch.Tensor, device: torch.device) -> Iterator[torch.Tensor]:
-        with self._lock, torch.cuda.device(device):
+        with self._lock, _on(device):
             first = self._room(_padded(tensor), device)
             self._put(tensor, first)
             yield self._memory[first : first + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
@@ -112,6 +112,12 @@ class _Outbox:
         return start
 
 
+def _on(device: torch.device) -> AbstractContextManager[Any]:
+    """Kernels are launched on the thread's own device, whatever they are given."""
+    own = device.index is None or device.index == torch.cuda.current_device()
+    return nullcontext() if own else torch.cuda.device(device)
+
+
 @cache
 def _outbox() -> _Outbox | None:
     try:
@@ -121,9 +127,12 @@ def _outbox() -> _Outbox | None:
     return _Outbox(fetch)
 
 
-def copy_over(targets: Sequence[int], sources: Sequence[int], sizes: Sequence[int], stream: torch.cuda.Stream) -> None:
-    """Have the copy engine bring ``sizes`` bytes each from page-locked memory at ``sources`` to the CUDA device's at
-    ``targets``, in the order of ``stream``; all of it stays as it is until then.
+Numbers = NDArray[np.int64]
+
+
+def copy_over(targets: Numbers, sources: Numbers, sizes: Numbers, stream: torch.cuda.Stream) -> None:
+    """Have the copy engine bring ``sizes`` bytes, which broadcast to all of them, from page-locked memory at each of
+    ``sources`` to the CUDA device's at ``targets``, in the order of ``stream``; all of it stays as it is until then.
 
     A tensor's ``copy_`` takes the host several times as long: more than the link does, for slabs of short chunks.
 
@@ -134,18 +143,19 @@ def copy_over(targets: Sequence[int], sources: Sequence[int], sizes: Sequence[in
     if batch is None:
         copy_each(targets, sources, sizes, stream)
         return
-    table = np.array([targets, sources, sizes], np.uint64)
+    table = np.empty((3, *targets.shape), np.int64)
+    table[0], table[1], table[2] = targets, sources, sizes
     first, row = table.ctypes.data, table.strides[0]
     attributes, index, failed = _Attributes(source_order=_IN_STREAM_ORDER), ctypes.c_size_t(0), ctypes.c_size_t(0)
     refs = (ctypes.byref(attributes), ctypes.byref(index), 1, ctypes.byref(failed))
-    _check(batch(first, first + row, first + 2 * row, len(targets), *refs, stream.cuda_stream))
+    _check(batch(first, first + row, first + 2 * row, targets.size, *refs, stream.cuda_stream))
 
 
-def copy_each(targets: Sequence[int], sources: Sequence[int], sizes: Sequence[int], stream: torch.cuda.Stream) -> None:
+def copy_each(targets: Numbers, sources: Numbers, sizes: Numbers, stream: torch.cuda.Stream) -> None:
     """:func:`copy_over`, one call each: for drivers before CUDA 12.8."""
     copy, handle = driver().cuMemcpyHtoDAsync_v2, stream.cuda_stream
-    for target, source, nbytes in zip(targets, sources, sizes, strict=True):
-        _check(copy(target, source, nbytes, handle))
+    for target, source, nbytes in np.broadcast(targets, sources, sizes):
+        _check(copy(int(target), int(source), int(nbytes), handle))
 
 
 def _check(error: int) -> None:

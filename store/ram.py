@@ -29,14 +29,14 @@ class RamEntry:
     slabs: tuple[Array, ...]
 
     @cached_property
-    def addresses(self) -> list[int]:
+    def addresses(self) -> NDArray[np.int64]:
         """Where each layer's slab lies."""
-        return [slab.__array_interface__["data"][0] for slab in self.slabs]
+        return np.array([slab.__array_interface__["data"][0] for slab in self.slabs], np.int64)
 
     @cached_property
     def pages(self) -> frozenset[int]:
         """Numbers of the huge pages that slabs lie in."""
-        ends = ((at, at + slab.nbytes) for at, slab in zip(self.addresses, self.slabs, strict=True))
+        ends = ((at, at + slab.nbytes) for at, slab in zip(self.addresses.tolist(), self.slabs, strict=True))
         return frozenset(page for start, end in ends for page in range(start // HUGE_PAGE, -(-end // HUGE_PAGE)))
 
     @cached_property

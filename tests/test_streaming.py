@@ -53,8 +53,8 @@ class Placer:
 
 
 def copied(targets, sources, sizes, stream):
-    for target, source, nbytes in zip(targets, sources, sizes, strict=True):
-        ctypes.memmove(target, source, nbytes)
+    for target, source, nbytes in np.broadcast(targets, sources, sizes):
+        ctypes.memmove(int(target), int(source), int(nbytes))
 
 
 @pytest.fixture
@@ -155,7 +155,7 @@ def test_one_call_for_many_copies_says_what_one_each_says(monkeypatch):
     """The batch as the driver reads it, out of memory."""
 
     def batch(targets, sources, sizes, count, attributes, index, kinds, failed, stream):
-        table = [ctypes.cast(row, ctypes.POINTER(ctypes.c_uint64))[:count] for row in (targets, sources, sizes)]
+        table = [ctypes.cast(row, ctypes.POINTER(ctypes.c_int64))[:count] for row in (targets, sources, sizes)]
         copied(*table, stream)
         return 0
 
@@ -173,10 +173,11 @@ def test_one_call_for_many_copies_says_what_one_each_says(monkeypatch):
         target = np.zeros_like(source)
         targets = [target.ctypes.data + to for to, _, _ in places]
         sources = [source.ctypes.data + at for _, at, _ in places]
-        uploading.copy_over(targets, sources, [nbytes for _, _, nbytes in places], Stream())
+        sizes = [nbytes for _, _, nbytes in places]
+        uploading.copy_over(*(np.array(part, np.int64) for part in (targets, sources, sizes)), Stream())
         results.append(target)
     assert results[0].any()
     assert np.array_equal(*results)
     monkeypatch.setattr(uploading, "_batch", lambda: lambda *arguments: 1)
     with pytest.raises(RuntimeError, match="CUDA error 1"):
-        uploading.copy_over([0], [0], [1], Stream())
+        uploading.copy_over(*np.ones((3, 1), np.int64), Stream())

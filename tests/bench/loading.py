@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from ragkv.kernels import slabs as kernel
@@ -58,13 +59,11 @@ class Bench:
         for nbytes in (64 << 10, 128 << 10, 256 << 10, 1 << 20, 2 << 20):
             count = min(64, self.memory.nbytes // _SLOT)
             slots = [i * _SLOT for i in range(count)]
-            targets, sources = (
-                [base + slot for slot in slots] for base in (self.near.data_ptr(), self.memory.ctypes.data)
-            )
-            ways = {"batch": copy_over, "each": copy_each}
+            targets, sources = (np.array(slots) + base for base in (self.near.data_ptr(), self.memory.ctypes.data))
+            sizes, ways = np.array(nbytes), {"batch": copy_over, "each": copy_each}
             for name, way in ways.items():
 
-                def work(way: Any = way, t: Any = targets, s: Any = sources, n: Any = [nbytes] * count) -> None:
+                def work(way: Any = way, t: Any = targets, s: Any = sources, n: Any = sizes) -> None:
                     with torch.cuda.stream(stream):
                         way(t, s, n, stream)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
@@ -63,6 +64,8 @@ def test_another_stream_finds_what_came_on_it(many):
     """And need not wait for the current one, where it is little."""
     sent = [torch.arange(n, dtype=torch.int64) for n in ((70, uploading._HALF) if many else (70, 3))]
     product, other = torch.randn((4096, 4096), device=DEVICE), torch.cuda.Stream()
+    torch.stack([uploaded(tensor, DEVICE).sum() for tensor in sent])  # loads what is run below
+    product @ product
     torch.cuda.synchronize()
     for _ in range(50):
         product @ product
@@ -94,7 +97,8 @@ def test_an_upload_does_not_wait_for_what_is_copied_over():
     copying = torch.cuda.Stream()
     uploaded(torch.ones(3), DEVICE)
     torch.cuda.synchronize()
-    copy_over([target.data_ptr()] * 4, [source.data_ptr()] * 4, [source.nbytes] * 4, copying)
+    each = (np.full(4, value, np.int64) for value in (target.data_ptr(), source.data_ptr(), source.nbytes))
+    copy_over(*each, copying)
     small = uploaded(torch.ones(3), DEVICE)
     assert small.tolist() == [1.0] * 3
     assert not copying.query()  # 4 GB take a good while
@@ -108,8 +112,8 @@ def test_what_is_copied_over_lies_where_it_was_to_lie(copy):
     places = [(0, 64, 100), (4096, 0, 64), (70000, 30000, 500000)]  # to, from, bytes
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
-    targets, sources = [target.data_ptr() + to for to, _, _ in places], [source.data_ptr() + at for _, at, _ in places]
-    copy(targets, sources, [nbytes for _, _, nbytes in places], stream)
+    to, at, nbytes = np.array(places, np.int64).T
+    copy(to + target.data_ptr(), at + source.data_ptr(), nbytes, stream)
     stream.synchronize()
     expected = torch.zeros_like(source)
     for to, at, nbytes in places:
@@ -120,4 +124,4 @@ def test_what_is_copied_over_lies_where_it_was_to_lie(copy):
 @pytest.mark.parametrize("copy", [copy_over, copy_each])
 def test_a_copy_that_cannot_be_is_an_error(copy):
     with pytest.raises(RuntimeError, match="CUDA error"):
-        copy([0], [0], [64], torch.cuda.Stream())
+        copy(*np.array([[0], [0], [64]], np.int64), torch.cuda.Stream())
