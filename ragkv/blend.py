@@ -154,7 +154,7 @@ class Blend:
 
     def take(self, scores: torch.Tensor, weights: NDArray[np.float32] | None = None) -> torch.Tensor:
         """The required positions and the ``budget`` repairable ones with the highest ``scores`` (length,), times
-        ``weights``, if any; ascending, on the device.
+        ``weights``, finite and at least 0, if any; ascending, on the device.
 
         Scores that are on the device stay there, and nobody waits for them.
         """

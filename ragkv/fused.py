@@ -146,8 +146,8 @@ class FusedLayers:
         if isinstance(rows, Joined):
             self.launch(index, rows)
             return
-        if rows.room is None and (captured := self._captured(rows.step, rows.hidden, rows.rotary[0])) is not None:
-            captured.enter(rows)
+        if rows.room is None and self.graphs is not None:
+            self._enter(self.graphs, rows)
         if isinstance(rows.room, Captured) and not rows.step.score_rows:
             rows.room.replay(index)
         else:
@@ -163,16 +163,16 @@ class FusedLayers:
         """Rows of the tokens of ``prompt``, int64 (length,) on the host, at the step's positions, before the first
         layer; ``angles`` are cos and sin (positions, rotary_dim) of all positions. Where graphs run the layers, they
         begin in the graphs' room."""
-        captured = self._captured(step, embedding, angles[0])
+        captured = self._captured(step, embedding, angles[0])  # in a workspace slots are positions
         rows = empty_rows(step, embedding, angles[0]) if captured is None else captured.rows
         cos, sin = rows.rotary
-        slots = None if captured is None else rows.step.slots
+        slots = torch.empty_like(step.positions) if captured is None else rows.step.slots
         with handed(prompt, step.positions.device) as ids:
             start_rows(ids, step.positions, embedding, angles, rows.hidden[0], (cos[0], sin[0]), slots)
         return rows if captured is None else captured.taken(step)
 
     def weigh(self, scores: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        """:func:`ragkv.kernels.weigh.weigh` with ``weights`` that are on the host."""
+        """:func:`ragkv.kernels.weigh.weigh` with ``weights`` that are on the host: float32 (length,)."""
         with handed(weights, scores.device) as there:
             return weigh(scores, there)
 
@@ -184,9 +184,17 @@ class FusedLayers:
         except Exception as failed:
             self._do_without_graphs(failed)
 
+    def _enter(self, graphs: LayerGraphs, rows: Rows) -> None:
+        try:
+            captured = graphs.taking(rows.step, rows.hidden, rows.rotary[0])
+            if captured is not None:
+                captured.enter(rows)
+        except Exception as failed:  # the rows are as they were
+            self._do_without_graphs(failed)
+
     def _captured(self, step: AttentionStep, hidden: torch.Tensor, rotary: torch.Tensor) -> Captured | None:
         try:
-            return None if self.graphs is None else self.graphs.of(step, hidden, rotary)
+            return None if self.graphs is None else self.graphs.taking(step, hidden, rotary)
         except Exception as failed:
             self._do_without_graphs(failed)
             return None
@@ -230,11 +238,14 @@ class FusedLayers:
         return values.view(values.shape[0], -1, self._head_dim)
 
     def find_fault(self) -> str | None:
-        """What of attention is computed wrongly, tried with one row, some and many; compiles what these need.
+        """What of selecting, or of attention over one row, some and many, is computed wrongly; compiles what these
+        need.
 
         If it is the kernel for Hopper that is wrong, or cannot be compiled, the one for any device runs instead.
         """
         layer = self.layers[0]
+        if fault := self._weighing_fault(layer.qkv.device):
+            return fault
         kv_heads = (layer.qkv.shape[1] // self._head_dim - self._heads) // 2
         group = self._heads // kv_heads
         many = 256 // group + 1
@@ -249,6 +260,15 @@ class FusedLayers:
                 if fault is not None:
                     return fault
         return None
+
+    def _weighing_fault(self, device: torch.device) -> str | None:
+        scores, weights = torch.linspace(-1, 1, 2000), torch.linspace(-1, 9, 2000)
+        weights[::7] = float("inf")
+        try:
+            weighed = self.weigh(scores.to(device), weights)
+        except Exception as failed:  # whatever the compiler or the driver raises
+            return f"failed: {failed!r}"
+        return None if torch.equal(weighed.cpu(), twins.weigh(scores, weights)) else "weighs scores wrongly"
 
     def _attention_fault(self, rows: int, length: int, kv_heads: int, window: int | None) -> str | None:
         try:

@@ -65,8 +65,8 @@ class LayerGraphs:
         self._user = weakref.ref(kv)
         return kv
 
-    def of(self, step: AttentionStep, hidden: torch.Tensor, rotary: torch.Tensor) -> Captured | None:
-        """The graphs that take rows of ``step``, which are like ``hidden`` and ``rotary``; None where none do."""
+    def taking(self, step: AttentionStep, hidden: torch.Tensor, rotary: torch.Tensor) -> Captured | None:
+        """The graphs for rows of ``step``, of the widths, dtypes and device of ``hidden`` and ``rotary``, or None."""
         if self._user is None or step.kv is not self._user() or not step.last_only:
             return None
         if step.score_rows or step.kept or step.rows > MOST_ROWS:

@@ -45,7 +45,7 @@ class FusedLookahead:
 
     def look(self, tokens: NDArray[np.int64]) -> tuple[torch.Tensor, Look]:
         """``tokens``, (2, rows), are ids and positions. They are returned on the device, with what these rows look for:
-        both until the next time."""
+        both until the next time, which waits for the device to have done this."""
         rows = tokens.shape[1]
         size = _SIZES[bisect_left(_SIZES, rows)]
         if size not in self._captured:
@@ -54,7 +54,7 @@ class FusedLookahead:
         captured.read.synchronize()
         captured.host[:, :rows] = tokens
         captured.graph.replay()
-        captured.read.record()
+        captured.read.record(torch.cuda.current_stream(self._runner.device))
         found = captured.look
         return captured.inputs[:, :rows], found._replace(queries=found.queries[:, :rows], kv=found.kv[:, :, :rows])
 

@@ -20,8 +20,8 @@ class Prelude:
 
     Attributes:
         ids, positions: int64 (rows,), on the device.
-        found: what they look for, launched; None where :func:`ragkv.lookahead.look` is to be run layer by layer. To be
-            read before anybody else looks ahead.
+        found: what they look for, launched; None where :func:`ragkv.lookahead.look` is to be run layer by layer. What
+            reads this, or ids and positions, must be launched before anybody else looks ahead.
     """
 
     def __init__(self, runner: ModelRunner, plan: PromptPlan) -> None:

@@ -14,8 +14,9 @@ from ragkv.attention import AttentionStep, JoinedStep
 class Rows:
     """Hidden states of some rows on their way through the layers.
 
-    ``hidden`` is (1, rows, hidden_size), contiguous, and the rows' own: a layer may write into it. ``rotary`` is the
-    library's cos and sin for the rows' positions; ``room`` whatever memory the layer loop uses again in every layer.
+    ``hidden`` is (1, rows, hidden_size), contiguous, and the rows' own while they are on their way: a layer may write
+    into it. ``rotary`` is the library's cos and sin for the rows' positions; ``room`` whatever memory the layer loop
+    uses again in every layer, which these may lie in.
     """
 
     hidden: torch.Tensor
@@ -33,7 +34,7 @@ def empty_rows(step: AttentionStep, hidden: torch.Tensor, rotary: torch.Tensor) 
 class Joined:
     """Rows of several prompts side by side, to go through layers as one; its attributes are as those of :class:`Rows`.
 
-    Hidden states are copied here once. From then on each one's own are a view of these, and it may go on by itself.
+    All is copied here once. From then on each one's own is a view of it, and it may go on by itself.
     """
 
     def __init__(self, members: Sequence[Rows]) -> None:
@@ -43,8 +44,10 @@ class Joined:
         self.rotary = (cos, sin)
         self.step = JoinedStep([rows.step for rows in members])
         self.room: object = None
-        for rows in members:
-            rows.room = None  # it may have been where the hidden states lay
+        sizes = [rows.step.rows for rows in members]
+        each = zip(members, *(torch.split(part, sizes, dim=1) for part in self.rotary), strict=True)
+        for rows, cos, sin in each:
+            rows.rotary, rows.room = (cos, sin), None  # they may have lain there
         self.hand_out()
 
     def hand_out(self) -> None:

@@ -148,7 +148,8 @@ class ModelRunner:
         ids = torch.from_numpy(prompt)
         embed = self.decoder.embed_tokens
         # Others do more than look up.
-        if self.fused is not None and self.rope.refusal is None and type(embed) is torch.nn.Embedding:
+        plain = type(embed) is torch.nn.Embedding and embed.weight.is_contiguous()
+        if self.fused is not None and self.rope.refusal is None and plain:
             return self.fused.start(ids, step, embed.weight, self._rotary_table(embed.weight, reach))
         return self.rows(uploaded(ids, self.device)[step.positions], step, reach)
 
@@ -157,7 +158,7 @@ class ModelRunner:
         if self._rotary is None or len(self._rotary[0]) < reach:
             positions = torch.arange(1 << (reach - 1).bit_length(), device=self.device)
             cos, sin = self.decoder.rotary_emb(like, positions[None])
-            self._rotary = cos[0], sin[0]
+            self._rotary = cos[0].contiguous(), sin[0].contiguous()
         return self._rotary
 
     def run_layer(self, layer: int, rows: Rows) -> None:

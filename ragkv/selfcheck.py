@@ -79,7 +79,8 @@ def _fused_fault(runner: ModelRunner) -> str | None:
     kv = runner.workspace(len(ids))  # on CUDA the prefill runs in graphs
     prefilled = runner.logits(runner.prefill(ids, kv))
     slots = runner.tensor([*range(0, len(ids) - QUESTION, 3), *range(max(0, len(ids) - QUESTION), len(ids))])
-    rows = runner.rows(ids[slots], AttentionStep(kv, slots, len(ids), contiguous=False, score_rows=1))
+    step = AttentionStep(kv, slots, len(ids), contiguous=False, score_rows=1)
+    rows = runner.rows_of(ids.cpu().numpy(), step, len(ids))
     for layer in range(runner.shape.layers):
         runner.run_layer(layer, rows)
     tolerance = _tolerance(runner, ids, 0, expected)

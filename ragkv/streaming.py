@@ -42,7 +42,7 @@ LAUNCHED_AHEAD = 12
 # link busy while the host selects.
 _STAGED = 4
 # Two layers to a batch, which halves what launching takes the host, but for large ones and the last: what computes the
-# first of them waits for both. Those that are needed together are one.
+# first of them waits for both. Those that are needed together are one batch, but for large ones.
 _TOGETHER, _LARGE, _LAST = 2, 64 << 20, 2
 # Layers of which a thread that reads holds page-locked copies.
 LAYERS_UNDER_WAY = 3
@@ -72,7 +72,7 @@ class Streaming:
         each = {n: CODECS[codec].slab_bytes(runner.shape.geometry, n) for n in {span.length for span in spans}}
         sizes = [each[span.length] for span in spans]
         alone = not ready or sum(sizes) > _LARGE
-        most, first = 1 if alone else _TOGETHER, together if ready else 0
+        most, first = (1, 0) if alone else (_TOGETHER, together)
         self._coming = deque(enumerate(_batches(order, self._rotates, most, first)))
         self._stage = _Stage(spans, sizes, [batch for _, batch in self._coming], lease, runner.device)
         self._read = [spans[i] for i in self._stage.read]
@@ -87,14 +87,18 @@ class Streaming:
         self._copying, self._placing = (_stream_behind(self._device, behind) for _ in range(2))
         if ready:
             self._copy_first()
-        self._sources, self._placer = self._make_placer()
+        try:
+            self._sources, self._placer = self._make_placer()
+        except BaseException:
+            self.close()  # copies are on their way into memory that is given back now
+            raise
         if not ready:
             self._thread = threading.Thread(target=self._feed, name="ragkv-loader", daemon=True)
             self._thread.start()
 
     def _make_placer(self) -> tuple[torch.Tensor, SlabPlacer]:
-        """And where all slabs are to lie, on the device. It waits for nothing that the stream that computes has
-        launched."""
+        """Where all slabs are to lie, on the device, and what places them from there. Placing need not wait for what
+        the stream that computes has launched."""
         from ragkv.kernels.slabs import SlabPlacer, span_table  # needs Triton
 
         shape, angles = self._runner.shape, self._runner.rope.table(self._spans[-1].end)

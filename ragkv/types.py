@@ -142,7 +142,8 @@ class ChunkReport(Reply):
 class Timing(Reply):
     """Where the time to first token went. The parts from ``retrieve`` to ``first_token`` add up to ``ttft_ms``.
 
-    Loading overlaps computing: ``load_ms`` is only what the computation had to wait for.
+    Loading overlaps computing: ``load_ms`` is only what the computation had to wait for. On a GPU the parts before
+    ``first_token_ms`` are what they took the host, and that has what the device still had to do.
     """
 
     retrieve_ms: float

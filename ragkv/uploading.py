@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+Numbers = NDArray[np.int64]
 # Page-locked memory for small uploads, used in turn, half by half.
 _HALF = 4 << 20
 _ALIGNMENT = 64
@@ -48,10 +49,15 @@ def uploaded_together(
 @contextmanager
 def handed(tensor: torch.Tensor, device: torch.device) -> Iterator[torch.Tensor]:
     """``tensor``, which is on the host, for kernels to read that are launched within, on the current stream: where
-    they read little of it, or all of it once, that spares uploading it."""
+    they read little of it, or all of it once, that spares uploading it.
+
+    It is theirs alone: to be kept by nobody. Nothing may be uploaded within, by no thread, so launch and leave.
+    """
     outbox = _outbox() if device.type == "cuda" else None
     if outbox is None or not 0 < tensor.nbytes <= _HALF:
-        yield uploaded(tensor, device)
+        there = uploaded(tensor, device)
+        with _on(device) if device.type == "cuda" else nullcontext():
+            yield there
         return
     with outbox.lent(tensor, device) as lent:
         yield lent
@@ -70,7 +76,7 @@ class _Outbox:
         self._memory = torch.empty(2 * _HALF, dtype=torch.uint8, pin_memory=True)
         self._words, self._bytes = self._memory.view(torch.int32), self._memory.numpy()
         self._half, self._at = 0, 0
-        self._streams: dict[int, Any] = {}
+        self._streams: set[torch.cuda.Stream] = set()
         self._read: list[list[torch.cuda.Event]] = [[], []]
         self._lock = threading.Lock()
 
@@ -100,14 +106,13 @@ class _Outbox:
     def _room(self, nbytes: int, device: torch.device) -> int:
         """Where so many bytes may be written, for kernels on the current stream to read."""
         if self._at + nbytes > (self._half + 1) * _HALF:
-            self._read[self._half] = [stream.record_event() for stream in self._streams.values()]
+            self._read[self._half] = [stream.record_event() for stream in self._streams]
             self._streams.clear()
             self._half = 1 - self._half
             self._at = self._half * _HALF
             for event in self._read[self._half]:
                 event.synchronize()
-        stream = torch.cuda.current_stream(device)
-        self._streams[stream.cuda_stream] = stream
+        self._streams.add(torch.cuda.current_stream(device))
         start, self._at = self._at, self._at + nbytes
         return start
 
@@ -125,9 +130,6 @@ def _outbox() -> _Outbox | None:
     except ImportError:
         return None
     return _Outbox(fetch)
-
-
-Numbers = NDArray[np.int64]
 
 
 def copy_over(targets: Numbers, sources: Numbers, sizes: Numbers, stream: torch.cuda.Stream) -> None:

@@ -50,7 +50,9 @@ def scattered(runner: ModelRunner, kv, ids: torch.Tensor, score_rows: int = 0, l
     positions = chosen.nonzero()[:, 0].to(runner.device)
     options = {"score_rows": score_rows, "last_only": last_only}
     step = AttentionStep(kv, positions + kv.base, len(ids), contiguous=False, **options)
-    return runner.rows(ids[positions], step)
+    if kv.base:
+        return runner.rows(ids[positions], step)
+    return runner.rows_of(ids.cpu().numpy(), step, len(ids))
 
 
 def near(actual: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) -> None:
@@ -70,7 +72,7 @@ def check_starts(runner: ModelRunner) -> None:
     room = runner.rows(ids[:32], AttentionStep(step.kv, torch.arange(32, device=runner.device), 32, contiguous=False))
     graphs, captured = runner.fused.graphs, Captured(room, [])
     for own in (True, False):
-        runner.fused.graphs = None if own else SimpleNamespace(of=lambda *_: captured)
+        runner.fused.graphs = None if own else SimpleNamespace(taking=lambda *_: captured)
         rows = runner.rows_of(ids.cpu().numpy(), step, 61)
         assert rows.step is step
         assert rows.room is (None if own else captured)

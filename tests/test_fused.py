@@ -60,7 +60,7 @@ def test_rows_of_several_prompts(name):
 @torch.inference_mode()
 def test_layers_that_cannot_be_captured_are_launched_kernel_by_kernel(caplog):
     class Graphs:
-        def of(self, *_):
+        def taking(self, *_):
             raise torch.OutOfMemoryError("nothing is left")
 
     runner, ids = ModelRunner(make_model("llama"), fused=True), torch.arange(3, 20)

@@ -12,6 +12,8 @@ import torch
 from ragkv import fused_graphs
 from ragkv.attention import AttentionStep
 from ragkv.fused_graphs import MOST_ROWS, LayerGraphs, sizes_that_pay
+from ragkv.kernels import twins
+from ragkv.rows import Joined
 from ragkv.runner import ModelRunner
 from tests.families import make_model
 
@@ -80,7 +82,7 @@ def rows_of(runner, kv, count, length):
 
 
 def entered(graphs, rows):
-    room = graphs.of(rows.step, rows.hidden, rows.rotary[0])
+    room = graphs.taking(rows.step, rows.hidden, rows.rotary[0])
     if room is not None:
         room.enter(rows)
     return room
@@ -107,6 +109,38 @@ def test_rows_come_to_the_same_whatever_the_size_of_their_graph(runner, graphs):
         torch.testing.assert_close(rows.hidden, plain.hidden, rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(kv.slots(0, length), own.slots(0, length), rtol=1e-4, atol=1e-4)
         del kv, rows, room
+
+
+def started(runner, graphs, kv, count, length):
+    """As :func:`rows_of`, where their graphs are."""
+    rows = rows_of(runner, kv, count, length)
+    room = graphs.taking(rows.step, rows.hidden, rows.rotary[0])
+    (cos, sin), weight = room.rows.rotary, runner.decoder.embed_tokens.weight
+    places, prompt = rows.step.positions, torch.arange(length) % 50 + 3
+    table = runner._rotary_table(weight, length)
+    twins.start_rows(prompt, places, weight, table, room.rows.hidden[0], (cos[0], sin[0]), room.rows.step.slots)
+    return room.taken(rows.step)
+
+
+@pytest.mark.parametrize("count", [1, 40, 64])
+@torch.inference_mode()
+def test_rows_that_started_in_a_graph_go_on_beside_others_and_come_back(runner, graphs, count):
+    kv, own = graphs.lease(200), runner.new_kv(200)
+    for each in (kv, own):
+        fill(each, 200, 1)
+    rows, plain = started(runner, graphs, kv, count, 200), rows_of(runner, own, count, 200)
+    rows.room.replay(0)
+    joined = Joined([rows_of(runner, runner.new_kv(50), 50, 50), rows])
+    for layer in (1, 2):
+        runner.run_together(layer, joined)
+    assert rows.room is None
+    room = entered(graphs, rows)
+    for layer in range(3, runner.shape.layers):
+        room.replay(layer)
+    for layer in range(runner.shape.layers):
+        runner.run_layer(layer, plain)
+    torch.testing.assert_close(rows.hidden, plain.hidden, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(kv.slots(0, 200), own.slots(0, 200), rtol=1e-4, atol=1e-4)
 
 
 @torch.inference_mode()

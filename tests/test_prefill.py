@@ -483,3 +483,13 @@ def test_looking_ahead_in_one_launch_selects_the_same(desk, monkeypatch, most):
     assert launched.looked == (most == 10)
     assert [o.repaired_tokens for o in actual.outcomes] == [o.repaired_tokens for o in expected.outcomes]
     assert torch.equal(actual.logits, expected.logits)
+
+
+def test_what_became_of_chunks_is_counted_when_somebody_asks(desk):
+    """Which waits for a device: after the first token."""
+    chunks = [desk.document(name, 20)[0] for name in "ab"]
+    desk.put(*chunks)
+    result = desk.run(desk.plan(*chunks), "links", 0.2)
+    assert "outcomes" not in vars(result)
+    assert sum(outcome.repaired_tokens for outcome in result.outcomes) == 8
+    assert result.outcomes is result.outcomes

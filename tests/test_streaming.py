@@ -139,6 +139,26 @@ def test_what_is_being_copied_is_held_until_the_loader_is_closed(opened, spans):
     assert not any(ref() is not None for ref in alive)
 
 
+def test_copies_have_ended_when_placing_cannot_be_made_ready(opened, spans, monkeypatch):
+    """Their memory is others' then."""
+    calls = []
+
+    class Slow(Stream):
+        def synchronize(self):
+            calls.append("waited")
+
+    monkeypatch.setattr(streaming, "_stream_behind", lambda device, event: Slow())
+    monkeypatch.setattr(streaming, "copy_over", lambda *_: calls.append("copied"))
+    monkeypatch.setattr(Streaming, "_make_placer", lambda self: nothing_left())
+    with pytest.raises(torch.OutOfMemoryError):
+        opened(iter(slabs_of(spans, range(LAYERS))))
+    assert calls == ["copied"] * streaming._STAGED + ["waited"]
+
+
+def nothing_left():
+    raise torch.OutOfMemoryError("nothing is left")
+
+
 @pytest.mark.parametrize("in_memory", [True, False])
 @pytest.mark.parametrize("bad", [0, 1, 4, LAYERS - 1])
 def test_a_lost_chunk_is_told_before_its_layer_is_placed(opened, spans, bad, in_memory):

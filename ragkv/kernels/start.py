@@ -23,7 +23,6 @@ def _start(
     row_sin,
     slots,
     spare,
-    SLOTS: tl.constexpr,
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
     ROTARY: tl.constexpr,
@@ -32,8 +31,7 @@ def _start(
     row = tl.program_id(0).to(tl.int64)
     place = tl.load(places + tl.maximum(row - spare, 0))
     token = tl.load(prompt + place)
-    if SLOTS:
-        tl.store(slots + row, place)
+    tl.store(slots + row, place)
     i = tl.arange(0, ROTARY_PAD)
     tl.store(row_cos + row * ROTARY + i, tl.load(cos + place * ROTARY + i, mask=i < ROTARY), mask=i < ROTARY)
     tl.store(row_sin + row * ROTARY + i, tl.load(sin + place * ROTARY + i, mask=i < ROTARY), mask=i < ROTARY)
@@ -50,7 +48,7 @@ def start_rows(
     angles: tuple[torch.Tensor, torch.Tensor],
     hidden: torch.Tensor,
     rotary: tuple[torch.Tensor, torch.Tensor],
-    slots: torch.Tensor | None,
+    slots: torch.Tensor,
 ) -> None:
     """Fill in rows for the tokens of ``prompt`` at ``places``; where there are more rows, the first ones are all the
     first place's.
@@ -60,14 +58,13 @@ def start_rows(
         places: int64 (at most rows,).
         embedding: (vocabulary, width).
         angles: the library's cos and sin, (positions, rotary_dim) each.
-        hidden: (rows, width), written, as ``rotary``, (rows, rotary_dim) each, are, and, if asked for, ``slots``, int64
-            (rows,): each row's place. All contiguous.
+        hidden: (rows, width), written, as ``rotary``, (rows, rotary_dim) each, and ``slots``, int64 (rows,), are, these
+            with each row's place. All contiguous.
     """
     rows, width = hidden.shape
     dim = angles[0].shape[-1]
-    own = hidden if slots is None else slots
-    parts = (embedding, *angles, hidden, *rotary, own, places, prompt)
-    if not all(part.is_contiguous() for part in parts) or len(own) != rows or len(places) > rows:
+    parts = (embedding, *angles, hidden, *rotary, slots, places, prompt)
+    if not all(part.is_contiguous() for part in parts) or len(slots) != rows or len(places) > rows:
         raise ValueError(f"{len(places)} places for rows {tuple(hidden.shape)}, or something that is not contiguous")
     if embedding.shape[1] != width or any(part.shape != (rows, dim) for part in rotary):
         raise ValueError(f"rows {tuple(hidden.shape)}, embedding {tuple(embedding.shape)}, {dim} rotary dimensions")
@@ -79,9 +76,8 @@ def start_rows(
         *angles,
         hidden,
         *rotary,
-        own,
+        slots,
         rows - len(places),
-        slots is not None,
         width,
         block,
         dim,

@@ -51,15 +51,14 @@ def start_rows(
     angles: tuple[torch.Tensor, torch.Tensor],
     hidden: torch.Tensor,
     rotary: tuple[torch.Tensor, torch.Tensor],
-    slots: torch.Tensor | None,
+    slots: torch.Tensor,
 ) -> None:
     """As :func:`ragkv.kernels.start.start_rows`."""
     every = torch.cat((places[:1].expand(len(hidden) - len(places)), places))
     hidden.copy_(embedding[prompt[every]])
     for table, out in zip(angles, rotary, strict=True):
         out.copy_(table[every])
-    if slots is not None:
-        slots.copy_(every)
+    slots.copy_(every)
 
 
 def rope_write(

@@ -17,14 +17,14 @@ def _weigh(scores, weights, out, length, MOST: tl.constexpr, BLOCK: tl.constexpr
     weight = tl.load(weights + i, mask=held, other=0.0)
     certain = weight == float("inf")
     weighed = tl.load(scores + i, mask=held, other=0.0) * tl.where(certain, 0.0, weight)
-    weighed = tl.maximum(tl.where(weighed <= MOST, weighed, MOST), -MOST)  # what is no number is the most
+    weighed = tl.maximum(tl.where(weighed <= MOST, weighed, MOST), -MOST)
     weighed = tl.where(weight < 0.0, float("-inf"), weighed)
     tl.store(out + i, tl.where(certain, float("inf"), weighed), mask=held)
 
 
 def weigh(scores: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """``scores`` times ``weights``: infinite where these are, and minus infinity where they are below 0,
-    and finite elsewhere.
+    """``scores`` times ``weights``: infinity where a weight is infinite, whatever its score, and minus infinity where
+    it is below 0. All else is between the least and the greatest float32; what is no number counts as the greatest.
 
     Args:
         scores: float32 (length,).

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
@@ -102,3 +103,17 @@ def test_looking_ahead_gives_the_same_in_graphs():
         assert (fused.scales, fused.windows) == (plain.scales, plain.windows)
         close(fused.kv, plain.kv)
         close(fused.queries, plain.queries)
+
+
+@torch.inference_mode()
+def test_who_looks_ahead_next_leaves_what_the_device_has_not_read_yet():
+    runner = made()
+    tokens = [np.stack((np.arange(30) + 3 + 40 * i, np.arange(30))) for i in range(2)]
+    expected = [runner.lookahead.look(each)[1].queries.clone() for each in tokens]
+    product = torch.randn((4096, 4096), device="cuda")
+    torch.cuda.synchronize()
+    for _ in range(20):
+        product @ product
+    found = [runner.lookahead.look(each)[1].queries.clone() for each in tokens]
+    assert not torch.equal(*expected)
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))

@@ -77,6 +77,26 @@ def test_another_stream_finds_what_came_on_it(many):
     assert sums.tolist() == [int(tensor.sum()) for tensor in sent]
 
 
+def test_what_is_handed_stays_until_it_is_read():
+    """Several times round the memory that all share, on two streams that are busy meanwhile."""
+    generator = torch.Generator().manual_seed(0)
+    streams, zeros = [torch.cuda.current_stream(), torch.cuda.Stream()], torch.zeros(300_000, device=DEVICE)
+    product = torch.randn((2048, 2048), device=DEVICE)
+    sent, seen = [], []
+    torch.cuda.synchronize()
+    for turn in range(40):
+        tensor = torch.rand(300_000, generator=generator)
+        with torch.cuda.stream(streams[turn % 2]):
+            product @ product
+            with handed(tensor, DEVICE) as there:
+                seen.append(weigh(zeros + 1, there))
+        sent.append(tensor.clone())
+        tensor.zero_()
+    torch.cuda.synchronize()
+    assert sum(tensor.nbytes for tensor in sent) > 4 * uploading._HALF
+    assert all(torch.equal(one, other.cpu()) for one, other in zip(sent, seen, strict=True))
+
+
 @pytest.mark.parametrize("size", [1, 7, 100_000, uploading._HALF // 4 + 1])
 def test_what_is_handed_is_read_where_it_is(size):
     generator = torch.Generator().manual_seed(size)
@@ -85,7 +105,7 @@ def test_what_is_handed_is_read_where_it_is(size):
         tensor = torch.randn(size, generator=generator)
         with handed(tensor, DEVICE) as there:
             assert there.is_cuda == (tensor.nbytes > uploading._HALF)
-            seen = weigh(zeros + 1, there.view(torch.float32))
+            seen = weigh(zeros + 1, there)
         expected = tensor.masked_fill(tensor < 0, float("-inf"))
         tensor.zero_()
         assert torch.equal(seen.cpu(), expected)
