@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 import torch
 
+pytest.importorskip("triton")
+
 from ragkv import uploading
 from ragkv.kernels.weigh import weigh
 from ragkv.uploading import copy_each, copy_over, handed, uploaded, uploaded_together
