@@ -9,6 +9,7 @@ import sys
 import pytest
 
 from ragkv import cli
+from ragkv.cli.options import read_filters
 from ragkv.store import ChunkStore
 from ragkv.writer import Encoding
 from tests.engine_kit import DOCUMENTS
@@ -221,7 +222,7 @@ def test_mistakes_are_one_line_and_status_1(ragkv, arguments, said, monkeypatch)
     ],
 )
 def test_bad_values_are_refused_before_the_model_is_loaded(ragkv, folder, monkeypatch, arguments, said):
-    monkeypatch.setattr(cli, "_engine", lambda settings: pytest.fail("loaded"))
+    monkeypatch.setattr("ragkv.engine.Engine", lambda settings: pytest.fail("loaded"))
     status, out, _ = ragkv(*(argument.format(folder=folder) for argument in arguments), "--json")
     error = json.loads(out)["error"]
     assert (status, error["code"]) == (1, "input")
@@ -279,8 +280,8 @@ def test_clearing_asks_first(ragkv, folder, monkeypatch):
 
 def test_filters_are_read_as_json_where_they_are():
     given = ["year=1999", "lang=en", "open=true", 'page={"$gt": 3}', "eq=a=b"]
-    assert cli._filters(given) == {"year": 1999, "lang": "en", "open": True, "page": {"$gt": 3}, "eq": "a=b"}
-    assert cli._filters(None) is None
+    assert read_filters(given) == {"year": 1999, "lang": "en", "open": True, "page": {"$gt": 3}, "eq": "a=b"}
+    assert read_filters(None) is None
 
 
 def test_every_command_has_help(ragkv):
