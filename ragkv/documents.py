@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from typing import Any
 
 from blake3 import blake3
 
-from ragkv.errors import DocumentError
-from ragkv.retrievers import Document
-from ragkv.types import DocumentIn
+from ragkv.errors import DocumentError, NotFoundError
+from ragkv.retrievers import Catalog, Collection, Document
+from ragkv.types import CollectionInfo, DocumentIn, DocumentInfo
 
 
 def to_document(sent: DocumentIn) -> Document:
@@ -22,6 +23,30 @@ def to_document(sent: DocumentIn) -> Document:
         raise DocumentError("the document's id is empty; leave it out to have one derived from the content")
     identity = sent.id or blake3(f"{sent.title or ''}\0{sent.text}".encode()).hexdigest(8)
     return Document(identity, sent.text, sent.title, sent.metadata)
+
+
+def collection_infos(catalog: Catalog) -> list[CollectionInfo]:
+    """All collections, by name."""
+    infos = []
+    for name in catalog.names():
+        with suppress(NotFoundError):  # dropped meanwhile
+            stats = catalog.open(name).stats()
+            infos.append(CollectionInfo(name=name, documents=stats.documents, chunks=stats.chunks))
+    return infos
+
+
+def document_infos(collection: Collection, offset: int, limit: int) -> list[DocumentInfo]:
+    """``limit`` documents behind the first ``offset``."""
+    return [
+        DocumentInfo(
+            id=info.id,
+            title=info.title,
+            metadata=dict(info.metadata),
+            chunks=info.chunks,
+            characters=info.characters,
+        )
+        for info in collection.documents(offset, limit)
+    ]
 
 
 def name_of(given: Any, place: str) -> str:

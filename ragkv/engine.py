@@ -25,6 +25,7 @@ from ragkv.controller import Controller
 from ragkv.delivery import Delivery, Emit, OutputThread
 from ragkv.detokenize import Detokenizer
 from ragkv.device_tier import DeviceTier, device_capacity
+from ragkv.documents import collection_infos, document_infos
 from ragkv.errors import CancelledError, ConfigError, InputError, NotFoundError
 from ragkv.generation import Generation
 from ragkv.ingest import Encode, Ingestor, Progress
@@ -198,29 +199,14 @@ class Engine:
         )
 
     def collections(self) -> list[CollectionInfo]:
-        infos = []
-        for name in self._catalog.names():
-            with suppress(NotFoundError):  # dropped meanwhile
-                stats = self._catalog.open(name).stats()
-                infos.append(CollectionInfo(name=name, documents=stats.documents, chunks=stats.chunks))
-        return infos
+        return collection_infos(self._catalog)
 
     def drop_collection(self, name: str) -> None:
         """Delete a collection. Its chunks' KV stays until evicted: other collections may share it."""
         self._catalog.drop(name)
 
     def documents(self, collection: str, *, offset: int = 0, limit: int = 100) -> list[DocumentInfo]:
-        infos = self._catalog.open(collection).documents(offset, limit)
-        return [
-            DocumentInfo(
-                id=info.id,
-                title=info.title,
-                metadata=dict(info.metadata),
-                chunks=info.chunks,
-                characters=info.characters,
-            )
-            for info in infos
-        ]
+        return document_infos(self._catalog.open(collection), offset, limit)
 
     def document(self, collection: str, document_id: str) -> DocumentOut:
         opened = self._catalog.open(collection)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -143,6 +143,14 @@ def show_ingest(console: Console, report: IngestReport, rejected: list[RejectedD
     show_rejected(console, [*rejected, *report.rejected])
     for warning in report.warnings:
         console.print(Text(f"note: {warning}", style="yellow"))
+
+
+def show_rows(console: Console, rows: Iterable[dict[str, Any]], columns: Sequence[str]) -> None:
+    """A line for each; what it has besides ``columns`` is left out."""
+    table = Table(*columns, box=None, header_style="dim")
+    for row in rows:
+        table.add_row(*(Text("" if row[column] is None else str(row[column])) for column in columns))
+    console.print(table)
 
 
 def show_fields(console: Console, fields: dict[str, Any]) -> None:

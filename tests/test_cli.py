@@ -11,6 +11,7 @@ import pytest
 from ragkv import cli
 from ragkv.cli.options import read_filters
 from ragkv.store import ChunkStore
+from ragkv.types import DocumentInfo
 from ragkv.writer import Encoding
 from tests.engine_kit import DOCUMENTS
 from tests.fake_engine import FakeEngine
@@ -232,6 +233,49 @@ def test_bad_values_are_refused_before_the_model_is_loaded(ragkv, folder, monkey
 def test_an_unknown_collection(ragkv):
     status, out, _ = ragkv("query", "x", "-c", "nowhere", "--json")
     assert (status, json.loads(out)["error"]["code"]) == (1, "not_found")
+
+
+def test_collections_are_listed_looked_into_and_dropped_without_loading_the_model(ragkv, folder, monkeypatch):
+    assert ragkv("collections", "list", "--json")[:2] == (0, "[]\n")
+    assert "ragkv ingest makes one" in ragkv("collections", "list")[2]
+    for name in ("one", "two"):
+        ragkv("ingest", str(folder), "-c", name, "--lazy", "--json")
+    monkeypatch.setattr("ragkv.engine.Engine", lambda settings: pytest.fail("loaded"))
+    listed = json.loads(ragkv("collections", "list", "--json")[1])
+    assert [(one["name"], one["documents"]) for one in listed] == [("one", 2), ("two", 2)]
+    assert listed[0]["chunks"] > 0
+    held = json.loads(ragkv("collections", "documents", "one", "--json")[1])
+    assert [document["id"] for document in held] == ["ada.txt", "bela.txt"]
+    assert json.loads(ragkv("collections", "documents", "one", "--offset", "1", "--json")[1]) == held[1:]
+    assert json.loads(ragkv("collections", "documents", "one", "--limit", "1", "--json")[1]) == held[:1]
+    assert "bela.txt" in ragkv("collections", "documents", "one")[1]
+    assert ragkv("collections", "drop", "one", "--yes")[:2] == (0, "dropped one\n")
+    assert [one["name"] for one in json.loads(ragkv("collections", "list", "--json")[1])] == ["two"]
+
+
+@pytest.mark.parametrize(("name", "code"), [("nowhere", "not_found"), ("bad name!", "input"), ("..", "input")])
+@pytest.mark.parametrize("command", [["documents"], ["drop", "--yes"]])
+def test_a_collection_that_is_not_there(ragkv, command, name, code):
+    status, out, _ = ragkv("collections", *command, name, "--json")
+    assert (status, json.loads(out)["error"]["code"]) == (1, code)
+
+
+def test_collections_of_a_running_server_are_asked_for_and_dropped_there(ragkv, monkeypatch):
+    asked = []
+    info = DocumentInfo(id="d", title=None, metadata={}, chunks=2, characters=30)
+    monkeypatch.setattr("ragkv.client.Client.documents", lambda self, *given: asked.append(given) or [info])
+    monkeypatch.setattr("ragkv.client.Client.drop_collection", lambda self, name: asked.append(name))
+    server = ["--url", "http://127.0.0.1:1"]
+    assert json.loads(ragkv("collections", "documents", "docs", *server, "--json")[1]) == [info.model_dump()]
+    ragkv("collections", "drop", "docs", "--yes", *server)
+    assert asked == [("docs", 0, 100), "docs"]
+
+
+def test_dropping_asks_first(ragkv, folder, monkeypatch):
+    ragkv("ingest", str(folder), "-c", "docs", "--lazy", "--json")
+    monkeypatch.setattr("typer.confirm", lambda *_, **__: False)
+    assert ragkv("collections", "drop", "docs")[0] == 1
+    assert len(json.loads(ragkv("collections", "list", "--json")[1])) == 1
 
 
 def test_a_damaged_store_is_told_by_the_exit_status_and_repaired(ragkv, folder, tmp_path):

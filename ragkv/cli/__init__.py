@@ -9,7 +9,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from ragkv.cli import cache
+from ragkv.cli import cache, collections
 from ragkv.cli.ask import chat, query
 from ragkv.cli.calibrate import calibrate
 from ragkv.cli.ingest import ingest
@@ -26,6 +26,7 @@ app = typer.Typer(
 )
 for _command in (demo, ingest, query, chat, calibrate, serve):
     app.command()(_command)
+app.add_typer(collections.app, name="collections")
 app.add_typer(cache.app, name="cache")
 
 
