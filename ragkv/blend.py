@@ -94,12 +94,6 @@ class Blend:
         self.required, self.repairable = torch.from_numpy(required), torch.from_numpy(repairable)
         self.least = int(required.sum())
         self.dense_layers = 0
-        self._rows: Rows | None = None
-
-    @property
-    def computed(self) -> torch.Tensor:
-        """int64, ascending, on the device: the positions computed in all layers but the dense ones."""
-        return self.required_places if self._rows is None else self._rows.step.positions
 
     @cached_property
     def required_places(self) -> torch.Tensor:
@@ -112,13 +106,14 @@ class Blend:
         return repair_budget(self.reused, self.ratio)
 
     def steps(self) -> Steps[Rows]:
-        """Returns the rows after the last layer, the prompt's last token last.
+        """Returns the rows after the last layer, the prompt's last token last: all that was computed in all layers but
+        the dense ones.
 
         Raises:
             ChunkLostError: a stored chunk turned out unreadable; start again without it.
         """
         start = yield from self._strategy(self)
-        self._rows, self.dense_layers = start.rows, start.dense_layers
+        self.dense_layers = start.dense_layers
         yield from self.advance(start.rows, start.layer, self.runner.shape.layers, "recompute")
         return start.rows
 

@@ -258,8 +258,8 @@ class Prefill:
                 trial.reader = slabs
             lease.commit()
         tiers = {span: "device" if entry.key in lease.hits else entry.tier for span, entry in entries.items()}
+        tell = partial(self._blended, tiers, blend.dense_layers, rows.step.positions)
         rows = (yield from self._rest(kv, len(self._plan.ids))) or rows
-        tell = partial(self._blended, tiers, blend.dense_layers, blend.computed)
         return PrefillResult(self._runner.logits(rows), kv, min(span.start for span in spans), tell)
 
     def _begin(self, spans: list[Span]) -> Prelude | None:

@@ -42,8 +42,8 @@ def blended(desk, plan, strategy, ratio, seed=0):
     return blend, rows
 
 
-def selected(blend):
-    return [place for place in blend.computed.tolist() if not blend.required[place]]
+def selected(blend, rows):
+    return [place for place in rows.step.positions.tolist() if not blend.required[place]]
 
 
 def three_documents(desk):
@@ -55,27 +55,27 @@ def three_documents(desk):
 @pytest.mark.parametrize("ratio", [0.0, 0.01, 0.1, 0.15, 0.5, 0.99, 1.0])
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_the_budget_is_spent_and_never_exceeded(desk, strategy, ratio):
-    blend, _ = blended(desk, three_documents(desk), strategy, ratio)
+    blend, rows = blended(desk, three_documents(desk), strategy, ratio)
     budget = 0 if strategy == "none" else round(ratio * 40)
-    assert len(selected(blend)) == budget
-    assert {0, *range(41, blend.length)} <= set(blend.computed.tolist())
+    assert len(selected(blend, rows)) == budget
+    assert {0, *range(41, blend.length)} <= set(rows.step.positions.tolist())
 
 
 def test_none_selects_nothing_whatever_the_ratio(desk):
-    blend, _ = blended(desk, three_documents(desk), "none", 1.0)
-    assert selected(blend) == []
+    blend, rows = blended(desk, three_documents(desk), "none", 1.0)
+    assert selected(blend, rows) == []
 
 
 def test_epic_takes_the_same_number_at_the_start_of_every_chunk(desk):
     plan = three_documents(desk)
-    assert selected(blended(desk, plan, "epic", 6 / 40)[0]) == [1, 2, 21, 22, 24, 25]
+    assert selected(*blended(desk, plan, "epic", 6 / 40)) == [1, 2, 21, 22, 24, 25]
     # The chunk of three has no fourth and fifth: the others have them.
-    assert selected(blended(desk, plan, "epic", 13 / 40)[0]) == [*range(1, 6), 21, 22, 23, *range(24, 29)]
+    assert selected(*blended(desk, plan, "epic", 13 / 40)) == [*range(1, 6), 21, 22, 23, *range(24, 29)]
 
 
 def test_random_depends_on_the_seed_alone(desk):
     plan = three_documents(desk)
-    first, same, other = (selected(blended(desk, plan, "random", 0.3, seed)[0]) for seed in (1, 1, 2))
+    first, same, other = (selected(*blended(desk, plan, "random", 0.3, seed)) for seed in (1, 1, 2))
     assert first == same
     assert first != other
 
@@ -97,7 +97,7 @@ def test_what_the_question_attends_to_in_the_middle_layers_is_taken(tmp_path, fa
     model.set_attn_implementation(NAME)
     scores = sum(weights[layer][0, :, plan.question_start :].sum(dim=(0, 1)) for layer in (1, 2))
     best = (scores[1:41].topk(8).indices + 1).sort().values.tolist()
-    assert selected(blended(desk, plan, "question", 0.2)[0]) == best
+    assert selected(*blended(desk, plan, "question", 0.2)) == best
     desk.store.close()
 
 
@@ -148,16 +148,16 @@ def test_links_takes_what_the_question_will_attend_to_weighed_by_hints_and_scarc
     scores = looked_for(desk.runner, plan, layer) * torch.from_numpy(hints(plan) * scarcity(plan))[1:41]
     desk.runner.model.set_attn_implementation(NAME)
     best = (scores.topk(8).indices + 1).sort().values.tolist()
-    assert selected(blended(desk, plan, "links", 0.2)[0]) == best
+    assert selected(*blended(desk, plan, "links", 0.2)) == best
     desk.store.close()
 
 
 def test_echo_takes_what_the_words_hint_at(desk):
     plan = three_documents(desk)
     expected = torch.from_numpy(hints(plan))
-    blend, _ = blended(desk, plan, "echo", 0.2)
-    rest = [j for j in range(1, 41) if j not in selected(blend)]
-    assert expected[selected(blend)].min() >= expected[rest].max()
+    blend, rows = blended(desk, plan, "echo", 0.2)
+    rest = [j for j in range(1, 41) if j not in selected(blend, rows)]
+    assert expected[selected(blend, rows)].min() >= expected[rest].max()
 
 
 def test_question_sees_the_stored_keys_not_fresh_ones(desk):
@@ -170,7 +170,7 @@ def test_question_sees_the_stored_keys_not_fresh_ones(desk):
     desk.store.put(second.tokens.key, desk.geometry, encoded.slabs, tokens=17, model="m")
     plan = desk.plan(first, second)
     blend, rows = blended(desk, plan, "question", 2 / 37)
-    assert plan.spans[1].start + 5 in selected(blend)
+    assert plan.spans[1].start + 5 in selected(blend, rows)
     close(desk.runner.logits(rows), desk.library(plan))
 
 
@@ -180,7 +180,7 @@ def test_hkvd_takes_the_tokens_whose_values_deviate_most(desk):
     desk.put(first, second, poison={first: [4, 19], second: [8]})
     plan = desk.plan(first, second)
     blend, rows = blended(desk, plan, "hkvd", 3 / 37)
-    assert selected(blend) == [5, 20, 29]
+    assert selected(blend, rows) == [5, 20, 29]
     assert blend.dense_layers == 1
     close(desk.runner.logits(rows), desk.library(plan))
 
@@ -195,10 +195,10 @@ def test_hkvd_compares_values_of_its_check_layer_only(desk):
     rows[1][1, 7] += 0.5
     rows[1][1, 11] += 0.3
     desk.store.put(chunk.tokens.key, desk.geometry, encoded.slabs, tokens=20, model="m")
-    blend, _ = blended(desk, desk.plan(chunk), "hkvd", 0.05)
-    assert selected(blend) == [8]
-    blend, _ = blended(desk, desk.plan(chunk), "hkvd", 0.1)
-    assert selected(blend) == [8, 12]
+    blend, rows = blended(desk, desk.plan(chunk), "hkvd", 0.05)
+    assert selected(blend, rows) == [8]
+    blend, rows = blended(desk, desk.plan(chunk), "hkvd", 0.1)
+    assert selected(blend, rows) == [8, 12]
 
 
 @pytest.mark.parametrize("strategy", REPAIRING)
