@@ -31,12 +31,16 @@ class KvShape:
 
     def entry_bytes(self, tokens: int, codec: str) -> int:
         """Bytes of the KV of a chunk of ``tokens`` tokens, stored with ``codec``."""
-        return _entry_bytes(self, tokens, codec)
+        return self.layers * self.slab_bytes(tokens, codec)
+
+    def slab_bytes(self, tokens: int, codec: str) -> int:
+        """The same of one layer."""
+        return _slab_bytes(self.geometry, tokens, codec)
 
 
 @lru_cache(1024)  # a prompt asks for each of its chunks, which are mostly of one length
-def _entry_bytes(shape: KvShape, tokens: int, codec: str) -> int:
-    return shape.layers * CODECS[codec].slab_bytes(shape.geometry, tokens)
+def _slab_bytes(geometry: Geometry, tokens: int, codec: str) -> int:
+    return CODECS[codec].slab_bytes(geometry, tokens)
 
 
 class RequestKV:

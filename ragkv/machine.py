@@ -24,7 +24,6 @@ from ragkv.plan import PlannedChunk, Span
 from ragkv.retrievers import Chunk
 from ragkv.rows import Joined, Rows
 from ragkv.runner import ModelRunner
-from ragkv.store import CODECS
 from ragkv.store.buffers import HUGE_PAGE
 
 _READER_DEPTH = 2
@@ -165,7 +164,7 @@ class _Bench:
         """Seconds per byte from RAM, where it is page-locked if there is a device, into a request's KV."""
         runner, device = self._runner, self._runner.device
         tokens = min(_PLACED_TOKENS[device.type], self.most)
-        nbytes = CODECS[codec].slab_bytes(runner.shape.geometry, tokens)
+        nbytes = runner.shape.slab_bytes(tokens, codec)
         slab = _as_the_store_has_it(nbytes, device)
         kv = runner.new_kv(tokens)
         span = Span(PlannedChunk(Chunk("", "", 0, ""), 1, 0.0, ChunkTokens((), (), 0, "alone", b"")), 0, tokens, True)

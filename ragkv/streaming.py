@@ -30,7 +30,7 @@ from ragkv.pinned import are_page_locked, is_page_locked
 from ragkv.plan import Span
 from ragkv.runner import ModelRunner
 from ragkv.slabs import Slabs, in_memory, next_layer
-from ragkv.store import CODECS, LayerReader
+from ragkv.store import LayerReader
 from ragkv.uploading import copy_over, uploaded_together
 
 if TYPE_CHECKING:
@@ -69,8 +69,7 @@ class Streaming:
         self._runner, self._codec, self._spans = runner, codec, spans
         self._kv, self._slabs, self._rotates = kv, slabs, runner.rope.rotates
         self._device, ready = runner.device, in_memory(slabs)
-        each = {n: CODECS[codec].slab_bytes(runner.shape.geometry, n) for n in {span.length for span in spans}}
-        sizes = [each[span.length] for span in spans]
+        sizes = [runner.shape.slab_bytes(span.length, codec) for span in spans]
         alone = not ready or sum(sizes) > _LARGE
         most, first = (1, 0) if alone else (_TOGETHER, together)
         self._coming = deque(enumerate(_batches(order, self._rotates, most, first)))

@@ -41,7 +41,7 @@ class Unpacker:
     def __init__(self, codec: str, shape: KvShape, lengths: Sequence[int], device: torch.device) -> None:
         self._dtype, self._lengths = shape.dtype, list(lengths)
         forms = [CODECS[codec].fields(shape.geometry, length) for length in lengths]
-        self.slab_bytes = [CODECS[codec].slab_bytes(shape.geometry, length) for length in lengths]
+        self.slab_bytes = [shape.slab_bytes(length, codec) for length in lengths]
         self.pieces: list[list[tuple[slice, slice]]] = [[] for _ in lengths]
         self._places: dict[str, _Place] = {}
         self.nbytes = 0
