@@ -56,7 +56,7 @@ def handed(tensor: torch.Tensor, device: torch.device) -> Iterator[torch.Tensor]
     outbox = _outbox() if device.type == "cuda" else None
     if outbox is None or not 0 < tensor.nbytes <= _HALF:
         there = uploaded(tensor, device)
-        with _on(device) if device.type == "cuda" else nullcontext():
+        with _on(device):
             yield there
         return
     with outbox.lent(tensor, device) as lent:
@@ -119,7 +119,7 @@ class _Outbox:
 
 def _on(device: torch.device) -> AbstractContextManager[Any]:
     """Kernels are launched on the thread's own device, whatever they are given."""
-    own = device.index is None or device.index == torch.cuda.current_device()
+    own = device.type != "cuda" or device.index is None or device.index == torch.cuda.current_device()
     return nullcontext() if own else torch.cuda.device(device)
 
 
